@@ -1,6 +1,6 @@
 """Command lines, timing, progress, and results of the programs.
 
-Contestants take turns in one process, so that noise hits all alike.
+Implementations are timed alternately in one process, so that noise hits all alike.
 """
 
 import argparse

@@ -21,7 +21,7 @@ COLLAPSED = 0.1
 IMBALANCED = 1.0
 DROPPED = 0.05
 # `ExpertHealth` warns above this share only, as early batches are uneven.
-MOST_DROPPED = 0.5
+MAX_DROPPED = 0.5
 # Entropy of the probabilities of a token, 1 for a router without a preference.
 INDIFFERENT = 0.995
 CERTAIN = 0.05

@@ -188,7 +188,7 @@ def expert_saliency(
 
     Reference: Lasby et al. 2025, REAP (arXiv:2510.13999), eq. 9.
     """
-    if not layer.router.takes_capacity:
+    if not layer.router.tokens_choose:
         router = type(layer.router).__name__
         raise ValueError(f"The tokens of `layer` must choose their experts. Received: a `{router}`")
     inputs = ops.convert_to_tensor(inputs)

@@ -36,7 +36,7 @@ from keras_moe import losses
 FULL = sparsity.FULL._replace(steps=50, validation_rows=512)
 SMOKE = sparsity.SMOKE._replace(steps=4)
 START, APART, TOGETHER = 2, 3, 3
-MOST_LANGUAGES = 4
+MAX_LANGUAGES = 4
 BATCH_SIZE, LEARNING_RATE = upcycling.BATCH_SIZE, upcycling.LEARNING_RATE
 DENSE, COPIES, MODELS_APART = MODELS = ("dense", "four copies", "four models")
 
@@ -62,7 +62,7 @@ def load_data(options, size):
     """The number of subwords, rows of ids of each language, and rows to test on, shuffled."""
     data = datasets.load(options.dataset, options.data_dir)
     lengths = np.bincount(data.train.labels, list(map(len, data.train.texts)))
-    labels = np.argsort(-lengths)[:MOST_LANGUAGES]
+    labels = np.argsort(-lengths)[:MAX_LANGUAGES]
     print("Languages:", *(data.class_names[label] for label in labels))
 
     def texts(split, label):

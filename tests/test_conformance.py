@@ -36,7 +36,7 @@ from layer_checks import (
 import keras_moe
 from keras_moe import layers, routers, surgery
 from keras_moe._internal.keras_internals import get_keras_mask
-from keras_moe.inspection import moe_layers, record_routings, replaying
+from keras_moe.inspection import moe_layers, record_routings, replay_routings
 
 OF_KERAS = (keras.Layer, keras.losses.Loss, keras.metrics.Metric)
 LAYERS = [cls for cls in CASES if issubclass(cls, keras.Layer)]
@@ -292,7 +292,7 @@ def test_recorded_choices_are_replayed(cls):
     model, x = holding_model(cls, configured(cls)), normal(2, LENGTH, D)
     before = array(model(x))
     recorded = {name: calls[0] for name, calls in record_routings(model, [x]).items()}
-    with replaying(model, recorded):
+    with replay_routings(model, recorded):
         assert_close(array(model(x)), before)
         for layer in moe_layers(model).values():
             layer.router.kernel.assign(-array(layer.router.kernel))

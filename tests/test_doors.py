@@ -154,7 +154,7 @@ def likelihood(y_true, shape=(6, 3, 3), **kwargs):
 
 
 def replay(indices):
-    with inspection.replaying(usual(), {"moe": indices}):
+    with inspection.replay_routings(usual(), {"moe": indices}):
         return usual()(X)
 
 
@@ -266,7 +266,7 @@ REFUSED = [
     ("moe(shared_expert=keras.layers.GlobalAveragePooling1D())(X)", "must keep"),
     ("moe(shared_expert=dense(1))(t())", "as many features"),
     ("moe(gated_shared_expert=True)", "needs a `shared_expert`"),
-    ("moe(router='soft', capacity_factor=1.0)", "do not choose"),
+    ("moe(router='soft', capacity_factor=1.0)", "not a token-choice"),
     ("moe(bank(activation=lambda x: x[:, :1]))(t())", "must have rows of"),
     ("moe(bank(activation=keras.layers.PReLU()))(t())", "must have no weights"),
     ("moe(layers.LayerExperts([bank()]))(t())", "use `MixtureOfExperts(bank)`"),
@@ -330,8 +330,8 @@ REFUSED = [
     ("metrics.count_table(routing(), [0] * 5, 2)", "`groups` must have"),
     # Tools.
     ("inspection.record_routings(usual(), normal(2, 5, D))", "list of batches"),
-    ("inspection.replaying(usual(), routing())", "must be a dict"),
-    ("inspection.replaying(usual(), {'moe': [routing()]})", "must be one routing"),
+    ("inspection.replay_routings(usual(), routing())", "must be a dict"),
+    ("inspection.replay_routings(usual(), {'moe': [routing()]})", "must be one routing"),
     ("inspection.moe_layers(plain())", "must have a `MixtureOfExperts`"),
     ("health.judge_drops(5)", "must be a share"),
     ("reported(path='no/r.html')", "a folder that exists"),
@@ -345,7 +345,10 @@ REFUSED = [
     ("surgery.prune_experts(usual(), by=np.ones(5))", "for the 4 experts"),
     ("surgery.prune_experts(usual())", "must be measured on `data`"),
     ("surgery.prune_experts(built(moe(router='expert_choice')))", "logits do not choose"),
-    ("surgery.apply(usual(), surgery.Surgery({'moe': [[0]]}, num_experts={'moe': 5}))", "for 5"),
+    (
+        "surgery.apply_selection(usual(), surgery.Surgery({'moe': [[0]]}, num_experts={'moe': 5}))",
+        "for 5",
+    ),
     ("surgery.merge_experts(lora(moe()), data=[normal()])", "LoRA"),
     ("surgery.merge_experts(built(moe(two_activations())))", "layers, activations"),
     ("surgery.set_top_k(built(ids_layer()), 1)", "by their scores"),

@@ -356,12 +356,12 @@ def test_replay_reaches_compiled_functions_and_ends_with_its_context():
         return array(model.layers[1](model.layers[0](x, indices=choices[0]), indices=choices[1]))
 
     usual = computed()
-    with inspection.replaying(model, {"a": first, "b": first}):
+    with inspection.replay_routings(model, {"a": first, "b": first}):
         outputs, mean_square, loss = computed()
         assert_close(outputs, replayed(first, first))
         assert_close(mean_square, np.mean((outputs - x) ** 2))
         assert loss != usual[2]
-        with inspection.replaying(model, {"b": first + 2}):
+        with inspection.replay_routings(model, {"b": first + 2}):
             assert_close(model.predict(x, verbose=0), replayed(first, first + 2))
         assert_close(model.predict(x, verbose=0), outputs)
     for value, expected in zip(computed(), usual):
@@ -374,7 +374,7 @@ def test_a_replay_that_is_refused_changes_nothing():
     before = array(model(x))
     for wrong, rule in (({"b": choices + E}, "from 0 to"), ({"c": choices}, "names of MoE layers")):
         with pytest.raises(ValueError, match=rule):
-            with inspection.replaying(model, {"a": choices, **wrong}):
+            with inspection.replay_routings(model, {"a": choices, **wrong}):
                 pass
         np.testing.assert_array_equal(array(model(x)), before)
 

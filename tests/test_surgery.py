@@ -208,18 +208,18 @@ def test_a_choice_of_experts_is_written_and_applied_again(tmp_path):
         other.set_weights(layer.get_weights())
         report = operate(layer, keep=3, data=[X])
         report.save(tmp_path / "experts.json")
-        again = surgery.apply(other, tmp_path / "experts.json")
+        again = surgery.apply_selection(other, tmp_path / "experts.json")
         assert again == report
         for weight, expected in zip(other.weights, layer.weights, strict=True):
             np.testing.assert_array_equal(array(weight), array(expected))
     with pytest.raises(ValueError, match="of 3 experts in 'moe', made for 8"):
-        surgery.apply(other, report)
+        surgery.apply_selection(other, report)
     # Earlier files have no numbers of experts.
     (tmp_path / "experts.json").write_text('{"experts": {"moe": [[2], [0]]}, "usage": null}')
-    surgery.apply(other, tmp_path / "experts.json")
+    surgery.apply_selection(other, tmp_path / "experts.json")
     (tmp_path / "experts.json").write_text("[1]")
     with pytest.raises(ValueError, match="that `Surgery.save` wrote"):
-        surgery.apply(other, tmp_path / "experts.json")
+        surgery.apply_selection(other, tmp_path / "experts.json")
 
 
 @on_one_backend
@@ -395,12 +395,12 @@ REFUSED = {
     ),
     "another number of a shared router": lambda: surgery.set_top_k(shared_router(), {"a": 1}),
     **{
-        f"a choice of {name}": lambda choice=choice: surgery.apply(
+        f"a choice of {name}": lambda choice=choice: surgery.apply_selection(
             single()[0], surgery.Surgery({"moe": choice})
         )
         for name, choice in (("more", [[0], [8]]), ("none", [[-1], [2]]), ("one", [[1], [1]]))
     },
-    "a choice for other layers": lambda: surgery.apply(
+    "a choice for other layers": lambda: surgery.apply_selection(
         single()[0], surgery.Surgery({"other": [[0], [1]]})
     ),
     "slots": lambda: surgery.prune_experts(single(router=routers.SoftRouter(E))[0], np.ones(E)),

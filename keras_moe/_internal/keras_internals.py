@@ -160,7 +160,7 @@ def forget_compiled(model, functions=_COMPILED):
 
 
 def compile_like(model, other):
-    """Compile a model as another is that will not be used again, with its losses and metrics."""
+    """Move the compile state of `other` to `model`, with its losses and metrics."""
     if other.compiled:
         other.reset_metrics()
         # It scales the loss already, where that was wanted.

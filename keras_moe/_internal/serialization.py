@@ -18,7 +18,7 @@ def arguments_of(configured):
     """The arguments of our constructors of an object, which it has as attributes."""
     classes = type(configured).__mro__
     own = [cls for cls in classes if cls.__module__.startswith(PACKAGE) and "__init__" in vars(cls)]
-    names = sum((_named_arguments(cls.__init__) for cls in reversed(own)), [])
+    names: list = sum((_named_arguments(vars(cls)["__init__"]) for cls in reversed(own)), [])
     return {name: getattr(configured, name) for name in names}
 
 

@@ -15,7 +15,7 @@ class Backend(Devices):
 
     # What is computed, or traced to be compiled
 
-    def compiles_static_shapes(self):
+    def needs_static_shapes(self):
         """Whether the code being traced needs every shape fixed."""
         raise NotImplementedError
 
@@ -77,7 +77,7 @@ class Backend(Devices):
         raise NotImplementedError
 
     def attach_gradient(self, value, inputs, transpose):
-        """The value, as a function of `inputs`: their gradient is `transpose` of the value's."""
+        """Return `value`; the gradient of `inputs` is `transpose(gradient)`."""
         raise NotImplementedError
 
     def vjp(self, function, inputs):
@@ -93,7 +93,7 @@ class Backend(Devices):
         integers. `sizes` are (E,) int32; `platform` is the one that is compiled for.
         """
         # In operations that a framework differentiates any number of times.
-        if self.compiles_static_shapes() or hasattr(kernels, "floats"):
+        if self.needs_static_shapes() or hasattr(kernels, "floats"):
             return padded.product(rows, kernels, sizes, transposed)
         *parts, rest = self.split_groups(rows, sizes)[0]
         kernels = ops.cast(kernels, rows.dtype)

@@ -13,7 +13,7 @@ PLAIN_VALUES = (bool, int, float, str)
 
 
 class JaxBackend(Backend):
-    def compiles_static_shapes(self):
+    def needs_static_shapes(self):
         return True
 
     def current_platform(self):

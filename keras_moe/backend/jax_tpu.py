@@ -4,7 +4,7 @@ import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu.megablox.gmm import gmm, tgmm
 
 # Rows and columns of a tile at most. Larger ones run out of fast memory (VMEM) on some chips.
-_MOST_ROWS, _MOST_DEPTH, _MOST_COLUMNS = 512, 1024, 1024
+_MAX_ROWS, _MAX_DEPTH, _MAX_COLUMNS = 512, 1024, 1024
 _LANES = 128
 
 
@@ -41,9 +41,9 @@ def outer(left, right, sizes, *, dtype, interpret=False):
 
 
 def _tiling(num_rows, depth, columns, written):
-    most_columns = _MOST_COLUMNS if written.itemsize < 4 else _MOST_COLUMNS // 2
-    length = min(_MOST_ROWS, -(-num_rows // 16) * 16)
-    return length, min(_MOST_DEPTH, depth), min(most_columns, columns)
+    most_columns = _MAX_COLUMNS if written.itemsize < 4 else _MAX_COLUMNS // 2
+    length = min(_MAX_ROWS, -(-num_rows // 16) * 16)
+    return length, min(_MAX_DEPTH, depth), min(most_columns, columns)
 
 
 def _pad(rows, length):

@@ -15,14 +15,14 @@ from keras_moe.backend.base import Backend, packed_order, split_rows
 from keras_moe.backend.layouts import AllRows
 
 # With more rows for an expert, on average, it is faster to compute experts side by side.
-MOST_ROWS = 0.5
+MAX_ROWS = 0.5
 
 # The same where kernels are converted: a loop skips the kernels of experts without rows.
-MOST_CONVERTED_ROWS = 16
+MAX_CONVERTED_ROWS = 16
 
 
 class TensorFlowBackend(Backend):
-    def compiles_static_shapes(self):
+    def needs_static_shapes(self):
         return tf.__internal__.get_enclosing_xla_context() is not None
 
     def current_platform(self):
@@ -145,11 +145,11 @@ class TensorFlowBackend(Backend):
         return super().product(rows, kernels, sizes, transposed)
 
     def layout(self, sizes, num_rows, platform, converts=False):
-        if self.compiles_static_shapes():
+        if self.needs_static_shapes():
             return None if platform == "cpu" else AllRows(self, sizes, num_rows, platform)
         if platform == "cpu" and not tf.executing_eagerly() and isinstance(num_rows, int):
             # As in decoding, where most experts have no rows: in a graph even they cost operations.
-            if num_rows <= sizes.shape[0] * (MOST_CONVERTED_ROWS if converts else MOST_ROWS):
+            if num_rows <= sizes.shape[0] * (MAX_CONVERTED_ROWS if converts else MAX_ROWS):
                 return None
         return _Groups(sizes, num_rows)
 
@@ -163,7 +163,7 @@ class TensorFlowBackend(Backend):
     def argsort(self, integers, bound):
         number = integers.shape[0]
         fits = number is not None and bound * number < 2**31
-        if not (fits and self.compiles_static_shapes()):
+        if not (fits and self.needs_static_shapes()):
             return super().argsort(integers, bound)
         # `tf.sort` is made from `top_k`, which XLA compiles to a slower sort of pairs.
         return packed_order(xla.sort, integers, bound)
@@ -171,7 +171,7 @@ class TensorFlowBackend(Backend):
     def slice_at(self, tensor, start, shape):
         # `tf.slice` wants a start that is known at compile time: where it depends on data,
         # TensorFlow would silently turn the data into a constant and compile again for every batch.
-        take = xla.dynamic_slice if self.compiles_static_shapes() else tf.slice
+        take = xla.dynamic_slice if self.needs_static_shapes() else tf.slice
         return tf.ensure_shape(take(tensor, tf.stack(start), tf.constant(shape)), shape)
 
     def scan(self, step, carry, xs):

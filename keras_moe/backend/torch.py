@@ -11,11 +11,11 @@ from keras_moe.backend.base import Backend, packed_order
 from keras_moe.backend.torch_groups import Runs, is_traced, sizes_on_host, split
 
 # With fewer comparisons, counting by them takes fewer operations.
-MOST_COMPARED = 2**16
+MAX_COMPARED = 2**16
 
 
 class TorchBackend(Backend):
-    def compiles_static_shapes(self):
+    def needs_static_shapes(self):
         # PyTorch runs eagerly here, or records slices as they are.
         return False
 
@@ -123,7 +123,7 @@ class TorchBackend(Backend):
         return torch.where(existing == columns, taken, 0.0)
 
     def count_integers(self, integers, number):
-        if is_traced() or len(integers) * number > MOST_COMPARED:
+        if is_traced() or len(integers) * number > MAX_COMPARED:
             # One more count, of all others.
             places = integers.clamp(-1, number).to(torch.int64) % (number + 1)
             counts = torch.zeros(number + 1, dtype=torch.int32, device=integers.device)

@@ -13,7 +13,7 @@ import torch
 CPU_BLOCK = 2**18
 
 # With more rows in a group, converting the kernel is faster.
-MOST_ROWS = 16
+MAX_ROWS = 16
 
 # Values of the bytes of an integer of 32 bits, as digits in base 256. The highest byte is 0.
 PLACES = (1, 2**8, 2**16, 0)
@@ -76,7 +76,7 @@ def digits_of_groups(rows, sizes):
         rows.device.type == "cpu"
         and rows.dtype != torch.float64
         and rows.shape[1] <= LONGEST_SUM
-        and min(sizes) <= MOST_ROWS
+        and min(sizes) <= MAX_ROWS
         and multiplies_integers()
     )
     if not suit:
@@ -91,7 +91,7 @@ def digits_of_groups(rows, sizes):
     )
     digits = integers.bitwise_xor_(OFFSET).view(torch.int8).mT
     parts = zip(sizes, digits.split([len(PLACES) * size for size in sizes]), unit.split(sizes))
-    return [Digits(*of_group) if size <= MOST_ROWS else None for size, *of_group in parts]
+    return [Digits(*of_group) if size <= MAX_ROWS else None for size, *of_group in parts]
 
 
 @functools.cache

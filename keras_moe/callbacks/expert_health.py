@@ -35,8 +35,8 @@ class ExpertHealth(keras.callbacks.Callback):
       small to matter, or so large that what it adds for an uneven load is much of the loss.
 
     Each warning is given once a layer, as a Python `UserWarning`, and kept in `findings`, a list of
-    `(step, layer name, health.Finding)`. It repeats when more experts die, and once if `rebalance`
-    has changed the layer in vain. In a collapse dead experts are not reported. Works with and
+    `(step, layer name, health.Finding)`. It repeats when more experts die, and once more if
+    `rebalance` did not help. In a collapse dead experts are not reported. Works with and
     without `ExpertMonitor`, in any order; between checks training runs ahead of the device.
 
     Args:
@@ -197,7 +197,7 @@ class _Watch:
         self._judge_spread()
         yield from self._collapse(self.patience)
         self._drops.append(self._dropped / np.sum(self._window))
-        if len(self._drops) == self.patience and min(self._drops) > health.MOST_DROPPED:
+        if len(self._drops) == self.patience and min(self._drops) > health.MAX_DROPPED:
             yield "dropped", health.judge_drops(self._drops[-1])[0]
         idle = ops.convert_to_numpy(is_dead(self._window))
         self._idle = np.where(idle, self._idle + 1, 0)

@@ -1,6 +1,6 @@
 """Tools to look into a model: its MoE layers by name, their sizes, engines and routings."""
 
-from keras_moe.inspection.recording import count_in_evaluation, record_routings, replaying
+from keras_moe.inspection.recording import count_in_evaluation, record_routings, replay_routings
 from keras_moe.inspection.summaries import (
     LayerSummary,
     count_parameters,
@@ -16,7 +16,7 @@ __all__ = [
     "has_moe_layers",
     "moe_layers",
     "record_routings",
-    "replaying",
+    "replay_routings",
     "summarize",
 ]
 

@@ -141,7 +141,7 @@ def _setting(name, values, model=None, traced_again=()):
         put(before)
 
 
-def replaying(model: keras.Model, routings: dict) -> contextlib.AbstractContextManager:
+def replay_routings(model: keras.Model, routings: dict) -> contextlib.AbstractContextManager:
     """A context in which the MoE layers of a model use recorded choices of experts.
 
     Weights come from the live scores, with their gradient: router replay trains a policy on the
@@ -163,7 +163,7 @@ def replaying(model: keras.Model, routings: dict) -> contextlib.AbstractContextM
     >>> model, inputs = keras.Sequential([keras.Input((16,)), moe]), keras.random.normal((8, 16))
     >>> routings = keras_moe.inspection.record_routings(model, [inputs])
     >>> first = {name: calls[0] for name, calls in routings.items()}
-    >>> with keras_moe.inspection.replaying(model, first):
+    >>> with keras_moe.inspection.replay_routings(model, first):
     ...     outputs = model(inputs, training=True)
     """
     layers = moe_layers(model)

@@ -125,7 +125,7 @@ def summarize(model: keras.Model) -> list[LayerSummary]:
     platform = named_platform() or backend.current_platform()
     is_tensorflow = keras.backend.backend() == "tensorflow"
     by_xla = is_tensorflow and bool(getattr(model, "jit_compile", False))
-    has_static_shapes = backend.compiles_static_shapes() or by_xla
+    has_static_shapes = backend.needs_static_shapes() or by_xla
     summaries = []
     for name, layer in _built_layers(model).items():
         router, bank = layer.router, layer.experts

@@ -34,7 +34,7 @@ class ExpertBank(keras.layers.Layer):
         (T, D'): the weighted sum of each token's expert outputs, zero where no expert serves it.
     """
 
-    # Whether a mixture has it already.
+    # True once a mixture was built with it.
     is_used = False
 
     def __init__(self, num_experts: int, **kwargs: Any):
@@ -97,7 +97,7 @@ class ExpertBank(keras.layers.Layer):
         """
         return ""
 
-    def take_policy(self, policy: keras.DTypePolicy) -> None:
+    def inherit_policy(self, policy: keras.DTypePolicy) -> None:
         """Take the dtype policy of the layer around the bank, unless the bank has its own."""
 
     @property

@@ -29,7 +29,7 @@ SCAN_ROWS = 64
 # Not 0, where a layer may have no derivative: NaN times 0 is NaN.
 PADDING = 1
 # Longer programs would compile for a minute.
-MOST_UNROLLED = 64
+MAX_UNROLLED = 64
 
 
 @register
@@ -128,7 +128,7 @@ class LayerExperts(ExpertBank):
         # through. PyTorch assigns in place, which would change a value the gradient needs.
         state = [ops.copy(variable) for variable in variables]
         state.append(ops.zeros((), "float32"))
-        alike = self._as_one_function() if backend.compiles_static_shapes() else None
+        alike = self._as_one_function() if backend.needs_static_shapes() else None
         width = math.prod(self._output_shape)
         rows, state = _map_groups(functions, rows, plan.sizes, width, state, alike)
         *values, loss = state
@@ -301,7 +301,7 @@ def _map_groups(functions, rows, sizes, output_width, state, alike=None):
     handed through the functions that run. `alike` is the same functions as one, where they have no
     state but a sum of losses.
     """
-    static_shapes = backend.compiles_static_shapes()
+    static_shapes = backend.needs_static_shapes()
 
     def run_on(platform, *operands):
         engine = _engine_of(alike, platform, static_shapes)
@@ -380,4 +380,4 @@ def _rows_unrolled(alike, rows, sizes):
     if not alike.has_samples or not isinstance(num_rows, int):
         return 0
     length = max(num_rows // (2 * num_experts), 1)
-    return length if num_rows // length + num_experts <= MOST_UNROLLED else 0
+    return length if num_rows // length + num_experts <= MAX_UNROLLED else 0

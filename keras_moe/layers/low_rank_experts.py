@@ -120,7 +120,7 @@ class LowRankExperts(StackedExperts):
         self.scale = 1.0 if alpha is None else alpha / rank
         base.trainable = False
         if self.has_own_policy:
-            base.take_policy(self.dtype_policy)
+            base.inherit_policy(self.dtype_policy)
             self.dtype_policy = expert_bank.in_floats(self.dtype_policy)
 
     def build(self, tokens_shape):
@@ -200,11 +200,11 @@ class LowRankExperts(StackedExperts):
     def compute_output_shape(self, tokens_shape):
         return self.base.compute_output_shape(tokens_shape)
 
-    def take_policy(self, policy):
+    def inherit_policy(self, policy):
         if not self.has_own_policy and not self.built:
             self.has_own_policy = True
             self.dtype_policy = expert_bank.in_floats(policy)
-            self.base.take_policy(policy)
+            self.base.inherit_policy(policy)
 
     def quantize(
         self, mode: str | None = None, type_check: bool = True, config: Any = None

@@ -38,7 +38,7 @@ _MISPLACED = {
 
 @register
 class MixtureOfExperts(RouterUsage, Recomputable):
-    """Sends each token to a few experts, and costs what those few cost.
+    """Routes each token to its top-K experts; the cost grows with K, not with E.
 
     A drop-in for the feed-forward layer of a Transformer, or for a `Dense` layer anywhere. All
     axes but the last are tokens. By default no token is ever dropped, so a token's output does not
@@ -141,7 +141,7 @@ class MixtureOfExperts(RouterUsage, Recomputable):
         super().__init__(**kwargs)
         self.experts = expert_bank.get(experts)
         if kwargs.get("dtype") is not None:
-            self.experts.take_policy(self.dtype_policy)
+            self.experts.inherit_policy(self.dtype_policy)
         by_name = top_k is not None and isinstance(router, str)
         arguments = {"top_k": check_integer("top_k", top_k)} if by_name else {}
         self.router = routers.get(router, self.experts.num_experts, **arguments)
@@ -165,11 +165,11 @@ class MixtureOfExperts(RouterUsage, Recomputable):
         if shared_expert is not None:
             self.shared_expert = resolve("shared_expert", shared_expert, keras.Layer)
         self.capacity = Capacity.get(capacity_factor)
-        if self.capacity is not None and not self.router.takes_capacity:
+        if self.capacity is not None and not self.router.tokens_choose:
             raise ValueError(
                 "`capacity_factor` limits how many tokens choose an expert. Received: "
                 f"capacity_factor={shortened(capacity_factor)} with a "
-                f"`{type(self.router).__name__}`, whose tokens do not choose"
+                f"`{type(self.router).__name__}`, which is not a token-choice router"
             )
         # Owned by the layer, so that Keras carries its state through compiled steps.
         self._capacity_seed = keras.random.SeedGenerator() if self.capacity else None
@@ -211,7 +211,7 @@ class MixtureOfExperts(RouterUsage, Recomputable):
                     "share its weights. If that is not meant, make one for each.",
                     stacklevel=2,
                 )
-        if not self.router.takes_capacity and self._num_axes(inputs_shape) == 1:
+        if not self.router.tokens_choose and self._num_axes(inputs_shape) == 1:
             warnings.warn(
                 f"Experts choose among all samples of the batch with the "
                 f"`{type(self.router).__name__}` of `{self.name}`: outputs depend on the rest of "

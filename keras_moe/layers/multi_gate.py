@@ -253,9 +253,9 @@ class _JoinedExperts(ExpertBank):
         super().__init__(sum(bank.num_experts for bank in banks), **kwargs)
         self.banks = list(banks)
 
-    def take_policy(self, policy):
+    def inherit_policy(self, policy):
         for bank in self.banks:
-            bank.take_policy(policy)
+            bank.inherit_policy(policy)
 
     def compute_output_shape(self, tokens_shape):
         return self.banks[0].compute_output_shape(tokens_shape)

@@ -191,7 +191,7 @@ class StackedExperts(Adaptable, ExpertBank):
     def engine_on(self, platform, static_shapes):
         return engine_on(platform, static_shapes)
 
-    def take_policy(self, policy):
+    def inherit_policy(self, policy):
         if not self.has_own_policy and not self.built:
             self.has_own_policy = True
             self.dtype_policy = policy

@@ -73,7 +73,7 @@ class ZeroComputationExperts(ExpertBank):
         super().__init__(experts.num_experts + number, **kwargs)
         self.experts = experts
         if self.has_own_policy:
-            experts.take_policy(self.dtype_policy)
+            experts.inherit_policy(self.dtype_policy)
         self.num_zero, self.num_identity = num_zero, num_identity
         self.num_constant = num_constant
         freeze_parts(self)
@@ -128,11 +128,11 @@ class ZeroComputationExperts(ExpertBank):
     def quantized_call(self, *args, **kwargs):
         return self.call(*args, **kwargs)
 
-    def take_policy(self, policy):
+    def inherit_policy(self, policy):
         if not self.has_own_policy and not self.built:
             self.has_own_policy = True
             self.dtype_policy = in_floats(policy)
-            self.experts.take_policy(policy)
+            self.experts.inherit_policy(policy)
 
     @property
     def num_capacity_limited(self):

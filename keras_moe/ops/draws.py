@@ -25,21 +25,21 @@ def seeded_generator():
 
 def uniform(shape, seed):
     """Float32 numbers (R, C) between 0 and 1, both excluded; the seed is a `SeedGenerator`."""
-    if backend.compiles_static_shapes():
+    if backend.needs_static_shapes():
         return _hashed(shape, seed)
     return keras.random.uniform(shape, minval=2.0**-24, dtype="float32", seed=seed)
 
 
 def normal(shape, seed):
     """Float32 numbers (R, C) of the normal distribution with mean 0 and deviation 1."""
-    if backend.compiles_static_shapes():
+    if backend.needs_static_shapes():
         return math.sqrt(2) * ops.erfinv(2 * _hashed(shape, seed) - 1)
     return keras.random.normal(shape, dtype="float32", seed=seed)
 
 
 def dropout(inputs, rate, seed):
     """Inputs (..., C), each set to 0 with the probability `rate`, or scaled by 1 / (1 - rate)."""
-    if not backend.compiles_static_shapes():
+    if not backend.needs_static_shapes():
         return keras.random.dropout(inputs, rate, seed=seed)
     shape = ops.shape(inputs)
     kept = ops.reshape(_hashed((math.prod(shape[:-1]), shape[-1]), seed) > rate, shape)

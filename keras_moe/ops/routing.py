@@ -19,7 +19,7 @@ class Routing(NamedTuple):
     """The decision of a router, before any token moves.
 
     - `indices` (T, K) int32: the experts of each token, best first, or in their order where K is E;
-      -1 in a place that is not used. Padding has any, of weight zero.
+      -1 in a place that is not used. Entries of padding are arbitrary; their weight is 0.
     - `weights` (T, K) float32: their combine weights, zero for padding and unused places.
     - `probs` (T, E) float32: scores of all experts, a distribution over E.
     - `logits` (T, E) float32: what the scores were computed from.

@@ -54,7 +54,7 @@ def top_k_indices(scores: Tensor, top_k: int) -> Tensor:
 
 def top_tokens(scores, number):
     """Indices (..., number) of the largest of (..., S), best first; ties go to the lower index."""
-    if backend.compiles_static_shapes():
+    if backend.needs_static_shapes():
         # XLA finds the largest without a sort of all.
         places = ops.top_k(scores, number)[1]
     else:

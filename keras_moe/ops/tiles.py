@@ -19,7 +19,7 @@ from keras_moe.ops.sorting import ceil_divide
 
 # Of all experts together: with so few rows integer kernels are converted in blocks. Each tile of an
 # expert converts its kernel again: with more rows that would happen too often.
-MOST_BLOCK_ROWS = 128
+MAX_BLOCK_ROWS = 128
 
 # Entries of a block of a kernel, 256 KB in float32.
 BLOCK_ENTRIES = 2**16
@@ -120,7 +120,7 @@ def _for_each_tile(problem, compute, carry):
 def _of_expert(problem, linear, expert):
     """The linear map of one expert. Cast per expert on use: idle ones are never cast."""
     num_rows = problem.plan.num_rows()
-    in_blocks = isinstance(num_rows, int) and num_rows <= MOST_BLOCK_ROWS
+    in_blocks = isinstance(num_rows, int) and num_rows <= MAX_BLOCK_ROWS
 
     def stored(weight):
         entry = linears.part_of(weight, lambda stack: _at(stack, expert))
@@ -192,7 +192,7 @@ def _multiply_in_blocks(rows, kernel):
         return add_product(number * length, length, total)
 
     total = ops.zeros((num_rows, width), rows.dtype)
-    if backend.compiles_static_shapes():
+    if backend.needs_static_shapes():
         total = ops.fori_loop(0, num_blocks, nth_block, total)
     else:  # a trip of TensorFlow's loops costs more than a block
         for number in range(num_blocks):

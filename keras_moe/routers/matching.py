@@ -128,7 +128,7 @@ class ExpertChoiceRouter(LogitRouter):
 
     causal = False
     default_losses = ()
-    takes_capacity = False
+    tokens_choose = False
 
     def __init__(self, num_experts: int | None = None, capacity_factor: float = 2.0, **kwargs: Any):
         super().__init__(num_experts, **kwargs)

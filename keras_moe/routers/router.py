@@ -30,7 +30,7 @@ class Router(keras.layers.Layer):
     and `mask` is False there. `context` has the `sequence_length`, `token_ids` and `indices` of the
     call, or None.
 
-    A subclass overrides `plan` if its tokens do not choose experts, and `max_top_k`, `mean_top_k`
+    A subclass overrides `plan` if it is not a token-choice router, and `max_top_k`, `mean_top_k`
     and `min_top_k` if the number of experts differs between tokens. Class attributes describe it:
 
     - `causal`: False if a token's experts depend on other tokens of the batch, which rules the
@@ -92,10 +92,10 @@ class Router(keras.layers.Layer):
     surgeries: tuple = ()
     has_fixed_top_k = False
     # Whether tokens choose experts, so that an expert may be chosen by too many.
-    takes_capacity = True
+    tokens_choose = True
     # Whether all experts serve each token, so that experts are counted by their weights.
     serves_all = False
-    # Whether a mixture has it already.
+    # True once a mixture was built with it.
     is_used = False
 
     def __init__(self, num_experts: int | None = None, **kwargs: Any):
@@ -199,7 +199,7 @@ class Router(keras.layers.Layer):
 
     @property
     def min_top_k(self) -> int:
-        """Fewest experts that do the work of a token; K, or 1 where the weights of all decide."""
+        """Minimum number of experts that serve a token; K, or 1 where the weights of all decide."""
         return 1 if self.serves_all else self.top_k
 
     @property

@@ -73,7 +73,7 @@ class SoftRouter(LogitRouter):
     top_k = 1
     causal = False
     default_losses = ()
-    takes_capacity = False
+    tokens_choose = False
     serves_tasks = False
     normalizes_kernel = True
 

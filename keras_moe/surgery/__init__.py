@@ -21,7 +21,14 @@ from keras_moe.inspection.recording import check_list_of_batches
 from keras_moe.layers.replacement import backbones
 from keras_moe.surgery import cutting, measuring
 
-__all__ = ["Surgery", "add_experts", "apply", "merge_experts", "prune_experts", "set_top_k"]
+__all__ = [
+    "Surgery",
+    "add_experts",
+    "apply_selection",
+    "merge_experts",
+    "prune_experts",
+    "set_top_k",
+]
 __dir__ = __all__.copy
 
 
@@ -42,7 +49,7 @@ class Surgery(NamedTuple):
     num_experts: dict | None = None
 
     def save(self, path: str | os.PathLike) -> None:
-        """Write the choice of experts to a JSON file, for `surgery.apply`."""
+        """Write the choice of experts to a JSON file, for `surgery.apply_selection`."""
         names = ("experts", "usage", "num_experts")
         text = json.dumps({name: getattr(self, name) for name in names})
         pathlib.Path(path).write_text(text, encoding="utf-8")
@@ -151,7 +158,7 @@ def add_experts(
         seed: Integer or None. None draws one from Keras's, see `keras.utils.set_random_seed`.
 
     Returns:
-        A `Surgery`, with the loss before and after. `surgery.apply` does not take it.
+        A `Surgery`, with the loss before and after. `surgery.apply_selection` does not take it.
 
     Raises:
         ValueError: If an argument is out of its range, or a router or bank cannot be copied.
@@ -185,7 +192,7 @@ def add_experts(
 
 
 def set_top_k(model: keras.Layer, top_k: int | dict) -> None:
-    """Let each token go to another number of experts, in place, compiled functions included.
+    """Change `top_k` in place, compiled functions included.
 
     Weights still sum to 1, if they did; with one expert the router learns from its losses only.
 
@@ -229,7 +236,7 @@ def set_top_k(model: keras.Layer, top_k: int | dict) -> None:
     forget_compiled(model)
 
 
-def apply(model: keras.Layer, source: Surgery | str | os.PathLike) -> Surgery:
+def apply_selection(model: keras.Layer, source: Surgery | str | os.PathLike) -> Surgery:
     """Repeat a choice of experts in another model with the same layers, in place.
 
     Args:
@@ -247,7 +254,7 @@ def apply(model: keras.Layer, source: Surgery | str | os.PathLike) -> Surgery:
     >>> experts = keras_moe.layers.FeedForwardExperts(8, 32)
     >>> layer = keras_moe.layers.MixtureOfExperts(experts, name="moe")
     >>> layer.build((None, 16))
-    >>> _ = keras_moe.surgery.apply(layer, keras_moe.surgery.Surgery({"moe": [[1], [6]]}))
+    >>> _ = keras_moe.surgery.apply_selection(layer, keras_moe.surgery.Surgery({"moe": [[1], [6]]}))
     >>> layer.experts.num_experts
     2
     """

@@ -38,7 +38,7 @@ def obstacles(layer, operation):
         yield "a task of a `MultiGateMixtureOfExperts`, which calls the experts for all its tasks"
     if getattr(bank, "processes", None) is not None:
         yield "whose experts are split over processes"
-    if not (router.surgeries and router.takes_capacity):
+    if not (router.surgeries and router.tokens_choose):
         yield f"with a `{type(router).__name__}`, whose logits do not choose the experts of a token"
     elif operation not in router.surgeries:
         yield f"with a `{type(router).__name__}`, whose weights change when experts are duplicated"
