@@ -162,9 +162,8 @@ def _values(name, values, check=None):
 
 
 def _router(name, num_experts, top_k):
-    classes: dict = routers.IDENTIFIERS
     given = {"top_k": top_k} if name in TAKE_TOP_K else {}
-    return classes[name](num_experts=num_experts, **given)
+    return routers.get(name, num_experts, **given)
 
 
 class DefaultsFirst(keras_tuner.Oracle):

@@ -260,8 +260,7 @@ def apply_selection(model: keras.Layer, source: Surgery | str | os.PathLike) -> 
     """
     if not isinstance(source, Surgery):
         saved = json.loads(pathlib.Path(source).read_text(encoding="utf-8"))
-        # Earlier files have no numbers of experts.
-        if not isinstance(saved, dict) or saved.keys() - {"num_experts"} != {"experts", "usage"}:
+        if not isinstance(saved, dict) or saved.keys() != {"experts", "usage", "num_experts"}:
             rule = "`source` must be a file that `Surgery.save` wrote"
             raise ValueError(f"{rule}. Received: {str(source)!r} with {shortened(saved)}")
         source = Surgery(**saved)
