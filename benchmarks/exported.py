@@ -54,15 +54,14 @@ def by_jax(model, path):
     pathlib.Path(path).write_bytes(program.serialize())
 
 
-SAVED_MODEL = Program("", "saved_model", by_keras)
 ONNX = Program(".onnx", "onnx", partial(by_keras, format="onnx"))
 PROGRAMS = {
     "tensorflow": {
-        "saved_model": SAVED_MODEL,
+        "saved_model": Program("", "saved_model", by_keras),
         "onnx": ONNX,
         "litert": Program(".tflite", "litert", partial(by_keras, format="litert")),
     },
-    "jax": {"saved_model": SAVED_MODEL, "jax.export": Program(".jax", "jax", by_jax)},
+    "jax": {"jax.export": Program(".jax", "jax", by_jax)},
     "torch": {
         "onnx": ONNX,
         "torch.export strict": Program(".pt2", "torch", partial(by_torch, strict=True)),

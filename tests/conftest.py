@@ -8,6 +8,8 @@ import gc
 import os
 import random
 import re
+import subprocess
+import sys
 import tempfile
 
 import hypothesis
@@ -37,6 +39,8 @@ def pytest_configure(config):
     for exception in (
         # Keras's own `convert_to_numpy` on PyTorch with NumPy 2.
         "ignore:__array__ implementation doesn't accept a copy keyword:DeprecationWarning",
+        # Keras's own `fit` on JAX 0.12 with labels of int64.
+        "ignore:Explicitly requested dtype int64 requested in ShapeDtypeStruct:UserWarning",
         # Small tests of routers whose experts choose among the tokens of a batch.
         "ignore:Experts choose among all samples:UserWarning",
     ):
@@ -185,3 +189,14 @@ def forget_what_was_compiled():
     forget()
     gc.collect()
     gc.freeze()
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node, error):
+    """End a run whose backend does not start, with its reason: a worker's last words are lost."""
+    if not error:
+        return
+    program = [sys.executable, "-c", "import keras; print(keras.ops.ones(1) + 1)"]
+    started = subprocess.run(program, capture_output=True, text=True)
+    if started.returncode:
+        pytest.exit(f"The backend does not start:\n{started.stderr}", returncode=1)

@@ -19,7 +19,7 @@ PACKAGE = sorted(
     for path in (ROOT / "keras_moe").rglob("*")
     if path.is_file() and path.suffix != ".pyc"
 )
-VERSIONS = [f"3.{minor}" for minor in range(10, 14)]
+VERSIONS = [f"3.{minor}" for minor in range(11, 14)]
 
 
 def run(*command, **kwargs):
@@ -67,7 +67,7 @@ def test_a_wheel_holds_the_package_and_nothing_else(release):
     assert sorted(name for name in names if ".dist-info/" not in name) == PACKAGE
     assert {"keras_moe/py.typed", "keras_moe/reporting/page.html"} < set(names)
     assert any(name.endswith("licenses/LICENSE") for name in names)
-    assert "Requires-Python: >=3.10" in metadata
+    assert "Requires-Python: >=3.11" in metadata
     for version in VERSIONS:
         assert f"Classifier: Programming Language :: Python :: {version}\n" in metadata
 
