@@ -396,6 +396,7 @@ def test_a_router_by_name_fits_its_layer(name):
     layer = layers.MixtureOfExperts(layers.FeedForwardExperts(4, 8), router=name)
     assert [tuple(type(loss).__name__ for loss in layer.router_losses)] == expected
     assert layer.router.num_experts == 4 and layer.router.max_top_k <= 4
+    assert routers.get(name).num_experts is None
     if name == "group_limited":
         with pytest.raises(ValueError, match="num_experts=1"):
             routers.get(name, num_experts=1)
