@@ -13,6 +13,7 @@ from keras_moe import (
     callbacks,
     convert,
     distribution,
+    health,
     inspection,
     layers,
     losses,
@@ -23,7 +24,6 @@ from keras_moe import (
     surgery,
 )
 from keras_moe.generation import generate
-from keras_moe.inspection import health
 from keras_moe.inspection.summaries import summary
 from keras_moe.reporting import report
 from keras_moe.upcycling import freeze_all_but, merge_lora, upcycle

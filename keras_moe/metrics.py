@@ -14,7 +14,6 @@ from keras import ops
 
 from keras_moe._internal import Tensor
 from keras_moe._internal.checks import check_indices, check_integer, check_tensors, host_values
-from keras_moe._internal.former_names import former_names
 from keras_moe._internal.serialization import register
 from keras_moe.ops import balance
 from keras_moe.ops.balance import masked_mean
@@ -39,7 +38,6 @@ __all__ = [
     "router_saturation",
     "unserved_fraction",
 ]
-__getattr__ = former_names(__name__)
 __dir__ = __all__.copy
 
 

@@ -30,7 +30,6 @@ from keras_moe.inspection import summarize
 __all__ = [
     "CostMonitor",
     "DefaultsFirst",
-    "ParetoRow",
     "SearchSpace",
     "WithinBudget",
     "format_table",
@@ -39,7 +38,7 @@ __all__ = [
 __dir__ = __all__.copy
 
 # Routers whose tokens all have K experts, so that the active size is known before the search.
-TAKE_TOP_K = ("cosine", "deepseek_v3", "noisy_top_k", "sinkhorn", "top_k")
+TAKE_TOP_K = ("cosine", "group_limited", "noisy_top_k", "sinkhorn", "top_k")
 SET_TOP_K = ("balanced_assignment", "switch")
 
 
@@ -54,7 +53,7 @@ class SearchSpace:
         active_width: Integers. Widths K * H of the experts of a token, each divisible by each K.
         num_experts: Integers. Numbers of experts, E.
         top_k: Integers. Experts per token, K. "switch" and "balanced_assignment" always have one.
-        routers: Strings. Routers whose tokens all have K experts: "cosine", "deepseek_v3",
+        routers: Strings. Routers whose tokens all have K experts: "cosine", "group_limited",
             "noisy_top_k", "sinkhorn", "top_k", "balanced_assignment" and "switch".
         loss_weights: Dict of names for `losses.get` to floats, their weights.
         capacity_factors: Capacities, as in `layers.MixtureOfExperts`; None is no limit.
@@ -164,9 +163,8 @@ def _values(name, values, check=None):
 
 
 def _router(name, num_experts, top_k):
-    classes: dict = routers.IDENTIFIERS
     given = {"top_k": top_k} if name in TAKE_TOP_K else {}
-    return classes[name](num_experts=num_experts, **given)
+    return routers.get(name, num_experts, **given)
 
 
 class DefaultsFirst(keras_tuner.Oracle):
@@ -268,7 +266,7 @@ class WithinBudget(keras_tuner.Objective):
 
 
 class ParetoRow(NamedTuple):
-    """One trial: `efficient` if no other has a loss as low at a cost as low."""
+    """A row of `pareto_table`."""
 
     trial: str
     cost: float
@@ -280,7 +278,10 @@ class ParetoRow(NamedTuple):
 def pareto_table(
     search: Any, cost: str = "active_flops", loss: str = "val_loss"
 ) -> list[ParetoRow]:
-    """Return all finished trials by cost, the cheapest first, as a list of `ParetoRow`.
+    """Return all finished trials by cost, the cheapest first.
+
+    Each is a named tuple of its `trial`, `cost`, `loss` and `values`, the hyperparameters by name,
+    and whether it is `efficient`: no other has a loss as low at a cost as low.
 
     A warning says if none is within the budget of the search.
 

@@ -42,8 +42,8 @@ BALANCING = {
     "nothing": lambda: (None, []),
     "load_balance 0.01": lambda: (None, [losses.LoadBalance(0.01)]),
     "load_balance 0.1": lambda: (None, [losses.LoadBalance(0.1)]),
-    "global_load_balance 0.1": lambda: (None, [losses.GlobalLoadBalance(0.1)]),
-    "sequence_load_balance 0.1": lambda: (None, [losses.SequenceLoadBalance(0.1)]),
+    "global_load_balance 0.1": lambda: (None, [losses.LoadBalance(0.1, scope="global")]),
+    "sequence_load_balance 0.1": lambda: (None, [losses.LoadBalance(0.1, scope="sequence")]),
     "importance_variation 0.1": lambda: (None, [losses.ImportanceVariation(0.1)]),
     "router_z 0.001": lambda: (None, [losses.RouterZ(0.001)]),
     "loss_free bias": lambda: (routers.LossFreeBias(rate=0.002), []),
@@ -116,7 +116,7 @@ def load(size, data_dir):
 def routed(name, num_classes, size):
     """A model with a router and its default losses."""
     if name == "hash":
-        router = routers.HashRouter(NUM_EXPERTS, size.words + 2, top_k=2)
+        router = routers.HashRouter(NUM_EXPERTS, vocabulary_size=size.words + 2, top_k=2)
     else:
         router = routers.get(name, num_experts=NUM_EXPERTS)
     return build_model(router, None, num_classes, size)

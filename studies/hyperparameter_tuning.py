@@ -8,6 +8,7 @@ adds trials.
 """
 
 import pathlib
+import types
 
 import keras
 import keras_tuner
@@ -136,7 +137,7 @@ def compare(search, ids, labels):
 
 def print_report(report):
     print("\nTrials by active FLOPs a token; * has the least validation loss at its cost")
-    print(tuner.format_table([tuner.ParetoRow(**trial) for trial in report["trials"]]))
+    print(tuner.format_table([types.SimpleNamespace(**trial) for trial in report["trials"]]))
     columns = {
         "active FLOPs": ("{:,.0f}", "cost"),
         "validation loss": ("{:.4f}", "loss"),

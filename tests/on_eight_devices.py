@@ -71,7 +71,7 @@ def model_and_data():
             ),
             layers.MixtureOfExperts(
                 layers.GatedExperts(E, H),
-                router_losses=["load_balance", "router_z", losses.GlobalLoadBalance()],
+                router_losses=["load_balance", "router_z", losses.LoadBalance(scope="global")],
                 name="gated",
             ),
             keras.layers.GlobalAveragePooling1D(),

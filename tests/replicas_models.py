@@ -52,7 +52,7 @@ def global_layers():
     """Layers that treat the batch of all replicas as one."""
     yield from balancer_layers()
     yield moe("strength", routers.ReLURouter(EXPERTS, initial_strength=0.1, growth=2.0))
-    yield moe("global", routers.TopKRouter(EXPERTS), [losses.GlobalLoadBalance(0.5)])
+    yield moe("global", routers.TopKRouter(EXPERTS), [losses.LoadBalance(0.5, scope="global")])
 
 
 def plain_layers():

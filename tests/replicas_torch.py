@@ -43,7 +43,7 @@ def spread_layers():
 
     Their losses are those that treat the batch of all processes as one.
     """
-    sums = [losses.GlobalLoadBalance(0.5), losses.RouterZ(0.5)]
+    sums = [losses.LoadBalance(0.5, scope="global"), losses.RouterZ(0.5)]
     bank = layers.FeedForwardExperts(8, 8)
     yield layers.MixtureOfExperts(bank, router_losses=sums, name="plain")
     router = routers.TopKRouter(8, top_k=3, score="sigmoid", balancer="loss_free")

@@ -14,7 +14,7 @@ from layer_checks import array
 
 import keras_moe
 from keras_moe import convert, inspection, layers, routers, surgery
-from keras_moe.convert.hugging_face import FAMILIES as READ
+from keras_moe.convert.families import IN_FILES as READ
 
 # The models are of PyTorch, and take seconds to import.
 with_transformers = pytest.mark.backends("torch")

@@ -96,7 +96,7 @@ def fitted(callback, **kwargs):
 
 
 def ids_layer():
-    return moe(router=routers.HashRouter(E, 10))
+    return moe(router=routers.HashRouter(E, vocabulary_size=10))
 
 
 def encode(feedforward=None, inputs=X, num_heads=2, **kwargs):
@@ -230,14 +230,14 @@ ARGUMENTS = [
     ("routers.TopPRouter(E, {})", "threshold=1.0"),
     ("routers.ReLURouter(8, {})", "growth=1.0", "initial_strength=0"),
     ("routers.HashRouter(E, {})", "vocabulary_size=0", "vocabulary_size=None"),
-    ("routers.HashRouter(E, 9, {})", "score='x'", "top_k=0", "seed=0.5"),
+    ("routers.HashRouter(E, vocabulary_size=9, {})", "score='x'", "top_k=0", "seed=0.5"),
     ("routers.ExpertChoiceRouter(E, {})", "capacity_factor=-1"),
     ("routers.SinkhornRouter(E, {})", "iterations=0", "top_k=0"),
     ("layers.LowRankExperts(bank(1), {})", "num_experts=0, rank=1", "rank=0, num_experts=1"),
     ("layers.LowRankExperts(bank(1), E, 2, {})", "alpha=0"),
     ("routers.LossFreeBias({})", "rate=0", "accumulation_steps=0"),
     ("routers.QuantileBias({})", "momentum=1.0"),
-    ("losses.LoadBalance({})", "weight=-1", "weight=NAN", "weight='0.1'"),
+    ("losses.LoadBalance({})", "weight=-1", "weight=NAN", "weight='0.1'", "scope='device'"),
     ("losses.MixtureNegativeLogLikelihood({})", "distribution='x'", "scale=0", "dtype='bfloat16'"),
     ("metrics.UsageMetric(metrics.expert_share, {})", "num_experts=0"),
     ("metrics.DeadExpertsOverWindow(E, {})", "window=0"),
@@ -334,13 +334,14 @@ REFUSED = [
     ("tasks(task_names=['a', ''])", "must have names that are not empty"),
     ("tasks(task_names=[0, 1])", "must have names that are not empty"),
     ("tasks(router='soft')", "must choose experts"),
-    ("tasks(router=routers.HashRouter(E, 9))", "must choose experts"),
+    ("tasks(router=routers.HashRouter(E, vocabulary_size=9))", "must choose experts"),
     ("tasks(task_experts=[bank(output_dim=3), bank()])([t()] * 3)", "same number of features"),
     ("routers.TopKRouter(E, dtype='bfloat16')", "always computes in float32"),
     ("routers.TopKRouter(E, balancer=losses.LoadBalance())", "`balancer` must"),
     ("routers.TopKRouter(E, kernel_initializer=lambda s, dtype: t(D, 1))(t())", "`kernel_i"),
     ("routers.GroupLimitedRouter(8, 4, 1, top_k=4)", "`top_groups`"),
-    ("losses.GlobalLoadBalance()(routing())", "outside of one"),
+    ("losses.LoadBalance(scope='global')(routing())", "outside of one"),
+    ("losses.get(losses.MixtureNegativeLogLikelihood())", "an instance of `RouterLoss`"),
     ("likelihood(t(6, 1))", "`y_true` must have"),
     ("likelihood([0, 2], (2, 3, 3), distribution='categorical')", "from 0 to 1, or"),
     ("likelihood(t(6, 1), (6, 3, 4), scale=None)", "even number of outputs"),
@@ -388,7 +389,7 @@ REFUSED = [
     ("inspection.replay_routings(usual(), routing())", "must be a dict"),
     ("inspection.replay_routings(usual(), {'moe': [routing()]})", "must be one routing"),
     ("inspection.moe_layers(plain())", "must have a `MixtureOfExperts`"),
-    ("inspection.health.judge_drops(5)", "must be a share"),
+    ("health.judge_drops(5)", "must be a share"),
     ("reported(path='no/r.html')", "a folder that exists"),
     ("keras_moe.report(plain(), normal(T, D), path='r.html')", "must have a `MixtureOfExperts`"),
     ("reported([normal(6, 5, D)] * 2)", "2 arrays for 1 inputs"),
@@ -408,6 +409,7 @@ REFUSED = [
     ("surgery.merge_experts(lora(moe()), data=[normal()])", "LoRA"),
     ("surgery.merge_experts(built(moe(two_activations())))", "layers, activations"),
     ("surgery.set_top_k(built(ids_layer()), 1)", "by their scores"),
+    ("surgery.set_top_k(built(moe(router='dselect_k')), 1)", "by their scores"),
     ("surgery.add_experts(lora(moe()))", "LoRA"),
     ("surgery.add_experts(built(moe(two_activations())))", "`LayerExperts`"),
     ("surgery.add_experts(built(moe(router=routers.ReLURouter())))", "`ReLURouter`"),

@@ -72,7 +72,7 @@ def test_the_end_of_data_of_unknown_length_is_no_step():
     import tensorflow as tf
 
     router = routers.TopKRouter(E, balancer=routers.LossFreeBias(accumulation_steps=3))
-    global_loss = losses.GlobalLoadBalance(accumulation_steps=2)
+    global_loss = losses.LoadBalance(scope="global", accumulation_steps=2)
     layer = moe(router=router, router_losses=[global_loss, "load_balance"])
     model = compiled_model(keras.Sequential([layer]), jit_compile=False)
     batches = tf.data.Dataset.from_tensor_slices((X[:6], Y[:6])).batch(2).filter(lambda x, y: True)

@@ -13,12 +13,12 @@ FRAMEWORKS = {"tensorflow", "jax", "jaxlib", "torch", "tensorflow_probability", 
 # A part imports from those above it only; one that is not named, such as a tool, from all but the
 # last.
 PARTS = [
-    ("checks", "former_names", "keras_internals", "plain_text", "Tensor"),
+    ("checks", "keras_internals", "plain_text", "Tensor"),
     ("backend", "initializers", "serialization"),
     ("lora", "ops"),
     ("activations", "losses", "metrics", "optimizers", "routers"),
     ("layers",),
-    ("inspection",),
+    ("health", "inspection"),
     ("visualization",),
     (),
     ("__main__",),

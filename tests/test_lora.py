@@ -6,6 +6,7 @@ import pytest
 from backends import assert_close, saved_and_loaded, to_numpy
 from layer_checks import D, normal
 
+import keras_moe
 from keras_moe import layers, routers
 
 E, H, RANK = 4, 6, 2
@@ -64,6 +65,10 @@ def test_only_factors_train_and_a_file_has_the_corrected_kernels(case, tmp_path)
     plain = model_of(case)
     plain.load_weights(tmp_path / "merged.weights.h5")
     assert_close(to_numpy(plain(x)), outputs)
+    keras_moe.merge_lora(model)
+    assert not named(model.weights, ("lora_a", "lora_b"))
+    assert {weight.path for weight in model.trainable_weights} == rest
+    assert_close(to_numpy(model(x)), outputs)
 
 
 def test_kernels_stay_frozen_when_a_model_is_thawed():

@@ -63,7 +63,7 @@ def values_of(logits, mask):
     routing = top_k_routing(logits, 2, mask)
     found = {name: losses.get(name) for name in CASES}
     return {
-        name: loss.compute(routing, **({"sequence_length": S} if loss.per_sequence else {}))
+        name: loss.compute(routing, **({"sequence_length": S} if loss.scope == "sequence" else {}))
         for name, loss in found.items()
     }
 
@@ -112,7 +112,7 @@ def test_the_entropies_of_selectors_are_summed():
 
 
 def test_the_layer_tells_the_loss_what_a_sequence_is():
-    layer = moe(router_losses=[losses.SequenceLoadBalance(1.0)])
+    layer = moe(router_losses=[losses.LoadBalance(1.0, scope="sequence")])
     x = normal(3, 5, D)
     layer(x, training=True)
     (value,) = layer.losses
@@ -125,7 +125,7 @@ def test_the_layer_tells_the_loss_what_a_sequence_is():
 
 def test_the_last_of_several_accumulated_batches_sees_the_shares_of_all():
     steps = 3
-    loss = losses.GlobalLoadBalance(1.0, accumulation_steps=steps)
+    loss = losses.LoadBalance(1.0, accumulation_steps=steps, scope="global")
     layer = moe(router_losses=[loss])
     batches = [normal(8, D, seed=seed) for seed in range(2 * steps)]
     values, routings = [], []
@@ -213,7 +213,7 @@ def test_losses_of_small_examples_are_what_a_hand_computes():
     # The first two tokens choose expert 0: f = 2/3 and 1/3. 2 * (2/3 * 0.6 + 1/3 * 0.4) = 16/15.
     logits = np.log([[0.9, 0.1], [0.6, 0.4], [0.3, 0.7]])
     assert_close(loss_of_logits(losses.LoadBalance(1.0), logits), 16 / 15)
-    assert_close(loss_of_logits(losses.SequenceLoadBalance(1.0), logits), 16 / 15)
+    assert_close(loss_of_logits(losses.LoadBalance(1.0, scope="sequence"), logits), 16 / 15)
     # In a collapse onto two of six experts f = 1/2 and P = 1/2 for both: 6 * (1/4 + 1/4) = 3.
     logits = np.where(np.arange(6) < 2, 50.0, np.zeros((10, 1)))
     assert_close(loss_of_logits(losses.LoadBalance(1.0), logits, top_k=2), 3)

@@ -160,7 +160,7 @@ OF_ROUTINGS = [
     *(metrics.router_entropy, metrics.coactivation),
     lambda routing: metrics.router_saturation(routing, routing),
     lambda routing: metrics.count_table(routing, [0] * T, 1),
-    *(cls(1.0) for cls in losses.IDENTIFIERS.values() if cls is not losses.GlobalLoadBalance),
+    *(cls(1.0) for name, cls in losses.IDENTIFIERS.items() if name != "global_load_balance"),
 ]
 
 
@@ -204,7 +204,7 @@ def test_saliency_is_the_mean_weight_times_norm_of_each_expert(router):
 
 
 def test_saliency_of_experts_that_a_hash_chooses():
-    layer = moe(router=routers.HashRouter(E, 20, top_k=1))
+    layer = moe(router=routers.HashRouter(E, vocabulary_size=20, top_k=1))
     ids = np.arange(15).reshape(3, 5)
     saliency = array(metrics.expert_saliency(layer, normal(3, 5, D), token_ids=ids))
     assert (saliency > 0).sum() > 1

@@ -390,7 +390,7 @@ def test_a_replay_that_is_refused_changes_nothing():
 
 
 def test_hash_routing_may_learn_its_weights():
-    router = routers.HashRouter(E, 10, top_k=2, score="sigmoid")
+    router = routers.HashRouter(E, vocabulary_size=10, top_k=2, score="sigmoid")
     x, ids = normal(6, D), np.arange(6)
     routing = router(x, token_ids=ids)
     np.testing.assert_array_equal(array(routing.indices), array(router.table)[ids])

@@ -84,7 +84,7 @@ def test_every_class_resumes(module, tmp_path):
 
 def test_routers_without_a_seed_resume(tmp_path):
     keras.utils.set_random_seed(0)
-    noisy = ("noisy_top_k", "v_moe", "switch", "deepseek_v3")
+    noisy = ("noisy_top_k", "v_moe", "switch", "group_limited")
     assert_resumes(compiled(*(moe(router=name) for name in noisy)), tmp_path)
 
 
@@ -149,7 +149,7 @@ def test_a_weight_that_was_changed_is_loaded_where_the_constructors_are_the_same
 def test_files_without_these_entries_load(tmp_path):
     def model():
         router = routers.TopKRouter(E, logit_noise=0.1)
-        losses_ = [losses.GlobalLoadBalance(), "router_z"]
+        losses_ = [losses.LoadBalance(scope="global"), "router_z"]
         return compiled(moe(router=router, router_losses=losses_, capacity_factor=1.0))
 
     old, new, path = model(), model(), tmp_path / "old.weights.h5"

@@ -59,7 +59,7 @@ def test_a_hash_router_takes_another_table_and_saves_it(tmp_path):
 def test_masks_are_found_in_compiled_calls_with_several_tensors():
     ids = keras.Input((5,), dtype="int32")
     embedded = keras.layers.Embedding(10, D, mask_zero=True)(ids)
-    hashed = moe(router=routers.HashRouter(E, 10, top_k=2), router_losses=())
+    hashed = moe(router=routers.HashRouter(E, vocabulary_size=10, top_k=2), router_losses=())
     decoder = layers.TransformerDecoderBlock(2, moe(router_losses=()), cross_attention=True)
     outputs = decoder(hashed(embedded, token_ids=ids), context=embedded)
     model = keras.Model(ids, outputs)
@@ -174,7 +174,9 @@ def test_the_weight_of_a_loss_changes_in_training_and_nothing_is_compiled_again(
             traces.append(1)
             return super().compute(routing)
 
-    layer = moe(router_losses=[Traced(0.5), "router_z"])
+    # Another scope is another loss.
+    layer = moe(router_losses=[Traced(0.5), "router_z", losses.LoadBalance(0.0, "sequence")])
+    layer.set_router_loss_weight("sequence_load_balance", 1e-9)
     model = keras.Sequential([keras.Input((5, D)), layer])
     model.compile(keras.optimizers.SGD(0.0), "mse")
     schedule = callbacks.RouterLossSchedule(lambda epoch, weight: weight * (epoch + 1))
@@ -187,4 +189,4 @@ def test_the_weight_of_a_loss_changes_in_training_and_nothing_is_compiled_again(
     assert_close(one, first.history["loss"][0])
     balance = float(array(losses.LoadBalance(0.5)(layer(X, return_routing=True)[1])))
     assert_close(two - one, balance, tolerance=1e-3)
-    assert array(layer.router_loss_weights).tolist() == [1.0, pytest.approx(1e-3)]
+    assert array(layer.router_loss_weights).tolist() == pytest.approx([1.0, 1e-3, 1e-9])

@@ -71,7 +71,7 @@ def test_weights_fit_a_layer_with_other_losses_and_leave_their_weights_alone(tmp
     def model(router_losses):
         return keras.Sequential([keras.Input((5, D)), moe(router_losses=router_losses)])
 
-    old = model([losses.LoadBalance(0.01), losses.GlobalLoadBalance()])
+    old = model([losses.LoadBalance(0.01), losses.LoadBalance(scope="global")])
     old.save_weights(tmp_path / "old.weights.h5")
     for router_losses, weights in (((), []), ([losses.LoadBalance(0.5)], [0.5])):
         new = model(router_losses)

@@ -83,6 +83,20 @@ class Adaptable:
     def add_factors(self, a_initializer="he_uniform", b_initializer="zeros"):
         raise NotImplementedError
 
+    def merge_factors(self) -> None:
+        """Remove the factors; the kernels, which stay frozen, get the corrections."""
+        layer: Any = self
+        store: dict = {}
+        layer.save_own_variables(store)  # with corrected kernels
+        for weight in layer.weights:
+            if "_lora_" in weight.name:
+                delattr(layer, weight.name)
+        for projection in getattr(self, "projections", ()):
+            projection.lora_a = projection.lora_b = None
+        self.lora_rank = self.lora_alpha = None
+        self.lora_enabled, self._corrected = False, ()
+        layer.load_own_variables(store)
+
     def lora_scale(self):
         return (self.lora_alpha or self.lora_rank) / self.lora_rank
 

@@ -14,11 +14,24 @@ PACKAGE = "keras_moe"
 register = keras.saving.register_keras_serializable(package=PACKAGE)
 
 
+def arguments_of(configured):
+    """The arguments of our constructors of an object, which it has as attributes."""
+    classes = type(configured).__mro__
+    own = [cls for cls in classes if cls.__module__.startswith(PACKAGE) and "__init__" in vars(cls)]
+    names: list = sum((_named_arguments(vars(cls)["__init__"]) for cls in reversed(own)), [])
+    return {name: getattr(configured, name) for name in names}
+
+
+def _named_arguments(method):
+    parameters = inspect.signature(method).parameters.items()
+    return [name for name, each in parameters if str(each)[0] != "*"][1:]
+
+
 class Configured:
     """Abstract: an object without weights, such as a loss, that its config describes."""
 
     def get_config(self):
-        return {}
+        return arguments_of(self)
 
     @classmethod
     def from_config(cls, config):
@@ -68,8 +81,7 @@ def config_of(part):
     # A subclass that inherits our `get_config` would be loaded without its arguments. Code that is
     # run by `exec` has no module.
     if str(type(part).get_config.__module__).startswith(PACKAGE):
-        parameters = inspect.signature(type(part).__init__).parameters
-        named = [name for name, each in parameters.items() if str(each)[0] != "*"][1:]
+        named = _named_arguments(type(part).__init__)
         missing = [name for name in named if name not in config["config"]]
         if missing:
             raise NotImplementedError(

@@ -7,8 +7,9 @@ import keras
 import numpy as np
 from keras import ops
 
+from keras_moe import health
 from keras_moe._internal.checks import check_integer
-from keras_moe.inspection import health, moe_layers
+from keras_moe.inspection import moe_layers
 from keras_moe.layers.gate import Counts
 from keras_moe.metrics import is_dead
 
@@ -35,7 +36,7 @@ class ExpertHealth(keras.callbacks.Callback):
     A collapse or such a capacity must last for `patience` checks; at the end of the training one
     check of 5 assignments per expert is enough. Each warning is given once a layer, as a Python
     `UserWarning`, and kept in `findings`, a list of `(step, layer name, health.Finding)`. It
-    repeats when more experts die, and once if `rebalance` has changed the layer in vain. In a
+    repeats when more experts die, and once more if `rebalance` did not help. In a
     collapse dead experts are not reported. Works with and without `ExpertMonitor`, in any order;
     between checks training runs ahead of the device.
 

@@ -258,8 +258,7 @@ _WORDS = re.compile(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])")
 def _loss_names(router_losses):
     """`LoadBalance` or `LoadBalanceLoss` is "load_balance_loss"; a second one ends with "_1"."""
     names = [
-        _WORDS.sub("_", type(loss).__name__).lower().removesuffix("_loss") + "_loss"
-        for loss in router_losses
+        _WORDS.sub("_", loss.name).lower().removesuffix("_loss") + "_loss" for loss in router_losses
     ]
     earlier = [names[:place].count(name) for place, name in enumerate(names)]
     return [f"{name}_{number}" if number else name for name, number in zip(names, earlier)]

@@ -17,7 +17,8 @@ class RouterLossSchedule(keras.callbacks.Callback):
     Args:
         schedule: Function of the epoch, from 0, or of the epoch and the weight in the loss's
             constructor, that returns the weight. A schedule of learning rates is one.
-        loss: String or `losses.RouterLoss`. Name of a loss for `losses.get`, or one of its class.
+        loss: String or `losses.RouterLoss`. Name of a loss for `losses.get`, or one of its class
+            and scope.
 
     Raises:
         TypeError: If there is no such loss, or the schedule is no function.
@@ -35,7 +36,7 @@ class RouterLossSchedule(keras.callbacks.Callback):
             raise TypeError(f"`schedule` must be a function. Received: schedule={schedule!r}")
         self.schedule = schedule
         self.loss = loss
-        self._class = type(losses.get(loss))
+        self._like = losses.get(loss)
         self._takes_weight = True
         try:
             inspect.signature(schedule).bind(0, 0.0)
@@ -57,5 +58,5 @@ class RouterLossSchedule(keras.callbacks.Callback):
             (layer, index)
             for layer in moe_layers(self.model).values()
             for index, loss in enumerate(layer.router_losses)
-            if isinstance(loss, self._class)
+            if isinstance(loss, type(self._like)) and loss.scope == self._like.scope
         ]

@@ -1,6 +1,5 @@
 """Conversion of models and weights from and to other packages."""
 
-from keras_moe._internal.former_names import former_names
 from keras_moe.convert.hugging_face import from_hugging_face, to_hugging_face
 from keras_moe.convert.keras_hub import layout_map, restore, use_sparse_experts
 from keras_moe.convert.peft import from_peft, to_peft
@@ -17,5 +16,4 @@ __all__ = [
     "use_sparse_experts",
 ]
 
-__getattr__ = former_names(__name__)
 __dir__ = __all__.copy

@@ -2,16 +2,17 @@
 
 import functools
 import os
-from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Mapping
+from typing import Any
 
 import keras
 import numpy as np
 
-from keras_moe import activations, losses, routers
+from keras_moe import losses
 from keras_moe._internal.checks import check_choice, check_integer, shortened
 from keras_moe._internal.keras_internals import parameters_of
-from keras_moe.convert.weights import Rule, check_plain, floats_of, read_config, tensor_reader
+from keras_moe.convert.families import IN_FILES, Config
+from keras_moe.convert.weights import check_plain, floats_of, read_config, tensor_reader
 from keras_moe.layers import GatedExperts, GatedFeedForward, MixtureOfExperts
 
 
@@ -49,7 +50,7 @@ def from_hugging_face(
     """
     config = read_config(source) if config is None else config
     config = Config({name: value for name, value in config.items() if value is not None})
-    check_choice("model_type", config.get("model_type"), FAMILIES)
+    check_choice("model_type", config.get("model_type"), IN_FILES)
     if into is not None and kwargs:
         raise ValueError(f"`into` must be given without arguments of a layer. Received: {kwargs}")
     if into is None:
@@ -103,7 +104,7 @@ def arrays_of(mixture, layer, family, but=()):
     but = ("scaling_factor", *but)
     prefix, rules, variables = layout_of(mixture, layer, family, 0, but)
     # Without a place in the family's config, the factor of the router goes into the kernels.
-    has_place = "scaling_factor" in FAMILIES[family].router(config_like(mixture, family))
+    has_place = "scaling_factor" in IN_FILES[family].router(config_like(mixture, family))
     scale = 1.0 if has_place else getattr(mixture.router, "scaling_factor", 1.0)
 
     def value(name):
@@ -124,148 +125,13 @@ def arrays_of(mixture, layer, family, but=()):
     return arrays
 
 
-class Config(dict):
-    """The entries of a `config.json` that are not null."""
-
-    def __missing__(self, name):
-        rule = f"The config of a model of {self['model_type']!r} must have `{name}`"
-        raise ValueError(f"{rule}. Received: {', '.join(self)}")
-
-
-class Family(NamedTuple):
-    """The MoE block of one family of models.
-
-    - `layouts`: pairs of a prefix with `{layer}` and rules, of files and, if other, in memory.
-    - `router`, `experts`: from a `Config` to arguments of our router, a `router_class`, and bank.
-    - `shared`: from a `Config` to the width of the shared expert; `gated_shared`: it has a gate.
-    """
-
-    layouts: tuple[tuple[str, tuple[Rule, ...]], ...]
-    router: Callable
-    experts: Callable = lambda config: {}
-    shared: Callable | None = None
-    gated_shared: bool = False
-    router_class: type = routers.TopKRouter
-
-
-def _dense(theirs, ours):
-    """Rules for linear layers, whose kernels are (outputs, inputs)."""
-    return tuple(
-        Rule(f"{their}.weight", (f"{our}kernel",), transposed=True)
-        for their, our in zip(theirs, ours)
-    )
-
-
-_MLP = "model.layers.{layer}.mlp."
-_BLOCK = "model.layers.{layer}.block_sparse_moe."
-_LFM = "model.layers.{layer}.feed_forward."
-_OURS = ("experts.gate_", "experts.up_", "experts.down_")
-_PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
-_GATE = _dense(["gate"], ["router."])
-_SHARED_GATE = _dense(["shared_expert_gate"], ["shared_gate."])
-_BY_EXPERT = _dense([f"experts.{{expert}}.{name}" for name in _PROJECTIONS], _OURS)
-_BY_NUMBER = _dense([f"experts.{{expert}}.w{number}" for number in (1, 3, 2)], _OURS)
-_STACKED = (
-    Rule("experts.gate_up_proj", ("experts.gate_kernel", "experts.up_kernel"), transposed=True),
-    Rule("experts.down_proj", ("experts.down_kernel",), transposed=True),
-)
-
-
-def _shared(name):
-    ours = ("shared_expert.gate.", "shared_expert.up.", "shared_expert.down.")
-    return _dense([f"{name}.{projection}" for projection in _PROJECTIONS], ours)
-
-
-def _layouts(*others, by_expert=_BY_EXPERT, prefix=_MLP, in_memory=_MLP):
-    """The layouts of files and of models in memory, whose experts are stacked."""
-    return (prefix, (*others, *by_expert)), (in_memory, (*others, *_STACKED))
-
-
-def _bias(theirs):
-    return Rule(theirs, ("router.selection_bias",))
-
-
-_GPT_OSS = (
-    *_dense(["router"], ["router."]),
-    Rule("router.bias", ("router.bias",)),
-    Rule("experts.gate_up_proj", ("experts.gate_kernel", "experts.up_kernel"), interleaved=True),
-    Rule("experts.gate_up_proj_bias", ("experts.gate_bias", "experts.up_bias"), interleaved=True),
-    Rule("experts.down_proj", ("experts.down_kernel",)),
-    Rule("experts.down_proj_bias", ("experts.down_bias",)),
-)
-
-
-def _renormalized(config):
-    return {"renormalize": config["norm_topk_prob"]}
-
-
-def _jittered(config):
-    return {"renormalize": True, "input_jitter": config.get("router_jitter_noise", 0.0)}
-
-
-def _loss_free(config):
-    scale = config["routed_scaling_factor"]
-    return {**_renormalized(config), "scaling_factor": scale, "balancer": "loss_free"}
-
-
-# By `model_type` of their config.
-FAMILIES = {
-    "mixtral": Family(_layouts(*_GATE, by_expert=_BY_NUMBER, prefix=_BLOCK), _jittered),
-    "qwen2_moe": Family(
-        _layouts(*_GATE, *_shared("shared_expert"), *_SHARED_GATE),
-        _renormalized,
-        shared=lambda config: config["shared_expert_intermediate_size"],
-        gated_shared=True,
-    ),
-    "qwen3_moe": Family(_layouts(*_GATE), _renormalized),
-    "olmoe": Family(_layouts(*_GATE), _renormalized),
-    "deepseek_v3": Family(
-        _layouts(*_GATE, _bias("gate.e_score_correction_bias"), *_shared("shared_experts")),
-        lambda config: {
-            **_loss_free(config),
-            "num_groups": config["n_group"],
-            "top_groups": config["topk_group"],
-        },
-        shared=lambda config: config["moe_intermediate_size"] * config["n_shared_experts"],
-        router_class=routers.GroupLimitedRouter,
-    ),
-    "gpt_oss": Family(
-        ((_MLP, _GPT_OSS),),
-        lambda config: {"renormalize": True, "use_bias": True},
-        lambda config: {
-            "activation": activations.quick_gelu,
-            "use_bias": True,
-            "clip": config.get("swiglu_limit", 7.0),
-            "up_shift": 1.0,
-        },
-    ),
-    "minimax_m2": Family(
-        _layouts(*_GATE, _bias("e_score_correction_bias"), by_expert=_BY_NUMBER, prefix=_BLOCK),
-        lambda config: {**_jittered(config), "score": "sigmoid", "balancer": "loss_free"},
-    ),
-    "lfm2_moe": Family(
-        _layouts(*_GATE, _bias("expert_bias"), by_expert=_BY_NUMBER, prefix=_LFM, in_memory=_LFM),
-        lambda config: {**_loss_free(config), "score": "sigmoid"},
-    ),
-}
-
-# Families with the block of another one.
-_ALIKE = {
-    "mixtral": "minimax",
-    "qwen2_moe": "qwen3_next",
-    "qwen3_moe": "mellum",
-    "olmoe": "flex_olmo",
-    "deepseek_v3": "deepseek_v32 dots1 glm4_moe glm4_moe_lite glm_moe_dsa solar_open",
-}
-FAMILIES.update({name: FAMILIES[like] for like in _ALIKE for name in _ALIKE[like].split()})
-
 # Keras and PyTorch compute them alike under one name.
 _ACTIVATIONS = ("silu", "swish", "gelu", "relu", "relu6", "mish", "sigmoid", "tanh", "linear")
 
 
 def _parts_of(config, dtype=None):
     """Arguments of the `MixtureOfExperts` that computes the block of a config."""
-    family = FAMILIES[config["model_type"]]
+    family = IN_FILES[config["model_type"]]
     # Families and releases differ in the name.
     names = ("num_experts", "num_local_experts", "n_routed_experts")
     num_experts = config[next((name for name in names if name in config), names[0])]
@@ -290,7 +156,7 @@ def _parts_of(config, dtype=None):
 def _layout_in(names, family, layer, experts):
     """The prefix and the rules of the family's first layout without a missing weight."""
     missing = []
-    for prefix, rules in FAMILIES[family].layouts:
+    for prefix, rules in IN_FILES[family].layouts:
         prefix = prefix.format(layer=layer)
         wanted = [prefix + rule.theirs.format(expert=e) for e in experts for rule in rules]
         absent = [name for name in wanted if name not in names]
@@ -304,7 +170,7 @@ def _layout_in(names, family, layer, experts):
 def layout_of(mixture, layer, family, number, but=()):
     """The prefix and the rules of a layout of a family, and the variables of a layer by name."""
     layer = check_integer("layer", layer, minimum=0)
-    prefix, rules = FAMILIES[check_choice("family", family, FAMILIES)].layouts[number]
+    prefix, rules = IN_FILES[check_choice("family", family, IN_FILES)].layouts[number]
     check_plain(mixture, but=mixture.experts)
     if "shared_expert" in but:
         rules = [rule for rule in rules if not rule.theirs.startswith("shared_expert")]

@@ -6,7 +6,7 @@ import keras
 
 from keras_moe._internal.keras_internals import own_layers
 from keras_moe._internal.serialization import PACKAGE, Configured, register
-from keras_moe.convert.keras_hub_blocks import FAMILIES, family_of, is_sparse, sparse_layers
+from keras_moe.convert.keras_hub_blocks import BLOCKS, family_of, is_sparse, sparse_layers
 from keras_moe.convert.weights import check_plain
 from keras_moe.layers.replacement import backbones, forget_converters, record, replace
 
@@ -39,7 +39,7 @@ def use_sparse_experts(model: keras.Model) -> keras.Model:
         if family_of(block) and not any(map(is_sparse, own_layers(block)))
     ]
     if not dense and not any(map(is_sparse, model._flatten_layers())):
-        rule = f"`model` must have a MoE block of KerasHub: {', '.join(FAMILIES)}"
+        rule = f"`model` must have a MoE block of KerasHub: {', '.join(BLOCKS)}"
         raise ValueError(f"{rule}. Received: model={model!r}")
     for _, block in dense:
         check_plain(block)

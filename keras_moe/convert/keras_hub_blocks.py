@@ -2,43 +2,20 @@
 
 import inspect
 import operator
-from collections.abc import Callable
-from typing import NamedTuple
 
 import keras
 from keras import ops
 
-from keras_moe import activations, losses, routers
+from keras_moe import losses, routers
 from keras_moe._internal.keras_internals import names_below
-from keras_moe._internal.serialization import load_draws, register, save_draws
-from keras_moe.convert.weights import Rule, floats_of
+from keras_moe._internal.serialization import load_draws, save_draws
+from keras_moe.convert.families import FAMILIES, Config, Family
+from keras_moe.convert.weights import floats_of
 from keras_moe.layers import GatedExperts, MixtureOfExperts
 from keras_moe.ops import GroupedPlan
 
-
-class Family(NamedTuple):
-    """The MoE block of one family of models.
-
-    - `router`, `experts`: paths of the `Dense` layer of its router and of its bank of experts.
-    - `weights`: rules for the weights of the bank, in the order in which KerasHub makes them.
-    - `make_router`: from a block to our router.
-    - `gated`: arguments of our `GatedExperts`.
-    - `shared`, `shared_gate`: names of the expert that serves all tokens and its gate, if any.
-    - `balance`: name of the weight of the load-balancing loss, if it has one.
-    - `returns_weights`: whether it returns the weights of all experts, and not the logits.
-    - `is_decoder`: whether it is a whole decoder layer, which calls its router and its experts.
-    """
-
-    router: str
-    experts: str
-    weights: tuple[Rule, ...]
-    make_router: Callable
-    gated: dict = {}
-    shared: str | None = None
-    shared_gate: str | None = None
-    balance: str | None = None
-    returns_weights: bool = False
-    is_decoder: bool = False
+# Families by the class of their block.
+BLOCKS = {family.block.cls: family for family in FAMILIES.values() if family.block}
 
 
 class BareRouter(routers.TopKRouter):
@@ -48,86 +25,12 @@ class BareRouter(routers.TopKRouter):
         keras.Layer.save_own_variables(self, store)
 
 
-def _renormalized(block, top_k=None, **kwargs):
-    # All weights are assigned later; drawing them would take long.
-    kwargs = {"renormalize": True, "kernel_initializer": "zeros", **kwargs}
-    return BareRouter(block.num_experts, top_k or block.top_k, name="router", **kwargs)
-
-
-@register
-def tanh_gelu(values):
-    return keras.activations.gelu(values, approximate=True)
-
-
-_QWEN = Family(
-    router="_sparse_feedforward_gate_dense",
-    experts="expert_bank",
-    weights=(
-        Rule("_expert_feedforward_gate_dense", ("gate_kernel", "up_kernel")),
-        Rule("_expert_feedforward_output_dense", ("down_kernel",)),
-    ),
-    make_router=lambda block: _renormalized(block, renormalize=block.norm_top_k_prob),
-    balance="router_aux_loss_coefficient",
-)
-
-# By the class of the block.
-FAMILIES = {
-    "MixtralSparseMoeBlock": Family(
-        router="_sparse_feedforward_gate_dense",
-        experts="expert_bank",
-        weights=(
-            Rule("_expert_feedforward_gate_dense", ("gate_kernel",)),
-            Rule("_expert_feedforward_intermediate_dense", ("up_kernel",)),
-            Rule("_expert_feedforward_output_dense", ("down_kernel",)),
-        ),
-        make_router=lambda block: _renormalized(block, input_jitter=block.router_jitter_noise),
-        balance="router_aux_loss_coef",
-    ),
-    "QwenSparseMoeBlock": _QWEN._replace(
-        shared="shared_expert_dense", shared_gate="shared_expert_gate_dense"
-    ),
-    "Qwen3SparseMoeBlock": _QWEN,
-    "Qwen3_5MoeSparseMoeBlock": _QWEN._replace(
-        router="_router_gate",
-        make_router=_renormalized,
-        shared="shared_expert",
-        shared_gate="_shared_expert_gate",
-    ),
-    "GptOssSparseMoeBlock": Family(
-        router="router.router_dense",
-        experts="experts",
-        weights=(
-            Rule("gate_up_proj", ("gate_kernel", "up_kernel"), interleaved=True),
-            Rule("gate_up_proj_bias", ("gate_bias", "up_bias"), interleaved=True),
-            Rule("down_proj", ("down_kernel",)),
-            Rule("down_proj_bias", ("down_bias",)),
-        ),
-        make_router=lambda block: _renormalized(block, use_bias=True),
-        gated=dict(activation=activations.quick_gelu, use_bias=True, clip=7.0, up_shift=1.0),
-        returns_weights=True,
-    ),
-    "Gemma4TextDecoderBlock": Family(
-        router="moe_router.proj",
-        experts="moe_expert_bank",
-        weights=(
-            Rule("gate_proj", ("gate_kernel",)),
-            Rule("up_proj", ("up_kernel",)),
-            Rule("down_proj", ("down_kernel",)),
-            Rule("per_expert_scale", ("output_scale",)),
-        ),
-        make_router=lambda block: _renormalized(block, top_k=block.num_experts_per_token),
-        gated={"activation": tanh_gelu},
-        is_decoder=True,
-    ),
-}
-
-
 def family_of(layer) -> Family | None:
     cls = type(layer)
     own = isinstance(layer, keras.Layer) and cls.__module__.startswith("keras_hub.")
     # Of Gemma 4 there are dense models as well.
     has_experts = getattr(layer, "enable_moe_block", True)
-    return FAMILIES.get(cls.__name__) if own and has_experts else None
+    return BLOCKS.get(cls.__name__) if own and has_experts else None
 
 
 class SparseBlock:
@@ -138,17 +41,18 @@ class SparseBlock:
 
     def __init__(self, block, family, mixture):
         keras.Layer.__init__(self, name=block.name, dtype=block.dtype_policy)
-        self._returns_weights = family.returns_weights
-        holder, (*holders, router) = self, family.router.split(".")
+        names = family.block
+        self._returns_weights = names.returns_weights
+        holder, (*holders, router) = self, names.router.split(".")
         for name in holders:
             setattr(holder, name, keras.Layer(name=name))
             holder = getattr(holder, name)
             holder.built = True
         setattr(holder, router, mixture.router)
-        setattr(self, family.experts, mixture.experts)
-        if family.shared:
-            setattr(self, family.shared, mixture.shared_expert)
-            setattr(self, family.shared_gate, mixture.shared_gate)
+        setattr(self, names.experts, mixture.experts)
+        if names.shared:
+            setattr(self, names.shared, mixture.shared_expert)
+            setattr(self, names.shared_gate, mixture.shared_gate)
         # Keras saves a layer under its first name, and names with an underscore come last.
         self._sparse_mixture = mixture
         self.built = True
@@ -268,16 +172,17 @@ class ScaledMixture(BareMixture):
 
 def sparse_layers(owner, block, family):
     """A dict from KerasHub layers, a block or its parts, to the layers that replace them."""
-    layer = block if family.is_decoder else owner
+    layer = block if family.block.is_decoder else owner
     mixture = _mixture_like(block, family, name=f"{layer.name}_mixture")
     with names_below(block.path):
         mixture.build((None, None, block.hidden_dim))
-    if not family.is_decoder:
+    if not family.block.is_decoder:
         cls = type(block)
         # Under the old name: files of weights use it for layers in a list.
         sparse_class = type(cls.__name__, (SparseBlock, cls), {"__module__": __name__})
         sparse = sparse_class(block, family, mixture)
-        names = (family.router, family.experts, family.shared, family.shared_gate)
+        theirs = family.block
+        names = (theirs.router, theirs.experts, theirs.shared, theirs.shared_gate)
         way_back = _exchange(block, sparse, block.hidden_dim, list(filter(None, names)))
         sparse.make_dense = lambda: {sparse: way_back(sparse, mixture)}
         return {block: sparse}
@@ -338,18 +243,27 @@ def _give_weights(source, target, names):
 
 
 def _mixture_like(block, family, name):
-    arguments = {"dtype": block.dtype_policy, "rules": family.weights, **family.gated}
-    (down,) = (rule.theirs for rule in family.weights if rule.ours == ("down_kernel",))
-    width = getattr(getattr(block, family.experts), down).shape[1]
-    experts = (CalledExperts if family.is_decoder else RelaidExperts)(
-        block.num_experts, width, kernel_initializer="zeros", name="experts", **arguments
+    theirs, dtype = family.block, block.dtype_policy
+    config = Config(
+        norm_topk_prob=getattr(block, "norm_top_k_prob", None),
+        router_jitter_noise=getattr(block, "router_jitter_noise", 0.0),
     )
-    return (ScaledMixture if family.is_decoder else BareMixture)(
+    (down,) = (rule.theirs for rule in theirs.weights if rule.ours == ("down_kernel",))
+    width = getattr(getattr(block, theirs.experts), down).shape[1]
+    top_k = block.num_experts_per_token if theirs.is_decoder else block.top_k
+    # All weights are assigned later; drawing them would take long.
+    arguments: dict = {"kernel_initializer": "zeros", **family.experts(config)}
+    experts = (CalledExperts if theirs.is_decoder else RelaidExperts)(
+        block.num_experts, width, rules=theirs.weights, name="experts", dtype=dtype, **arguments
+    )
+    arguments = {"kernel_initializer": "zeros", **family.router(config)}
+    coefficients = ("router_aux_loss_coef", "router_aux_loss_coefficient")
+    return (ScaledMixture if theirs.is_decoder else BareMixture)(
         experts,
-        family.make_router(block),
-        [losses.LoadBalance(getattr(block, family.balance))] if family.balance else [],
-        shared_expert=getattr(block, family.shared) if family.shared else None,
-        gated_shared_expert=family.shared_gate is not None,
-        dtype=block.dtype_policy,
+        BareRouter(block.num_experts, top_k, name="router", **arguments),
+        [losses.LoadBalance(getattr(block, each)) for each in coefficients if hasattr(block, each)],
+        shared_expert=getattr(block, theirs.shared) if theirs.shared else None,
+        gated_shared_expert=theirs.shared_gate is not None,
+        dtype=dtype,
         name=name,
     )

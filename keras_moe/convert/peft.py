@@ -13,7 +13,8 @@ import re
 import numpy as np
 
 from keras_moe._internal.keras_internals import float_array
-from keras_moe.convert.hugging_face import FAMILIES, layout_of
+from keras_moe.convert.families import IN_FILES
+from keras_moe.convert.hugging_face import layout_of
 from keras_moe.convert.weights import read_config, tensor_reader
 from keras_moe.layers import MixtureOfExperts
 
@@ -46,7 +47,7 @@ def from_peft(
     read, names = tensor_reader(source)
     bank = mixture.experts
     stacked, rules = _experts_of(mixture, layer, family)
-    block, in_files = FAMILIES[family].layouts[0]
+    block, in_files = IN_FILES[family].layouts[0]
     block = block.format(layer=layer)
     # Kernels of single experts by the start of the names of their factors.
     single = {
@@ -148,7 +149,7 @@ def to_peft(
         arrays[f"{start}lora_A.weight"] = np.reshape(a.swapaxes(1, 2), (-1, a.shape[1]))
         arrays[f"{start}lora_B.weight"] = np.reshape(b.transpose(2, 1, 0), (b.shape[2], -1))
         start = start.removesuffix("base_layer.")
-    block = FAMILIES[family].layouts[-1][0].split(".")[-2]
+    block = IN_FILES[family].layouts[-1][0].split(".")[-2]
     return arrays, {
         "peft_type": "LORA",
         "r": rank,

@@ -10,19 +10,12 @@ import numpy as np
 from keras import ops
 
 from keras_moe._internal.keras_internals import own_variables
+from keras_moe.convert.families import FAMILIES
 from keras_moe.convert.hugging_face import arrays_of, config_like
 from keras_moe.inspection.summaries import find_layers
 
-# By the class of a backbone, the model that computes the same with mixtures.
-_MODELS = {
-    "GptOssBackbone": ("gpt_oss", "GptOss"),
-    "LlamaBackbone": ("mixtral", "Mixtral"),
-    "MistralBackbone": ("mixtral", "Mixtral"),
-    "MixtralBackbone": ("mixtral", "Mixtral"),
-    "Qwen3Backbone": ("qwen3_moe", "Qwen3Moe"),
-    "Qwen3MoeBackbone": ("qwen3_moe", "Qwen3Moe"),
-    "QwenMoeBackbone": ("qwen2_moe", "Qwen2Moe"),
-}
+# By the class of a backbone, the family that computes the same with mixtures.
+_FAMILY_OF = {cls: name for name, family in FAMILIES.items() for cls in family.backbones}
 
 # Entries of `config.json`, and attributes of backbones that have one of them.
 _ENTRIES = {
@@ -132,7 +125,7 @@ def _arrays_of(layer):
 
 def _config(backbone, mixtures):
     bases = [cls.__name__ for cls in type(backbone).__mro__]
-    family, cls = next((_MODELS[name] for name in bases if name in _MODELS), (None, None))
+    family = next((_FAMILY_OF[name] for name in bases if name in _FAMILY_OF), None)
     blocks = [config_like(mixture, family) for own in mixtures for mixture in own]
     sizes = {tuple(block[name] for name in _SIZES) for block in blocks}
     dense = [number for number, own in enumerate(mixtures) if not own]
@@ -140,7 +133,7 @@ def _config(backbone, mixtures):
     if family is None or len(sizes) != 1 or (dense and not may_be_dense):
         names = [backbone.transformer_layers[number].name for number in dense]
         raise ValueError(
-            f"`model` must be of KerasHub, with a backbone of {', '.join(_MODELS)}, and have "
+            f"`model` must be of KerasHub, with a backbone of {', '.join(_FAMILY_OF)}, and have "
             "mixtures of one size, in all blocks if Transformers needs that: see `upcycle`. "
             f"Received: {type(backbone).__name__} with sizes {sizes} and dense blocks {names}"
         )
@@ -155,7 +148,7 @@ def _config(backbone, mixtures):
 
     window = of("sliding_window_size", of("sliding_window"))
     config = {
-        "architectures": [f"{cls}ForCausalLM"],
+        "architectures": [f"{FAMILIES[family].model}ForCausalLM"],
         "model_type": family,
         **{name: of(ours) for name, ours in _ENTRIES.items()},
         "head_dim": of("head_dim") or backbone.hidden_dim // backbone.num_query_heads,

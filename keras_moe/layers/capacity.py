@@ -135,7 +135,3 @@ class Capacity(Configured):
         if self.priority == "random":
             return keras.random.uniform(ops.shape(routing.mask), seed=seed)
         return None
-
-    def get_config(self):
-        names = ("factor", "minimum", "multiple_of", "evaluation_factor", "priority")
-        return {name: getattr(self, name) for name in (*names, "per_sequence")}

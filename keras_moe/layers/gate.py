@@ -109,7 +109,7 @@ class Gate(Recomputable):
             raise ValueError(
                 "`capacity_factor` limits how many tokens choose an expert. Received: "
                 f"capacity_factor={shortened(capacity_factor)} with a "
-                f"`{type(self.router).__name__}`, whose tokens do not choose"
+                f"`{type(self.router).__name__}`, which is not a token-choice router"
             )
         # Owned by the layer, so that Keras carries its state through compiled steps.
         self._capacity_seed = keras.random.SeedGenerator() if self.capacity else None

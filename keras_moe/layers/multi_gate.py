@@ -129,7 +129,7 @@ class MultiGateMixtureOfExperts(Recomputable):
             for bank in all_banks:
                 bank.inherit_policy(self.dtype_policy)
         for task in self.tasks:
-            if isinstance(task.router, (routers.SoftRouter, routers.HashRouter)):
+            if not task.router.serves_tasks:
                 rule = "`router` must choose experts by the tokens alone"
                 raise ValueError(f"{rule}. Received: a `{type(task.router).__name__}`")
         sublayers.freeze_parts(self)

@@ -1,11 +1,11 @@
 """Router losses, which training adds to its loss, and the likelihood of a mixture."""
 
+from functools import partial
 from typing import Any
 
 from keras import ops
 
-from keras_moe._internal.checks import check_integer, check_number, shortened
-from keras_moe._internal.former_names import former_names
+from keras_moe._internal.checks import check_choice, check_integer, check_number, shortened
 from keras_moe._internal.serialization import Configured, register, resolve
 from keras_moe.backend import backend
 from keras_moe.losses.likelihood import MixtureNegativeLogLikelihood, pack_mixture
@@ -13,7 +13,6 @@ from keras_moe.ops.balance import entropy, load_importance_product, router_entro
 from keras_moe.ops.selection import chosen_experts
 
 __all__ = [
-    "GlobalLoadBalance",
     "ImportanceVariation",
     "LoadBalance",
     "LoadVariation",
@@ -22,11 +21,9 @@ __all__ = [
     "RouterLoss",
     "RouterZ",
     "SelectorEntropy",
-    "SequenceLoadBalance",
     "get",
     "pack_mixture",
 ]
-__getattr__ = former_names(__name__)
 __dir__ = __all__.copy
 
 
@@ -37,7 +34,7 @@ class RouterLoss(Configured):
     A loss with state implements `state_shapes` as well. Class attributes describe it:
 
     - `balances`: whether it evens out the load. Advice about the layer then names it.
-    - `per_sequence`: whether `compute` has an argument `sequence_length` as well.
+    - `scope`: "sequence" if `compute` has an argument `sequence_length` as well.
     - `usual_weight`, `value_at_balance`: a weight that works or None, and the loss at an even load,
       from which `callbacks.ExpertHealth` judges the present weight.
 
@@ -55,7 +52,7 @@ class RouterLoss(Configured):
     """
 
     balances = False
-    per_sequence = False
+    scope = "batch"
     usual_weight: float | None = None
     value_at_balance = 0.0
 
@@ -67,6 +64,11 @@ class RouterLoss(Configured):
             rule = f"`{type(self).__name__}` is called by a layer, which keeps its state"
             raise ValueError(f"{rule}. Received: a call outside of one")
         return self.weight * self.compute(routing, *args, **kwargs)
+
+    @property
+    def name(self) -> str:
+        """The name of the loss in files and in messages."""
+        return type(self).__name__
 
     def state_shapes(self, num_experts: int) -> dict[str, tuple]:
         """Return the state that each layer keeps, zeros at first: names to (shape, dtype)."""
@@ -80,9 +82,6 @@ class RouterLoss(Configured):
         """
         raise NotImplementedError
 
-    def get_config(self):
-        return {**super().get_config(), "weight": self.weight}
-
 
 @register
 class LoadBalance(RouterLoss):
@@ -91,79 +90,55 @@ class LoadBalance(RouterLoss):
     `f_e` is expert e's share of all assignments over all K choices, before any drop; `P_e` is its
     mean probability, through which alone the gradient flows. The value does not grow with K.
 
-    Arguments, errors and an example: as for `RouterLoss`.
-    Reference: Fedus et al. 2021 (arXiv:2101.03961), eq. 4 to 6.
+    - `scope="batch"`: over all tokens of a call (Fedus et al. 2021, arXiv:2101.03961, eq. 4 to 6).
+    - `scope="sequence"`: over each sequence, then averaged; balance the batch as well. In a layer,
+      a sequence is all axes of its inputs between the first and the last; elsewhere all tokens, or
+      `sequence_length` of them. A sequence of padding alone is left out (DeepSeek-V3,
+      arXiv:2412.19437, eq. 17 to 20).
+    - `scope="global"`: over the batch of an optimizer step, as small batches are hard to balance.
+      `f` counts all its micro-batches so far, on all replicas; `P` comes from this micro-batch, as
+      only that has a gradient. Only layers can call it (Qiu et al. 2025, arXiv:2501.11873, section
+      3).
+
+    Args:
+        weight: Float, at least 0. None: 1e-2, or 1e-4 for sequences.
+        scope: String. "batch", "sequence" or "global".
+        accumulation_steps: Integer. For the global scope, the `gradient_accumulation_steps` of the
+            optimizer, times the calls of the layer in one pass.
+
+    Errors and an example: as for `RouterLoss`.
     """
 
     balances = True
     usual_weight = 1e-2
     value_at_balance = 1.0
 
-    def compute(self, routing):
-        return _load_balance(routing.counts, routing)
-
-
-@register
-class SequenceLoadBalance(RouterLoss):
-    """Spreads the tokens of each sequence over the experts: the mean of their `LoadBalance`.
-
-    Give it a small weight, and balance the batch as well. In a layer, a sequence is all axes of its
-    inputs between the first and the last; elsewhere all tokens, or `sequence_length` of them. A
-    sequence of padding alone is left out.
-
-    Arguments, errors and an example: as for `RouterLoss`.
-    Reference: DeepSeek-V3 (arXiv:2412.19437), eq. 17 to 20.
-    """
-
-    balances = True
-    per_sequence = True
-    value_at_balance = 1.0
-
-    def __init__(self, weight: float = 1e-4):
-        super().__init__(weight)
-
-    def compute(self, routing, sequence_length=None):
-        if sequence_length is None:
-            return _load_balance(routing.counts, routing)
-        num_experts = routing.probs.shape[-1]
-        by_sequence = (-1, sequence_length, num_experts)
-        mask = ops.reshape(routing.mask, (-1, sequence_length, 1))
-        num_real = ops.sum(ops.cast(mask, "float32"), axis=1)
-        probs = ops.where(mask, ops.reshape(routing.probs, by_sequence), 0.0)
-        mean_probs = ops.sum(probs, axis=1) / ops.maximum(num_real, 1.0)
-        chosen = ops.reshape(chosen_experts(routing.indices, num_experts), by_sequence)
-        counts = ops.sum(ops.cast(ops.logical_and(chosen, mask), "float32"), axis=1)
-        losses = load_importance_product(counts, mean_probs)
-        num_sequences = ops.sum(ops.cast(num_real > 0, "float32"))
-        return ops.sum(losses) / ops.maximum(num_sequences, 1.0)
-
-
-@register
-class GlobalLoadBalance(RouterLoss):
-    """`LoadBalance` of the batch of an optimizer step, as small batches are hard to balance.
-
-    The shares `f` count all micro-batches so far in the step, on all replicas. The probabilities
-    `P` come from this micro-batch alone, as only they have a gradient. Only layers can call it.
-
-    Args:
-        accumulation_steps: Integer. The optimizer's `gradient_accumulation_steps` times the calls
-            of the layer in one pass.
-
-    Other arguments, errors and an example: as for `RouterLoss`.
-    Reference: Qiu et al. 2025 (arXiv:2501.11873), section 3.
-    """
-
-    balances = True
-    value_at_balance = 1.0
-
-    def __init__(self, weight: float = 1e-2, accumulation_steps: int = 1):
-        super().__init__(weight)
+    def __init__(
+        self, weight: float | None = None, scope: str = "batch", accumulation_steps: int = 1
+    ):
+        self.scope = check_choice("scope", scope, ("batch", "sequence", "global"))
+        if scope == "sequence":
+            self.usual_weight = 1e-4
+        super().__init__(self.usual_weight if weight is None else weight)
         self.accumulation_steps = check_integer("accumulation_steps", accumulation_steps)
 
+    @property
+    def name(self):
+        return ("" if self.scope == "batch" else self.scope.title()) + super().name
+
     def state_shapes(self, num_experts):
+        if self.scope != "global":
+            return {}
         return {"global_counts": ((num_experts,), "float32"), "global_steps": ((), "int32")}
 
-    def compute(self, routing, state):
+    def compute(self, routing, state=None, sequence_length=None):
+        if self.scope == "global":
+            return self._compute_global(routing, state)
+        if sequence_length is not None:
+            return _mean_of_sequences(routing, sequence_length)
+        return _load_balance(routing.counts, routing)
+
+    def _compute_global(self, routing, state):
         if state is None:
             return _load_balance(routing.counts, routing), None
         counts, steps = state
@@ -171,9 +146,6 @@ class GlobalLoadBalance(RouterLoss):
         counts = ops.where(steps % self.accumulation_steps == 0, 0.0, counts) + added
         steps = backend.control_dependency(added, steps + 1)
         return _load_balance(counts, routing), (counts, steps)
-
-    def get_config(self):
-        return {**super().get_config(), "accumulation_steps": self.accumulation_steps}
 
 
 @register
@@ -262,6 +234,21 @@ def _load_balance(counts, routing):
     return load_importance_product(counts, routing.mean(routing.probs))
 
 
+def _mean_of_sequences(routing, sequence_length):
+    """The mean of the `_load_balance` of each sequence."""
+    num_experts = routing.probs.shape[-1]
+    by_sequence = (-1, sequence_length, num_experts)
+    mask = ops.reshape(routing.mask, (-1, sequence_length, 1))
+    num_real = ops.sum(ops.cast(mask, "float32"), axis=1)
+    probs = ops.where(mask, ops.reshape(routing.probs, by_sequence), 0.0)
+    mean_probs = ops.sum(probs, axis=1) / ops.maximum(num_real, 1.0)
+    chosen = ops.reshape(chosen_experts(routing.indices, num_experts), by_sequence)
+    counts = ops.sum(ops.cast(ops.logical_and(chosen, mask), "float32"), axis=1)
+    losses = load_importance_product(counts, mean_probs)
+    num_sequences = ops.sum(ops.cast(num_real > 0, "float32"))
+    return ops.sum(losses) / ops.maximum(num_sequences, 1.0)
+
+
 @backend.jit_when_eager
 def _squared_variation(values):
     """`variance / mean ** 2` of values (E,), 0 where all are 0."""
@@ -271,23 +258,40 @@ def _squared_variation(values):
     return variance / ops.maximum(ops.square(mean), 1e-10)
 
 
-IDENTIFIERS = {
-    "global_load_balance": GlobalLoadBalance,
+def _read_former(name, scope):
+    """Register a reader of a loss that version 0.2 saved under the name of a class."""
+
+    def from_config(config):
+        return LoadBalance(scope=scope, **config)
+
+    register(type(name, (Configured,), {"from_config": staticmethod(from_config)}))
+
+
+_read_former("SequenceLoadBalance", "sequence")
+_read_former("GlobalLoadBalance", "global")
+
+IDENTIFIERS: dict[str, Any] = {
+    "global_load_balance": partial(LoadBalance, scope="global"),
     "importance_variation": ImportanceVariation,
     "load_balance": LoadBalance,
     "load_variation": LoadVariation,
     "router_entropy": RouterEntropy,
     "router_z": RouterZ,
     "selector_entropy": SelectorEntropy,
-    "sequence_load_balance": SequenceLoadBalance,
+    "sequence_load_balance": partial(LoadBalance, scope="sequence"),
 }
 
 
 def get(identifier: Any) -> RouterLoss:
-    """Return a `RouterLoss` from one, its config, or the name of a class for its defaults.
+    """Return a `RouterLoss` from one, its config, or a name for its defaults.
 
-    Names: "global_load_balance", "importance_variation", "load_balance", "load_variation",
-    "router_entropy", "router_z", "selector_entropy", "sequence_load_balance", else a TypeError.
+    Names: "importance_variation", "load_balance", "load_variation", "router_entropy", "router_z"
+    and "selector_entropy", as the classes; "global_load_balance" and "sequence_load_balance", a
+    `LoadBalance` of that scope.
+
+    Raises:
+        TypeError: If it is none of these, such as `MixtureNegativeLogLikelihood`, which is no loss
+            of a router: it compares outputs with targets, and goes to `model.compile`.
     """
     return resolve("router_losses", identifier, RouterLoss, IDENTIFIERS)
 

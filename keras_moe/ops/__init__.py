@@ -1,6 +1,5 @@
 """Pure functions on tensors: routing, plans and grouped products."""
 
-from keras_moe._internal.former_names import former_names
 from keras_moe.ops.balance import masked_mean
 from keras_moe.ops.capacity import expert_capacity, plan_groups
 from keras_moe.ops.grouped_matmul import grouped_matmul, grouped_outer
@@ -8,12 +7,10 @@ from keras_moe.ops.plans import GroupedPlan
 from keras_moe.ops.platforms import platform
 from keras_moe.ops.routing import Routing, make_routing, top_k_routing
 from keras_moe.ops.selection import top_k_indices
-from keras_moe.ops.soft import SoftPlan
 
 __all__ = [
     "GroupedPlan",
     "Routing",
-    "SoftPlan",
     "expert_capacity",
     "grouped_matmul",
     "grouped_outer",
@@ -24,8 +21,6 @@ __all__ = [
     "top_k_indices",
     "top_k_routing",
 ]
-
-__getattr__ = former_names(__name__)
 
 
 def __dir__():

@@ -19,13 +19,12 @@ import matplotlib
 import numpy as np
 from keras import ops
 
-from keras_moe import metrics, visualization
+from keras_moe import health, metrics, visualization
 from keras_moe._internal.checks import shortened
 from keras_moe._internal.plain_text import as_text
-from keras_moe.inspection import health, moe_layers, summarize
+from keras_moe.inspection import moe_layers, summarize
 from keras_moe.inspection.recording import recorded
 from keras_moe.inspection.summaries import table_row
-from keras_moe.routers.logit_router import LogitRouter
 from keras_moe.visualization import by_layer, label_table, labels_of_tokens, mutual_bits
 
 BATCH_SIZE = 32
@@ -152,11 +151,11 @@ def _study(layer, summary, routing, labels, texts):
 
 def _judge_router(router, routing, entropy):
     logits = routing.logits[routing.mask]
-    if not isinstance(router, LogitRouter) or not len(logits):
+    if not router.has_logits or not len(logits):
         return []  # A fixed router has no confidence to report.
     found = health.judge_router(entropy, health.logit_sizes(logits, router).max(initial=0))
     # Sigmoids are close to each other, however decided the router is: hints are about entropy.
-    with_hints = health.is_shift_invariant(router)
+    with_hints = router.shift_invariant
     return [each for each in found if with_hints or each.level == health.PROBLEM]
 
 

@@ -3,30 +3,28 @@
 from functools import partial
 from typing import Any
 
-from keras_moe._internal.former_names import former_names
 from keras_moe._internal.serialization import resolve
-from keras_moe.routers.balancers import (
-    BalancedAssignmentRouter,
-    LossFreeBias,
-    QuantileBias,
-    SelectionBalancer,
-    SinkhornRouter,
-)
+from keras_moe.routers.balancers import LossFreeBias, QuantileBias, SelectionBalancer
 from keras_moe.routers.fixed import HashRouter
 from keras_moe.routers.logit_router import LogitRouter
+from keras_moe.routers.matching import (
+    BalancedAssignmentRouter,
+    ExpertChoiceRouter,
+    SinkhornRouter,
+)
 from keras_moe.routers.noisy import GShardRouter, NoisyTopKRouter, VMoERouter
 from keras_moe.routers.router import Router
+from keras_moe.routers.soft import DenseRouter, DSelectKRouter, SoftRouter
+from keras_moe.routers.threshold import ReLURouter, TopPRouter
 from keras_moe.routers.top_k import CosineRouter, GroupLimitedRouter, TopKRouter
-from keras_moe.routers.unchosen import DenseRouter, ExpertChoiceRouter, SoftRouter
-from keras_moe.routers.varying import DSelectKRouter, ReLURouter, TopPRouter
 
-IDENTIFIERS = {
+IDENTIFIERS: dict[str, Any] = {
     "balanced_assignment": BalancedAssignmentRouter,
     "cosine": CosineRouter,
-    "deepseek_v3": partial(GroupLimitedRouter, scaling_factor=2.5, balancer="loss_free"),
     "dense": DenseRouter,
     "dselect_k": DSelectKRouter,
     "expert_choice": ExpertChoiceRouter,
+    "group_limited": partial(GroupLimitedRouter, scaling_factor=2.5, balancer="loss_free"),
     "gshard": GShardRouter,
     "noisy_top_k": NoisyTopKRouter,
     "relu": ReLURouter,
@@ -39,16 +37,18 @@ IDENTIFIERS = {
 }
 
 
-def get(identifier: Any, num_experts: int | None, **kwargs: Any) -> Router:
-    """Return a router for a number of experts.
+def get(identifier: Any, num_experts: int | None = None, **kwargs: Any) -> Router:
+    """Return a router from one, its config, or a name.
 
     Args:
         identifier: A `Router`, its config, or a name: "balanced_assignment", "cosine", "dense",
             "dselect_k", "expert_choice", "gshard", "noisy_top_k", "relu", "sinkhorn", "soft",
-            "top_k", "top_p" or "v_moe", each with the defaults of its class; "deepseek_v3", a
+            "top_k", "top_p" or "v_moe", each with the defaults of its class; "group_limited", a
             `GroupLimitedRouter` with `scaling_factor=2.5, balancer="loss_free"`; or "switch", a
-            `TopKRouter` with `top_k=1, input_jitter=0.01`.
-        num_experts: Integer. Number of experts of a router without one.
+            `TopKRouter` with `top_k=1, input_jitter=0.01`. A `HashRouter` has no name, as it needs
+            the size of a vocabulary.
+        num_experts: Integer. Number of experts of a router without one. None: the number of the
+            layer around the router.
         **kwargs: Other arguments of a router that is given by name, such as `top_k`.
 
     Raises:
@@ -56,7 +56,8 @@ def get(identifier: Any, num_experts: int | None, **kwargs: Any) -> Router:
         ValueError: If the number does not fit the arguments of the router.
     """
     router = resolve("router", identifier, Router, IDENTIFIERS, num_experts=num_experts, **kwargs)
-    router.bind(num_experts)
+    if num_experts is not None:
+        router.bind(num_experts)
     return router
 
 
@@ -84,5 +85,4 @@ __all__ = [
     "get",
 ]
 
-__getattr__ = former_names(__name__)
 __dir__ = __all__.copy

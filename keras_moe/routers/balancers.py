@@ -1,10 +1,9 @@
-"""Balance without a loss: selection biases, and routers that match tokens and experts evenly.
+"""Balance without a loss: biases of the scores by which tokens choose experts.
 
 Axes: T tokens, E experts, K experts per token.
 """
 
 import math
-from typing import Any
 
 from keras import ops
 
@@ -12,10 +11,8 @@ from keras_moe._internal import Tensor
 from keras_moe._internal.checks import check_integer, check_number
 from keras_moe._internal.serialization import Configured, register, resolve
 from keras_moe.backend import backend
-from keras_moe.ops.routing import _top_k_routing
-from keras_moe.ops.selection import chosen_experts, take_scores, top_k_indices
-from keras_moe.ops.transport import balanced_assignment, sinkhorn_plan
-from keras_moe.routers.logit_router import LogitRouter
+from keras_moe.ops.routing import Routing
+from keras_moe.ops.selection import take_scores, top_k_indices
 
 
 class SelectionBalancer(Configured):
@@ -25,8 +22,8 @@ class SelectionBalancer(Configured):
     step by the mean of the measurements. So no token's experts depend on later tokens. Padding is
     not measured.
 
-    A subclass implements `measure(routing, scores, bias)` and `update(bias, measured)`; all but the
-    scores (T, E) have length E. `measure` gathers what cannot be averaged over replicas.
+    A subclass implements `measure` and `update`. `measure` gathers what cannot be averaged over
+    replicas.
 
     Args:
         accumulation_steps: Integer. Micro-batches of an optimizer step: the
@@ -40,14 +37,17 @@ class SelectionBalancer(Configured):
     def __init__(self, accumulation_steps: int = 1):
         self.accumulation_steps = check_integer("accumulation_steps", accumulation_steps)
 
-    def measure(self, routing, scores, bias):
+    def measure(self, routing: Routing, scores: Tensor, bias: Tensor) -> Tensor:
+        """Return a measurement (E,) of a batch, by the scores (T, E) and the bias (E,) in force."""
         raise NotImplementedError
 
-    def update(self, bias, measured):
+    def update(self, bias: Tensor, measured: Tensor) -> Tensor:
+        """Return the next bias (E,) from this one and the mean measurement of a step."""
         raise NotImplementedError
 
-    def get_config(self):
-        return {**super().get_config(), "accumulation_steps": self.accumulation_steps}
+    def advice(self) -> str:
+        """Return what to try where the load is uneven in spite of the balancer."""
+        return f"The load is balanced by the selection bias of {type(self).__name__}."
 
 
 @register
@@ -86,8 +86,12 @@ class LossFreeBias(SelectionBalancer):
         bias = bias + self.rate * ops.sign(missing)
         return bias - ops.mean(bias)
 
-    def get_config(self):
-        return {**super().get_config(), "rate": self.rate}
+    def advice(self):
+        fix = "lower the rate if the load jumps from epoch to epoch, else raise it."
+        # Scores are from 0 to 1: no larger rate than 0.01 is advised.
+        if self.rate < 0.01:
+            fix = f"raise the rate, for example to {min(10 * self.rate, 0.01):g}."
+        return f"The load is balanced by LossFreeBias(rate={self.rate:g}): {fix}"
 
 
 @register
@@ -135,8 +139,9 @@ class QuantileBias(SelectionBalancer):
         bias = self.momentum * bias + (1 - self.momentum) * measured
         return bias - ops.mean(bias)
 
-    def get_config(self):
-        return {**super().get_config(), "momentum": self.momentum}
+    def advice(self):
+        fix = "lower the momentum, or use larger batches."
+        return f"The load is balanced by QuantileBias(momentum={self.momentum:g}): {fix}"
 
 
 IDENTIFIERS = {"loss_free": LossFreeBias, "quantile": QuantileBias}
@@ -145,85 +150,3 @@ IDENTIFIERS = {"loss_free": LossFreeBias, "quantile": QuantileBias}
 def get(identifier):
     """Return a balancer from an instance, a config, "loss_free" or "quantile"."""
     return resolve("balancer", identifier, SelectionBalancer, IDENTIFIERS)
-
-
-class MatchingRouter(LogitRouter):
-    """Abstract: in training, tokens and experts are matched by `match(logits, mask)`."""
-
-    causal = False
-    default_losses = ()
-
-    def route(self, tokens, mask, training, **context):
-        logits, mask = self.logits(tokens, mask, training)
-
-        def select(scores):
-            scores = self.match(ops.stop_gradient(logits), mask) if training else scores
-            return top_k_indices(scores, self.top_k)
-
-        score = "softmax" if self.top_k > 1 else "sigmoid"
-        return _top_k_routing(logits, self.top_k, mask, score, renormalize=False, select=select)
-
-    def match(self, logits: Tensor, mask: Tensor) -> Tensor:
-        """Return scores (T, E), whose best are the experts of a token."""
-        raise NotImplementedError
-
-
-@register
-class SinkhornRouter(MatchingRouter):
-    """In training, tokens choose from a plan in which all experts have the same load.
-
-    The weights are scores of the logits: a sigmoid for `top_k=1`, a softmax over all experts
-    otherwise. In evaluation tokens choose by the logits. In training a token's experts depend on
-    the whole batch, so later tokens leak a little.
-
-    Args:
-        top_k: Integer. Experts per token, K, at most E.
-        iterations: Integer. Rounds of the algorithm; fixed, so that it compiles.
-
-    Other arguments, errors, call arguments and returns: as for `LogitRouter`, without `indices`.
-
-    Reference: Clark et al. 2022 (arXiv:2202.01169), section 3.2 and appendix B.
-    """
-
-    def __init__(
-        self, num_experts: int | None = None, top_k: int = 1, iterations: int = 8, **kwargs: Any
-    ):
-        super().__init__(num_experts, **kwargs)
-        self.top_k = check_integer("top_k", top_k)
-        self.iterations = check_integer("iterations", iterations)
-        self.check_num_experts()
-
-    def match(self, logits, mask):
-        return sinkhorn_plan(logits, mask, self.iterations)
-
-    def get_config(self):
-        return {**super().get_config(), "top_k": self.top_k, "iterations": self.iterations}
-
-
-@register
-class BalancedAssignmentRouter(MatchingRouter):
-    """In training every expert has the same number of tokens, assigned by preference.
-
-    One expert per token, its weight the sigmoid of its logit. In evaluation a token goes to its
-    best expert. In training a token's expert depends on the whole batch. The assignment is stable
-    rather than optimal: no token and expert both prefer each other to their assignment. BASE layers
-    also add the input times one minus the weight, as the residual connection around the layer does
-    here.
-
-    Arguments, errors, call arguments and returns: as for `LogitRouter`, without `indices`.
-
-    Example:
-
-    >>> router = keras_moe.routers.BalancedAssignmentRouter(num_experts=4)
-    >>> routing = router(keras.random.normal((32, 64)), training=True)
-    >>> keras.ops.convert_to_numpy(routing.counts).tolist()
-    [8, 8, 8, 8]
-
-    Reference: Lewis et al. 2021, BASE layers (arXiv:2103.16716), section 3.
-    """
-
-    top_k = 1
-
-    def match(self, logits, mask):
-        assigned = ops.expand_dims(balanced_assignment(logits, mask), 1)
-        return ops.cast(chosen_experts(assigned, logits.shape[-1]), "float32")

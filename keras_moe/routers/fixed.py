@@ -26,7 +26,7 @@ class HashRouter(Router):
     `router.table.assign(table)`.
 
     Args:
-        vocabulary_size: Integer. Number of token ids, required. Any integer is an id, modulo this:
+        vocabulary_size: Integer. Number of token ids. Any integer is an id, modulo this:
             larger ones start again from 0, -1 is the last. Beyond int32 the last 32 bits count.
         top_k: Integer. Experts per token, K, at most E.
         seed: Integer seed of the table (vocabulary_size, K).
@@ -46,11 +46,14 @@ class HashRouter(Router):
     """
 
     default_losses = ()
+    serves_tasks = False
+    has_fixed_top_k = True
 
     def __init__(
         self,
         num_experts: int | None = None,
-        vocabulary_size: int | None = None,
+        *,
+        vocabulary_size: int,
         top_k: int = 1,
         seed: int = 0,
         score: str | None = None,
@@ -91,10 +94,6 @@ class HashRouter(Router):
             return _fixed_routing(indices, mask, self.num_experts)
         logits = ops.matmul(tokens, self.kernel)
         return _top_k_routing(logits, self.top_k, mask, self.score, select=lambda scores: indices)
-
-    def get_config(self):
-        names = ("vocabulary_size", "top_k", "seed", "score")
-        return {**super().get_config(), **{name: getattr(self, name) for name in names}}
 
 
 @register
@@ -141,10 +140,6 @@ class ForcedRouter(Router):
                 noise = noise - ops.log(ops.arange(1, num_experts + 1, dtype="float32"))
             indices = top_k_indices(noise, self.top_k)
         return _fixed_routing(indices, mask, num_experts)
-
-    def get_config(self):
-        names = ("top_k", "pattern", "seed")
-        return {**super().get_config(), **{name: getattr(self, name) for name in names}}
 
 
 def _fixed_routing(indices, mask, num_experts):

@@ -35,6 +35,8 @@ class LogitRouter(Adaptable, Router):
     Other arguments, errors, call arguments and returns: as for `Router`.
     """
 
+    has_logits = True
+    surgeries: tuple = ("cut", "merge")
     # Whether a `project` that is overridden multiplies by `times_kernel`, and so has LoRA.
     projects_by_times_kernel = False
 
@@ -169,10 +171,8 @@ class LogitRouter(Adaptable, Router):
         return kernel
 
     def get_config(self):
-        names = ("input_jitter", "logit_noise", "seed", "hidden_dim", "temperature")
         return {
             **super().get_config(),
-            **{name: getattr(self, name) for name in names},
             "kernel_initializer": keras.initializers.serialize(self.kernel_initializer),
             "kernel_regularizer": keras.regularizers.serialize(self.kernel_regularizer),
         }

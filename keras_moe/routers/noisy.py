@@ -49,9 +49,6 @@ class NoisyRouter(LogitRouter):
             weights = distribution(weights)
         return _make_routing(indices, weights, softmax(clean), clean, mask, load=load)
 
-    def get_config(self):
-        return {**super().get_config(), "top_k": self.top_k}
-
 
 @register
 class NoisyTopKRouter(NoisyRouter):
@@ -107,9 +104,6 @@ class VMoERouter(NoisyRouter):
     def deviation(self, tokens):
         return self.noise_std / self.num_experts
 
-    def get_config(self):
-        return {**super().get_config(), "noise_std": self.noise_std}
-
 
 @register
 class GShardRouter(LogitRouter):
@@ -146,6 +140,3 @@ class GShardRouter(LogitRouter):
             indices = ops.where(kept, indices, -1)
             weights = ops.where(kept, weights, 0.0)
         return _make_routing(indices, weights, probs, logits, mask)
-
-    def get_config(self):
-        return {**super().get_config(), "threshold": self.threshold}

@@ -8,7 +8,7 @@ from keras import ops
 
 from keras_moe._internal import Tensor
 from keras_moe._internal.checks import check_indices, check_integer, check_tensors
-from keras_moe._internal.serialization import load_draws, save_draws
+from keras_moe._internal.serialization import arguments_of, load_draws, save_draws
 from keras_moe.backend import backend
 from keras_moe.ops.plans import complete
 from keras_moe.ops.routing import (
@@ -36,6 +36,14 @@ class Router(keras.layers.Layer):
       router out for language models.
     - `default_losses`: names of the losses of a layer that is given none.
     - `replays_indices`: True if `route` chooses `indices` where they are given.
+    - `serves_tasks`: False if it cannot serve as the router of one of many tasks.
+    - `has_logits`: True if its logits are learned, so that `report` judges them.
+    - `normalizes_kernel`: True if rescaling the kernel leaves the logits unchanged; their size is
+      not judged then.
+    - `shift_invariant`: False if a number that is added to all logits of a token matters; the
+      logits themselves are judged then, else how far they are above their mean.
+    - `surgeries`: "cut", "merge" and "copy", as far as `surgery` can do that with its experts.
+    - `has_fixed_top_k`: True if weights depend on `top_k`, so that `surgery` cannot change it.
 
     Args:
         num_experts: Integer. Number of experts, E. None: the number of the layer around the router.
@@ -78,6 +86,11 @@ class Router(keras.layers.Layer):
     causal = True
     default_losses: tuple = ("load_balance", "router_z")
     replays_indices = False
+    serves_tasks = True
+    has_logits = False
+    normalizes_kernel = False
+    surgeries: tuple = ()
+    has_fixed_top_k = False
     # Whether tokens choose experts, so that an expert may be chosen by too many.
     tokens_choose = True
     # Whether all experts serve each token.
@@ -212,6 +225,15 @@ class Router(keras.layers.Layer):
         """Minimum number of experts that serve a token; K, or 1 where the weights of all decide."""
         return 1 if self.serves_all else self.top_k
 
+    @property
+    def shift_invariant(self) -> bool:
+        """Whether adding a number to all logits of a token changes nothing."""
+        return True
+
+    def balance_advice(self) -> str | None:
+        """Return advice for an uneven load in spite of the router, None if it balances nothing."""
+        return None
+
     def save_own_variables(self, store):
         super().save_own_variables(store)
         save_draws(self, store)
@@ -248,4 +270,4 @@ class Router(keras.layers.Layer):
     def get_config(self):
         config = super().get_config()
         del config["dtype"]
-        return {**config, "num_experts": self.num_experts}
+        return {**config, **arguments_of(self)}

@@ -52,6 +52,7 @@ class TopKRouter(LogitRouter):
     """
 
     replays_indices = True
+    surgeries: tuple = ("cut", "merge", "copy")
 
     def __init__(
         self,
@@ -91,6 +92,13 @@ class TopKRouter(LogitRouter):
             self._measurements = self.add_weight(
                 name="measurements", **{**state, "shape": (), "dtype": "int32"}
             )
+
+    @property
+    def shift_invariant(self):
+        return self.score == "softmax"
+
+    def balance_advice(self):
+        return None if self.balancer is None else self.balancer.advice()
 
     def select(self, scores: Tensor) -> Tensor:
         """Return indices (T, K) of the experts with the best scores (T, E)."""
@@ -140,11 +148,8 @@ class TopKRouter(LogitRouter):
         return router
 
     def get_config(self):
-        names = ["top_k", "score", "renormalize", "scaling_factor", "use_bias"]
-        if not self.updates_selection_bias:
-            names.append("updates_selection_bias")
-        own = {name: getattr(self, name) for name in names}
-        return {**super().get_config(), **own, "balancer": config_of(self.balancer)}
+        frozen = {} if self.updates_selection_bias else {"updates_selection_bias": False}
+        return {**super().get_config(), **frozen, "balancer": config_of(self.balancer)}
 
 
 @register
@@ -163,6 +168,7 @@ class CosineRouter(TopKRouter):
     """
 
     projects_by_times_kernel = True
+    normalizes_kernel = True
 
     def __init__(self, num_experts: int | None = None, projection_dim: int = 256, **kwargs: Any):
         super().__init__(num_experts, **kwargs)
@@ -186,9 +192,6 @@ class CosineRouter(TopKRouter):
         scale = ops.exp(ops.minimum(self.log_scale, math.log(100.0)))
         directions = scale * l2_normalize(self.directions, axis=0)
         return cosine_logits(self.times_kernel(tokens), directions)
-
-    def get_config(self):
-        return {**super().get_config(), "projection_dim": self.projection_dim}
 
 
 @register
@@ -239,7 +242,3 @@ class GroupLimitedRouter(TopKRouter):
     def select(self, scores):
         scores = group_limited_scores(scores, self.num_groups, self.top_groups)
         return top_k_indices(scores, self.top_k)
-
-    def get_config(self):
-        groups = {"num_groups": self.num_groups, "top_groups": self.top_groups}
-        return {**super().get_config(), **groups}

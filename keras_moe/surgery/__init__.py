@@ -20,7 +20,6 @@ from keras_moe.convert.keras_hub_blocks import BareMixture
 from keras_moe.inspection import moe_layers
 from keras_moe.inspection.recording import check_list_of_batches
 from keras_moe.layers.replacement import backbones
-from keras_moe.routers import HashRouter
 from keras_moe.surgery import cutting, measuring
 
 __all__ = [
@@ -217,7 +216,7 @@ def set_top_k(model: keras.Layer, top_k: int | dict) -> None:
     changed = {}
     for name, layer in layers.items():
         router = layer.router
-        if "top_k" not in router.get_config() or isinstance(router, HashRouter):
+        if "top_k" not in router.get_config() or router.has_fixed_top_k:
             rule = "A router must choose experts by their scores, with `top_k` in its config"
             raise ValueError(f"{rule}. Received: {name!r} with `{type(router).__name__}`")
         # The constructor checks it.
@@ -264,8 +263,7 @@ def apply_selection(model: keras.Layer, source: Surgery | str | os.PathLike) -> 
     """
     if not isinstance(source, Surgery):
         saved = json.loads(pathlib.Path(source).read_text(encoding="utf-8"))
-        # Earlier files have no numbers of experts.
-        if not isinstance(saved, dict) or saved.keys() - {"num_experts"} != {"experts", "usage"}:
+        if not isinstance(saved, dict) or saved.keys() != {"experts", "usage", "num_experts"}:
             rule = "`source` must be a file that `Surgery.save` wrote"
             raise ValueError(f"{rule}. Received: {str(source)!r} with {shortened(saved)}")
         source = Surgery(**saved)

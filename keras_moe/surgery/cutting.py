@@ -15,7 +15,6 @@ from keras_moe.layers import FeedForwardExperts, GatedExperts, LayerExperts, Lin
 from keras_moe.layers.multi_gate import TaskGate
 from keras_moe.layers.replacement import put_in
 from keras_moe.layers.stacked_experts import StackedExperts
-from keras_moe.routers import LogitRouter, TopKRouter
 
 # Banks with one hidden layer or none, whose features `merge` matches.
 _MATCHED = (FeedForwardExperts, GatedExperts, LinearExperts)
@@ -31,10 +30,10 @@ def obstacles(layer, operation):
         yield "a task of a `MultiGateMixtureOfExperts`, which calls the experts for all its tasks"
     if getattr(bank, "processes", None) is not None:
         yield "whose experts are split over processes"
-    if not isinstance(router, LogitRouter) or not router.tokens_choose:
+    if not (router.surgeries and router.tokens_choose):
         yield f"with a `{type(router).__name__}`, whose logits do not choose the experts of a token"
-    elif operation == "copy" and not isinstance(router, TopKRouter):
-        yield f"with a `{type(router).__name__}`, which gives copies other weights together"
+    elif operation not in router.surgeries:
+        yield f"with a `{type(router).__name__}`, whose weights change when experts are duplicated"
     if not is_stacked and (operation == "copy" or not is_list):
         yield f"with `{type(bank).__name__}`"
     if operation != "cut" and is_stacked and (bank.lora_enabled or bank.quantization_mode):

@@ -19,6 +19,7 @@ from keras_moe._internal.keras_internals import (
     parameters_of,
     set_state,
 )
+from keras_moe._internal.lora import Adaptable
 from keras_moe._internal.serialization import register
 from keras_moe.inspection.summaries import architecture
 from keras_moe.layers import FeedForwardExperts, GatedExperts, LowRankExperts, MixtureOfExperts
@@ -200,13 +201,16 @@ def freeze_all_but(model: keras.Model, pattern: str = "_lora_|router") -> None:
 
 
 def merge_lora(model: keras.Model) -> None:
-    """Merge low-rank experts into kernels: each expert then has its own, and the outputs stay.
+    """Merge low-rank corrections of experts and routers into their kernels; the outputs stay.
+
+    Banks and routers with `enable_lora` lose their factors. In `layers.LowRankExperts` each expert
+    gets kernels of its own.
 
     Args:
-        model: Keras model. It changes in place, with a new optimizer and frozen merged experts.
+        model: Keras model. It changes in place, with a new optimizer. Merged kernels are frozen.
 
     Raises:
-        ValueError: If the model has no `layers.LowRankExperts`.
+        ValueError: If the model has no such layers.
 
     Example:
 
@@ -218,10 +222,14 @@ def merge_lora(model: keras.Model) -> None:
     >>> tuple(layer.experts.up_kernel.shape)
     (4, 8, 16)
     """
-    banks = [layer for layer in model._flatten_layers() if isinstance(layer, LowRankExperts)]
-    if not banks:
-        rule = "`model` must have `LowRankExperts`, as `upcycle(model, rank=...)` makes them"
+    adaptable = [layer for layer in model._flatten_layers() if isinstance(layer, Adaptable)]
+    banks = [layer for layer in adaptable if isinstance(layer, LowRankExperts)]
+    adapted = [layer for layer in adaptable if layer.lora_enabled]
+    if not banks and not adapted:
+        rule = "`model` must have `LowRankExperts`, or banks or routers with LoRA"
         raise ValueError(f"{rule}. Received: `{model.name}` without")
+    for layer in adapted:
+        layer.merge_factors()
     replace(model, {bank: bank.merge() for bank in banks})
 
 

@@ -5,15 +5,12 @@ from typing import NamedTuple
 import numpy as np
 from keras import ops
 
-from keras_moe import routers
 from keras_moe._internal import Tensor
 from keras_moe._internal.checks import check_integer
-from keras_moe._internal.former_names import former_names
 from keras_moe.layers.mixture_of_experts import MixtureOfExperts
 from keras_moe.metrics import as_counts, is_dead
 
 __all__ = ["Finding", "balance_advice", "judge_drops", "judge_load", "judge_router"]
-__getattr__ = former_names(__name__)
 __dir__ = __all__.copy
 
 PROBLEM, HINT = "problem", "hint"
@@ -39,48 +36,11 @@ HEAVY_SHARE = 0.1
 ENOUGH = 20
 # For a collapse, at the end of a training.
 FEW = 5
-# Scores of a selection bias are from 0 to 1: advice names no larger rate.
-LARGE_RATE = 0.01
-
-_BALANCED = "The load is balanced by"
-
-
-def normalizes_kernel(router):
-    """Whether rescaling the kernel of a router leaves its logits unchanged."""
-    known = isinstance(router, (routers.CosineRouter, routers.SoftRouter))
-    return getattr(router, "normalizes_kernel", known)
-
-
-def is_shift_invariant(router):
-    """Whether a number that is added to all logits of a token changes nothing."""
-    known = not isinstance(router, (routers.BalancedAssignmentRouter, routers.ReLURouter))
-    if isinstance(router, routers.TopKRouter):
-        known = router.score == "softmax"
-    elif isinstance(router, routers.SinkhornRouter):
-        known = router.top_k > 1
-    return getattr(router, "shift_invariant", known)
 
 
 def is_large(loss, weight):
     """Whether the weight of a loss should not grow: from ten times its usual weight on."""
     return loss.usual_weight is not None and weight >= LARGE_WEIGHT * loss.usual_weight
-
-
-def _advice_about(part):
-    """Advice for an uneven load in spite of a router or balancer, None if it balances nothing."""
-    if isinstance(part, routers.ReLURouter):
-        return f"The loss of the router balances the load: raise its growth of {part.growth:g}."
-    if isinstance(part, routers.QuantileBias):
-        fix = "lower the momentum, or use larger batches."
-        return f"{_BALANCED} QuantileBias(momentum={part.momentum:g}): {fix}"
-    if isinstance(part, routers.LossFreeBias):
-        fix = "lower the rate if the load jumps from epoch to epoch, else raise it."
-        if part.rate < LARGE_RATE:
-            fix = f"raise the rate, for example to {min(10 * part.rate, LARGE_RATE):g}."
-        return f"{_BALANCED} LossFreeBias(rate={part.rate:g}): {fix}"
-    if isinstance(part, routers.SelectionBalancer):
-        return f"{_BALANCED} the selection bias of {type(part).__name__}."
-    return None
 
 
 def balance_advice(layer: MixtureOfExperts) -> str:
@@ -91,11 +51,10 @@ def balance_advice(layer: MixtureOfExperts) -> str:
             fix = f": give it {'ten times the weight' if weight else 'a weight above 0'}."
             if is_large(loss, weight):
                 fix = ", a large weight: with more the router may learn balance, not the task."
-            advice.append(f"{_BALANCED} {type(loss).__name__}(weight={weight:g}){fix}")
-    by_router = _advice_about(getattr(layer.router, "balancer", None) or layer.router)
+            advice.append(f"The load is balanced by {type(loss).__name__}(weight={weight:g}){fix}")
     bias = "A selection bias balances without a loss: see `balancer` of `TopKRouter`."
     loss = "Nothing balances the load: add `losses.LoadBalance()` to its `router_losses`."
-    advice.append(by_router or (bias if advice else loss))
+    advice.append(layer.router.balance_advice() or (bias if advice else loss))
     return (
         f"{' '.join(advice)} If the features of the layer's inputs have means far from zero, "
         "centre them, by `keras.layers.Normalization` or `BatchNormalization` before the layer. A "
@@ -163,9 +122,9 @@ def judge_drops(dropped: float) -> list[Finding]:
 @np.errstate(invalid="ignore")  # infinite logits become NaN, which is a finding
 def logit_sizes(logits, router):
     """The size of the difference between experts, of logits (T, E) or a kernel (D, E)."""
-    if normalizes_kernel(router):
+    if router.normalizes_kernel:
         return 0.0 * logits  # It learns their scale; NaN stays NaN.
-    if not is_shift_invariant(router):
+    if not router.shift_invariant:
         return np.abs(logits)
     return logits - np.mean(logits, axis=-1, keepdims=True)
 

@@ -1,0 +1,148 @@
+"""Routers that match tokens and experts evenly: a plan, an assignment, or the experts choose.
+
+Axes: T tokens, E experts.
+"""
+
+from typing import Any
+
+from keras import ops
+
+from keras_moe._internal import Tensor
+from keras_moe._internal.checks import check_integer, check_number
+from keras_moe._internal.serialization import register
+from keras_moe.ops.expert_choice import expert_choice_routing
+from keras_moe.ops.routing import _top_k_routing
+from keras_moe.ops.selection import chosen_experts, top_k_indices
+from keras_moe.ops.transport import balanced_assignment, sinkhorn_plan
+from keras_moe.routers.logit_router import LogitRouter
+
+
+class MatchingRouter(LogitRouter):
+    """Abstract: in training, tokens and experts are matched by `match(logits, mask)`."""
+
+    causal = False
+    default_losses = ()
+
+    def route(self, tokens, mask, training, **context):
+        logits, mask = self.logits(tokens, mask, training)
+
+        def select(scores):
+            scores = self.match(ops.stop_gradient(logits), mask) if training else scores
+            return top_k_indices(scores, self.top_k)
+
+        score = "softmax" if self.top_k > 1 else "sigmoid"
+        return _top_k_routing(logits, self.top_k, mask, score, renormalize=False, select=select)
+
+    def match(self, logits: Tensor, mask: Tensor) -> Tensor:
+        """Return scores (T, E), whose best are the experts of a token."""
+        raise NotImplementedError
+
+
+@register
+class SinkhornRouter(MatchingRouter):
+    """In training, tokens choose from a plan in which all experts have the same load.
+
+    The weights are scores of the logits: a sigmoid for `top_k=1`, a softmax over all experts
+    otherwise. In evaluation tokens choose by the logits. In training a token's experts depend on
+    the whole batch, so later tokens leak a little.
+
+    Args:
+        top_k: Integer. Experts per token, K, at most E.
+        iterations: Integer. Rounds of the algorithm; fixed, so that it compiles.
+
+    Other arguments, errors, call arguments and returns: as for `LogitRouter`, without `indices`.
+
+    Reference: Clark et al. 2022 (arXiv:2202.01169), section 3.2 and appendix B.
+    """
+
+    def __init__(
+        self, num_experts: int | None = None, top_k: int = 1, iterations: int = 8, **kwargs: Any
+    ):
+        super().__init__(num_experts, **kwargs)
+        self.top_k = check_integer("top_k", top_k)
+        self.iterations = check_integer("iterations", iterations)
+        self.check_num_experts()
+
+    @property
+    def shift_invariant(self):
+        return self.top_k > 1
+
+    def match(self, logits, mask):
+        return sinkhorn_plan(logits, mask, self.iterations)
+
+
+@register
+class BalancedAssignmentRouter(MatchingRouter):
+    """In training every expert has the same number of tokens, assigned by preference.
+
+    One expert per token, its weight the sigmoid of its logit. In evaluation a token goes to its
+    best expert. In training a token's expert depends on the whole batch. The assignment is stable
+    rather than optimal: no token and expert both prefer each other to their assignment. BASE layers
+    also add the input times one minus the weight, as the residual connection around the layer does
+    here.
+
+    Arguments, errors, call arguments and returns: as for `LogitRouter`, without `indices`.
+
+    Example:
+
+    >>> router = keras_moe.routers.BalancedAssignmentRouter(num_experts=4)
+    >>> routing = router(keras.random.normal((32, 64)), training=True)
+    >>> keras.ops.convert_to_numpy(routing.counts).tolist()
+    [8, 8, 8, 8]
+
+    Reference: Lewis et al. 2021, BASE layers (arXiv:2103.16716), section 3.
+    """
+
+    top_k = 1
+    shift_invariant = False
+
+    def match(self, logits, mask):
+        assigned = ops.expand_dims(balanced_assignment(logits, mask), 1)
+        return ops.cast(chosen_experts(assigned, logits.shape[-1]), "float32")
+
+
+@register
+class ExpertChoiceRouter(LogitRouter):
+    """Each expert takes the same number of best tokens of each sequence.
+
+    The load is balanced by construction and needs no loss. A token is served by any number of
+    experts, perhaps by none. A token's experts depend on later tokens: a language model would see
+    the future in training. Inputs (batch, D) are one sequence, in `predict` too.
+
+    Args:
+        capacity_factor: Float above 0. Experts per token on average. An expert takes
+            `ceil(capacity_factor * S / E)` of the S real tokens of a sequence.
+
+    Other arguments, errors, call arguments and returns: as for `LogitRouter`, without `indices`. K
+    is E: place e is expert e, or -1 if it did not choose the token.
+
+    Example:
+
+    >>> router = keras_moe.routers.ExpertChoiceRouter(num_experts=8, capacity_factor=2.0)
+    >>> routing = router(keras.random.normal((32, 64)))
+    >>> keras.ops.convert_to_numpy(routing.counts).tolist()
+    [8, 8, 8, 8, 8, 8, 8, 8]
+
+    Reference: Zhou et al. 2022 (arXiv:2202.09368), section 3.2.
+    """
+
+    causal = False
+    default_losses = ()
+    tokens_choose = False
+
+    def __init__(self, num_experts: int | None = None, capacity_factor: float = 2.0, **kwargs: Any):
+        super().__init__(num_experts, **kwargs)
+        self.capacity_factor = check_number("capacity_factor", capacity_factor, above=0)
+
+    @property  # type: ignore[misc]
+    def top_k(self) -> int:
+        """All experts, each of which may choose the token."""
+        return self.num_experts
+
+    @property
+    def mean_top_k(self):
+        return min(self.capacity_factor, self.num_experts)
+
+    def route(self, tokens, mask, training, sequence_length=None, **context):
+        logits, mask = self.logits(tokens, mask, training)
+        return expert_choice_routing(logits, self.capacity_factor, mask, sequence_length)

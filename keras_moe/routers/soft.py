@@ -1,0 +1,193 @@
+"""Routers without a discrete choice: all experts serve, slots mix tokens, or selectors learn."""
+
+from typing import Any
+
+import keras
+from keras import ops
+
+from keras_moe._internal.checks import check_integer, check_number
+from keras_moe._internal.initializers import reseeded
+from keras_moe._internal.serialization import register
+from keras_moe.ops.routing import _make_routing
+from keras_moe.ops.scores import cosine_logits, l2_normalize, selector_scores, smooth_step, softmax
+from keras_moe.ops.soft import soft_routing
+from keras_moe.routers.logit_router import LogitRouter
+from keras_moe.routers.router import Router
+
+
+@register
+class DenseRouter(LogitRouter):
+    """All experts serve each token, weighted by a softmax: `y = sum_e p_e f_e(x)`.
+
+    The best choice for a handful of small experts. A `TopKRouter` with `top_k=num_experts` computes
+    the same from the same weights, and can choose fewer later.
+
+    Arguments, errors, call arguments and returns: as for `LogitRouter`, without `indices`.
+
+    References: Jacobs et al. 1991, "Adaptive mixtures of local experts"; Jordan and Jacobs 1994,
+    "Hierarchical mixtures of experts and the EM algorithm".
+    """
+
+    default_losses = ()
+    serves_all = True
+    counted_by_weight = True
+
+    @property  # type: ignore[misc]
+    def top_k(self) -> int:
+        """All experts."""
+        return self.num_experts
+
+    def route(self, tokens, mask, training, **context):
+        logits, mask = self.logits(tokens, mask, training)
+        probs = softmax(logits)
+        experts = ops.arange(self.num_experts, dtype="int32")
+        indices = ops.broadcast_to(experts, ops.shape(probs))
+        return _make_routing(indices, probs, probs, logits, mask)
+
+
+@register
+class SoftRouter(LogitRouter):
+    """Each expert serves a few slots of each sequence, each a weighted mean of its tokens.
+
+    Everything is differentiable and no token is dropped; the experts compute `num_experts * slots`
+    rows a sequence. Each output depends on the whole sequence: not for language models. Inputs
+    (batch, D) are one sequence, in `predict` too.
+
+    Args:
+        slots: Integer. Slots of each expert for each sequence, P.
+
+    Other arguments, errors, call arguments and returns: as for `LogitRouter`, without `indices`.
+    The routing names for each token the one expert it takes most from; all serve it.
+
+    Example:
+
+    >>> experts = keras_moe.layers.FeedForwardExperts(num_experts=4, hidden_dim=32)
+    >>> layer = keras_moe.layers.MixtureOfExperts(experts, router="soft")
+    >>> layer(keras.random.normal((2, 10, 16))).shape
+    (2, 10, 16)
+
+    Reference: Puigcerver et al. 2023 (arXiv:2308.00951), eq. 1 to 3 and, for the unit norms and the
+    scale, section 2.3.
+    """
+
+    top_k = 1
+    causal = False
+    default_losses = ()
+    tokens_choose = False
+    serves_tasks = False
+    normalizes_kernel = True
+
+    def __init__(self, num_experts: int | None = None, slots: int = 1, **kwargs: Any):
+        super().__init__(num_experts, **kwargs)
+        self.slots = check_integer("slots", slots)
+
+    def build(self, tokens_shape):
+        super().build(tokens_shape)
+        self.scale = self.add_weight(name="scale", shape=(), initializer="ones")
+
+    def kernel_shape(self, features):
+        return features, self.num_experts * self.slots
+
+    def project(self, tokens):
+        return cosine_logits(tokens, self.scale * l2_normalize(self.kernel, axis=0))
+
+    def route(self, tokens, mask, training, sequence_length=None, **context):
+        logits, mask = self.logits(tokens, mask, training)
+        return soft_routing(logits, self.num_experts, mask, sequence_length)
+
+
+@register
+class DSelectKRouter(Router):
+    """Up to `top_k` experts, chosen by selectors whose choice becomes exact in training.
+
+    A selector encodes the number of its expert in about log2 E bits. Each bit is a smooth step of a
+    number that is learned: between 0 and 1 at first, so that all experts serve, and exactly 0 or 1
+    in the end. The weights of the selectors come from a softmax. Nothing is discontinuous, unlike
+    the choice of a `TopKRouter`.
+
+    Experts whose weight is exactly 0 are not computed, in training and in inference, and neither
+    the outputs nor a gradient change by that. `losses.SelectorEntropy`, the loss by default, makes
+    the selectors choose; raise its weight if, at the end, more than `top_k` experts have weights.
+
+    Args:
+        top_k: Integer. Number of selectors, K, at most E. Two may select the same expert.
+        per_example: Boolean. Whether a token has a choice of its own. False: all tokens have the
+            same experts and weights, as where each task of a
+            `layers.MultiGateMixtureOfExperts` should find its experts.
+        gamma: Float above 0. Width of the smooth step. A bit is exact when its number leaves the
+            interval from `-gamma / 2` to `gamma / 2`.
+        seed: Integer seed of the initial weights, or None.
+
+    Other arguments, errors and call arguments: as for `Router`, without `indices`.
+
+    Returns:
+        An `ops.Routing` with E choices per token. The index of an expert of weight 0 is -1.
+
+    Example:
+
+    >>> router = keras_moe.routers.DSelectKRouter(num_experts=8, top_k=2)
+    >>> routing = router(keras.random.normal((32, 64)))
+    >>> routing.weights.shape, routing.selectors.shape
+    ((32, 8), (32, 2, 8))
+
+    Reference: Hazimeh et al. 2021, "DSelect-k: Differentiable Selection in the Mixture of Experts
+    with Applications to Multi-Task Learning" (arXiv:2106.03760), section 3.
+    """
+
+    default_losses = ("selector_entropy",)
+    counted_by_weight = True
+    has_fixed_top_k = True
+    min_top_k = 1
+
+    def __init__(
+        self,
+        num_experts: int | None = None,
+        top_k: int = 2,
+        per_example: bool = True,
+        gamma: float = 1.0,
+        seed: int | None = None,
+        **kwargs: Any,
+    ):
+        super().__init__(num_experts, **kwargs)
+        self.top_k = check_integer("top_k", top_k)
+        self.per_example = bool(per_example)
+        self.gamma = check_number("gamma", gamma, above=0)
+        self.seed = None if seed is None else check_integer("seed", seed, minimum=0)
+        self.check_num_experts()
+
+    @property
+    def max_top_k(self) -> int:
+        """All experts: each may have a weight until the selectors have chosen."""
+        return self.num_experts
+
+    def build(self, tokens_shape):
+        # Of each selector the logit of its weight, and its bits.
+        width = self.top_k * (1 + (self.num_experts - 1).bit_length())
+        limit = self.gamma / 100
+        small = keras.initializers.RandomUniform(-limit, limit, seed=self.seed)
+        if self.per_example:
+            self.input_spec = keras.layers.InputSpec(ndim=2, axes={-1: tokens_shape[-1]})
+            self.kernel = self.add_weight(
+                name="kernel", shape=(tokens_shape[-1], width), initializer=small
+            )
+        self.bias = self.add_weight(name="bias", shape=(width,), initializer=reseeded(small, 1))
+
+    def route(self, tokens, mask, training, **context):
+        num_tokens = ops.shape(tokens)[0]
+        if self.per_example:
+            projected = ops.matmul(tokens, self.kernel) + self.bias
+        else:
+            projected = ops.broadcast_to(self.bias, (num_tokens, *self.bias.shape))
+        logits, bits = projected[:, : self.top_k], projected[:, self.top_k :]
+        bits = ops.reshape(bits, (num_tokens, self.top_k, bits.shape[1] // self.top_k))
+        selectors = selector_scores(smooth_step(bits / self.gamma), self.num_experts)
+        weights = ops.einsum("tk,tke->te", softmax(logits), selectors)
+        # `not <=` instead of `>`: a NaN weight stays visible.
+        serves = ops.logical_not(weights <= 0)
+        indices = ops.where(serves, ops.arange(self.num_experts, dtype="int32"), -1)
+        routing = _make_routing(indices, weights, weights, weights, mask)
+        return routing._replace(selectors=selectors)
+
+    def compute_output_spec(self, tokens, *args, **kwargs):
+        selectors = keras.KerasTensor((tokens.shape[0], self.top_k, self.num_experts), "float32")
+        return super().compute_output_spec(tokens, *args, **kwargs)._replace(selectors=selectors)
