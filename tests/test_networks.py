@@ -17,6 +17,7 @@ from backends import (
     differentiated,
     forget,
     gradients,
+    on_one_backend,
     to_tensors,
 )
 from drawn import MASKS, SKEWS, draw_mask
@@ -345,7 +346,7 @@ def test_second_derivatives_of_both_products_equal_a_formula(platform):
         assert_close(actual, expected)
 
 
-@pytest.mark.backends("torch")
+@on_one_backend
 def test_grouped_mm_serves_new_gpus_where_it_is_one_kernel(monkeypatch):
     import torch
 
@@ -364,7 +365,7 @@ def test_grouped_mm_serves_new_gpus_where_it_is_one_kernel(monkeypatch):
     assert not served((9, 0), width=100)
 
 
-@pytest.mark.backends("torch")
+@on_one_backend
 def test_grouped_mm_computes_what_the_loop_computes_and_reads_no_size(monkeypatch):
     import torch
 
@@ -394,7 +395,7 @@ def test_grouped_mm_computes_what_the_loop_computes_and_reads_no_size(monkeypatc
     assert not read
 
 
-@pytest.mark.backends("torch")
+@on_one_backend
 def test_a_backward_pass_may_be_in_another_kind_of_program_than_its_forward_pass(monkeypatch):
     """As where Dynamo compiles parts of a layer only."""
     import torch
@@ -479,7 +480,7 @@ def scaled(factor):
     return lambda x: x * factor
 
 
-@pytest.mark.backends("torch")
+@on_one_backend
 def test_layers_are_alike_if_only_their_weights_differ():
     dense, normal = keras.layers.Dense, keras.initializers.HeNormal
 
@@ -690,7 +691,7 @@ def test_a_forward_pass_keeps_no_pre_activations():
     assert buffer in traced(jax.grad(loss), weights)
 
 
-@pytest.mark.backends("torch")
+@on_one_backend
 def test_what_is_saved_for_the_gradient_is_freed_with_it():
     function, inputs, _ = problem(feed_forward(), ["up", "down"])
     loss = function(*(keras_ops.convert_to_tensor(array).requires_grad_() for array in inputs))

@@ -9,6 +9,7 @@ from backends import (
     assert_close,
     compiled,
     gradients,
+    on_one_backend,
     saved_and_loaded,
     to_numpy,
     to_tensors,
@@ -270,7 +271,7 @@ def test_a_model_is_saved_and_loaded(kind, tmp_path):
     assert_close(to_numpy(loaded(x)), to_numpy(model(x)))
 
 
-@pytest.mark.backends("torch")
+@on_one_backend
 def test_surgery_cuts_experts_and_does_not_merge_them(layer):
     model, x = keras.Sequential([keras.Input((D,)), layer]), normal(T, D)
     with pytest.raises(ValueError, match="hidden features cannot be matched"):

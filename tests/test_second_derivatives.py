@@ -5,7 +5,7 @@
 
 import numpy as np
 import pytest
-from backends import BACKEND, FAST_MODE, MODES, assert_close, compiled, to_numpy
+from backends import BACKEND, FAST_MODE, MODES, assert_close, compiled, on_one_backend, to_numpy
 from keras import ops
 from layer_checks import normal
 
@@ -116,7 +116,7 @@ def test_transformations_of_jax():
     assert_close(slope, np.vdot(gradients[0], direction), tolerance=1e-4)
 
 
-@pytest.mark.backends("torch")
+@on_one_backend
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")
 def test_transformations_of_torch():
     import torch

@@ -5,14 +5,20 @@ import functools
 import keras
 import numpy as np
 import pytest
-from backends import BACKEND, QUICK_JIT, run_python, saved_and_loaded, unless_compiled
+from backends import (
+    BACKEND,
+    QUICK_JIT,
+    on_one_backend,
+    run_python,
+    saved_and_loaded,
+    unless_compiled,
+)
 from layer_checks import array, normal
 
 import keras_moe
 from keras_moe import inspection, layers
 from keras_moe._internal.keras_internals import parameters_of
 
-on_one_backend = pytest.mark.backends("torch")
 VOCABULARY, D, H = 12, 4, 8
 IDS = np.random.default_rng(0).integers(1, VOCABULARY, (4, 6))
 TARGETS = np.roll(IDS, -1, axis=1)
