@@ -86,19 +86,16 @@ class RelaidExperts(GatedExperts):
 
     def __init__(self, num_experts, *args, rules, **kwargs):
         super().__init__(num_experts, *args, **kwargs)
-        self._rules = rules
-
-    def get_config(self):
-        return {**super().get_config(), "rules": self._rules}
+        self.rules = rules
 
     def save_own_variables(self, store):
-        for index, rule in enumerate(self._rules):
+        for index, rule in enumerate(self.rules):
             # Files of KerasHub have no place for scales and factors.
             store[str(index)] = rule.join([floats_of(self, name) for name in rule.ours])
 
     def load_own_variables(self, store):
         own: dict = {}
-        for index, rule in enumerate(self._rules):
+        for index, rule in enumerate(self.rules):
             own.update(zip(rule.ours, rule.split(store[str(index)])))
         values: list = []
         for projection in self.projections:
@@ -131,6 +128,8 @@ class CalledExperts(RelaidExperts):
 
     A decoder calls them with inputs of the router, and the mixture with a plan.
     """
+
+    fixed_arguments = ("run_mixture",)
 
     def __init__(self, *args, run_mixture=None, **kwargs):
         super().__init__(*args, **kwargs)
