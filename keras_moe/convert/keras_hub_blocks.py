@@ -84,9 +84,14 @@ def token_mask(attention_mask, leading):
 class RelaidExperts(GatedExperts):
     """Gated experts whose files have the layout of another bank."""
 
+    fixed_arguments = ("rules", "run_mixture")  # that no config of a file has
+
     def __init__(self, num_experts, *args, rules, **kwargs):
         super().__init__(num_experts, *args, **kwargs)
         self.rules = rules
+
+    def get_config(self):
+        return {**super().get_config(), "rules": self.rules}
 
     def save_own_variables(self, store):
         for index, rule in enumerate(self.rules):
@@ -128,8 +133,6 @@ class CalledExperts(RelaidExperts):
 
     A decoder calls them with inputs of the router, and the mixture with a plan.
     """
-
-    fixed_arguments = ("run_mixture",)
 
     def __init__(self, *args, run_mixture=None, **kwargs):
         super().__init__(*args, **kwargs)
