@@ -19,7 +19,19 @@ def arguments_of(configured):
     classes = type(configured).__mro__
     own = [cls for cls in classes if cls.__module__.startswith(PACKAGE) and "__init__" in vars(cls)]
     names: list = sum((_named_arguments(vars(cls)["__init__"]) for cls in reversed(own)), [])
-    return {name: getattr(configured, name) for name in names}
+    fixed = getattr(configured, "fixed_arguments", ())
+    return {name: _serialized(getattr(configured, name)) for name in names if name not in fixed}
+
+
+def _serialized(value):
+    """An argument in a config: parts as configs, and what Keras has by name as Keras writes it."""
+    if isinstance(value, (list, tuple)):
+        return list(map(_serialized, value))
+    if isinstance(value, (keras.Layer, Configured)):
+        return config_of(value)
+    if isinstance(value, (keras.initializers.Initializer, keras.regularizers.Regularizer)):
+        return keras.saving.serialize_keras_object(value)
+    return keras.activations.serialize(value) if callable(value) else value
 
 
 def _named_arguments(method):

@@ -84,21 +84,23 @@ def token_mask(attention_mask, leading):
 class RelaidExperts(GatedExperts):
     """Gated experts whose files have the layout of another bank."""
 
+    fixed_arguments = ("rules", "run_mixture")  # that no config of a file has
+
     def __init__(self, num_experts, *args, rules, **kwargs):
         super().__init__(num_experts, *args, **kwargs)
-        self._rules = rules
+        self.rules = rules
 
     def get_config(self):
-        return {**super().get_config(), "rules": self._rules}
+        return {**super().get_config(), "rules": self.rules}
 
     def save_own_variables(self, store):
-        for index, rule in enumerate(self._rules):
+        for index, rule in enumerate(self.rules):
             # Files of KerasHub have no place for scales and factors.
             store[str(index)] = rule.join([floats_of(self, name) for name in rule.ours])
 
     def load_own_variables(self, store):
         own: dict = {}
-        for index, rule in enumerate(self._rules):
+        for index, rule in enumerate(self.rules):
             own.update(zip(rule.ours, rule.split(store[str(index)])))
         values: list = []
         for projection in self.projections:

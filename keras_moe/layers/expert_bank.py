@@ -7,13 +7,13 @@ import keras
 from keras import ops
 
 from keras_moe._internal import Tensor
+from keras_moe._internal.base_layer import BaseLayer
 from keras_moe._internal.checks import check_integer
 from keras_moe._internal.serialization import resolve
-from keras_moe.backend import backend
 from keras_moe.ops.plans import GroupedPlan, plan_experts
 
 
-class ExpertBank(keras.layers.Layer):
+class ExpertBank(BaseLayer):
     """Abstract: E experts that serve the tokens a plan assigns to them.
 
     A subclass implements `call(tokens, plan)`, and `compute_output_shape(tokens_shape)` if D' is
@@ -37,7 +37,6 @@ class ExpertBank(keras.layers.Layer):
     def __init__(self, num_experts: int, **kwargs: Any):
         # Keras would cast the float32 weights of the plan to the compute dtype.
         super().__init__(autocast=False, **kwargs)
-        backend.separate_losses(self)
         self.num_experts = check_integer("num_experts", num_experts)
         self.has_own_policy = kwargs.get("dtype") is not None
 

@@ -7,6 +7,7 @@ import keras
 from keras import ops
 
 from keras_moe._internal import Tensor
+from keras_moe._internal.base_layer import BaseLayer
 from keras_moe._internal.checks import check_integer, check_number
 from keras_moe._internal.serialization import register
 from keras_moe.layers.stacked_experts import StackedExperts
@@ -63,10 +64,6 @@ class FeedForwardExperts(StackedExperts):
     def network(self, rows, linear):
         hidden = self.activation(linear("up", rows))
         return linear("down", linear.dropout(hidden, self.dropout))
-
-    def get_config(self):
-        names = ("hidden_dim", "output_dim", "dropout")
-        return {**super().get_config(), **{name: getattr(self, name) for name in names}}
 
 
 @register
@@ -134,10 +131,6 @@ class GatedExperts(StackedExperts):
             up = up + self.up_shift
         return linear("down", linear.dropout(self.activation(gate) * up, self.dropout))
 
-    def get_config(self):
-        names = ("hidden_dim", "clip", "up_shift", "output_dim", "dropout")
-        return {**super().get_config(), **{name: getattr(self, name) for name in names}}
-
 
 @register
 class LinearExperts(StackedExperts):
@@ -162,6 +155,7 @@ class LinearExperts(StackedExperts):
     """
 
     settings = ()
+    fixed_arguments = ("activation",)
 
     def __init__(self, num_experts: int, output_dim: int, use_bias: bool = True, **kwargs: Any):
         super().__init__(num_experts, activation=None, use_bias=use_bias, **kwargs)
@@ -173,14 +167,9 @@ class LinearExperts(StackedExperts):
     def network(self, rows, linear):
         return linear("up", rows)
 
-    def get_config(self):
-        config = {**super().get_config(), "output_dim": self.output_dim}
-        del config["activation"]
-        return config
-
 
 @register
-class GatedFeedForward(keras.layers.Layer):
+class GatedFeedForward(BaseLayer):
     """`(activation(x Wg) * (x Wu)) Wd` for all tokens: one expert of `GatedExperts` as a layer.
 
     It consists of three `Dense` layers, `gate`, `up` and `down`, and serves as a shared expert.
@@ -241,19 +230,10 @@ class GatedFeedForward(keras.layers.Layer):
     def call(self, inputs: Tensor) -> Tensor:
         return self.down(self.gate(inputs) * self.up(inputs))
 
-    def quantized_call(self, *args, **kwargs):
-        return self.call(*args, **kwargs)
-
     def compute_output_shape(self, inputs_shape):
         return tuple(inputs_shape)
 
     def get_config(self):
         # Keras quantizes the three layers, and a loaded layer must be built with their policy.
         policy = self.down.dtype_policy if self.built else self.dtype_policy
-        return {
-            **super().get_config(),
-            "dtype": keras.dtype_policies.serialize(policy),
-            "hidden_dim": self.hidden_dim,
-            "activation": keras.activations.serialize(self.activation),
-            "use_bias": self.use_bias,
-        }
+        return {**super().get_config(), "dtype": keras.dtype_policies.serialize(policy)}

@@ -11,7 +11,7 @@ from keras import ops
 from keras_moe._internal import Tensor
 from keras_moe._internal.checks import shortened
 from keras_moe._internal.keras_internals import parameters_of, recompute_as_one
-from keras_moe._internal.serialization import config_of, note_part, register
+from keras_moe._internal.serialization import note_part, register
 from keras_moe.backend import backend
 from keras_moe.backend.padded import pad_tiles
 from keras_moe.layers.expert_bank import ExpertBank
@@ -72,6 +72,8 @@ class LayerExperts(ExpertBank):
     Reference: Jacobs et al. 1991, "Adaptive mixtures of local experts", where an expert may be any
     network.
     """
+
+    fixed_arguments = ("num_experts",)
 
     def __init__(self, layers: Sequence[keras.Layer], **kwargs: Any):
         given, revive = layers, keras.saving.deserialize_keras_object
@@ -205,9 +207,6 @@ class LayerExperts(ExpertBank):
         if self.built:
             return (tokens_shape[0], *self._output_shape)
         return self.layers[0].compute_output_shape(tokens_shape)
-
-    def get_config(self):
-        return {**super().get_config(), "layers": [config_of(layer) for layer in self.layers]}
 
 
 def _sum(losses, start):

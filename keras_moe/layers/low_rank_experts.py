@@ -23,7 +23,7 @@ from keras_moe._internal import Tensor
 from keras_moe._internal.checks import check_indices, check_integer, check_number
 from keras_moe._internal.initializers import EachExpert
 from keras_moe._internal.keras_internals import names_beside
-from keras_moe._internal.serialization import config_of, register
+from keras_moe._internal.serialization import register
 from keras_moe.backend import backend
 from keras_moe.layers import expert_bank
 from keras_moe.layers.expert_bank import ExpertBank
@@ -86,6 +86,10 @@ class LowRankExperts(StackedExperts):
 
     settings = ("base_network", "widths_of_base", "use_bias", "scale")
     projection_class = _Factor
+    fixed_arguments = (
+        *("activation", "use_bias", "kernel_initializer", "bias_initializer"),
+        *("kernel_regularizer", "bias_regularizer"),
+    )
     _corrected = ("base",)
 
     def __init__(
@@ -238,17 +242,6 @@ class LowRankExperts(StackedExperts):
             if old.bias is not None:
                 new.bias.assign(np.repeat(ops.convert_to_numpy(old.bias), len(experts), axis=0))
         return bank
-
-    def get_config(self):
-        return {
-            **super(StackedExperts, self).get_config(),
-            "base": config_of(self.base),
-            "num_experts": self.num_experts,
-            "rank": self.rank,
-            "alpha": self.alpha,
-            "a_initializer": keras.initializers.serialize(self.a_initializer),
-            "b_initializer": keras.initializers.serialize(self.b_initializer),
-        }
 
 
 def _frozen(rows, linear):

@@ -326,13 +326,7 @@ class MixtureOfExperts(Gate):
     def get_config(self):
         return {
             **super().get_config(),
-            "experts": config_of(self.experts),
-            "router": config_of(self.router),
-            "router_losses": [config_of(loss) for loss in self.router_losses],
-            "shared_expert": config_of(self.shared_expert),
-            "gated_shared_expert": self.gated_shared_expert,
             "capacity_factor": config_of(self.capacity),
-            "token_axes": self.token_axes,
             "top_k": self.router.top_k if self._names_top_k else None,  # surgery may change it
         }
 

@@ -15,7 +15,7 @@ from keras_moe import losses, routers
 from keras_moe._internal import Tensor
 from keras_moe._internal.checks import check_integer, check_tensors, shortened
 from keras_moe._internal.initializers import reseeded
-from keras_moe._internal.serialization import config_of, register
+from keras_moe._internal.serialization import register
 from keras_moe.layers import expert_bank, sublayers
 from keras_moe.layers.expert_bank import ExpertBank
 from keras_moe.layers.gate import Gate
@@ -220,16 +220,13 @@ class MultiGateMixtureOfExperts(Recomputable):
         return super().compute_output_spec(inputs, mask, *args, **kwargs)
 
     def get_config(self):
-        return {
-            **super().get_config(),
-            "experts": config_of(self.experts),
-            "num_tasks": self.num_tasks,
-            "router": [config_of(task.router) for task in self.tasks],
-            "task_experts": [config_of(bank) for bank in self.task_experts] or None,
-            "router_losses": self.router_losses and list(map(config_of, self.router_losses)),
-            "shared_output": self.shared_output,
-            "task_names": self.task_names,
-        }
+        config = super().get_config()
+        return {**config, "task_experts": config["task_experts"] or None}
+
+    @property
+    def router(self) -> list[Router]:
+        """The routers of all tasks, and of the shared output."""
+        return [task.router for task in self.tasks]
 
 
 class TaskGate(Gate):

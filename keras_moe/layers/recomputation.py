@@ -6,11 +6,11 @@ computed again in the backward pass, it would do all of that again, from another
 
 import functools
 import inspect
-from typing import Any
 
 import keras
 from keras import ops
 
+from keras_moe._internal.base_layer import BaseLayer
 from keras_moe._internal.keras_internals import (
     current_call,
     get_keras_mask,
@@ -22,20 +22,13 @@ from keras_moe._internal.keras_internals import (
 from keras_moe.backend import backend
 
 
-class Recomputable(keras.layers.Layer):
+class Recomputable(BaseLayer):
     """Abstract: a layer that `keras.RematScope` may compute again, with its effects once."""
 
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
         if "call" in vars(cls):
             cls.call = _effects_once(cls.call)
-
-    def __init__(self, **kwargs: Any):
-        super().__init__(**kwargs)
-        backend.separate_losses(self)
-
-    def quantized_call(self, *args, **kwargs):
-        return self.call(*args, **kwargs)
 
     def rematerialized_call(self, call, *args, **kwargs):
         # Keras's own wrapper fails with effects on JAX, and with `training` on TensorFlow.

@@ -258,9 +258,6 @@ class StackedExperts(Adaptable, ExpertBank):
         """The projections that are not vectors."""
         return [projection for projection in self.projections if not projection.is_vector]
 
-    def quantized_call(self, *args, **kwargs):
-        return self.call(*args, **kwargs)
-
     def _own_policy(self):
         """The policy in force; from a map of policies, the one for the bank's path."""
         policy: Any = self.dtype_policy
@@ -294,18 +291,6 @@ class StackedExperts(Adaptable, ExpertBank):
             weight.assign(store[str(index)][own])
         for projection in self.projections:
             projection.forget_factors()
-
-    def get_config(self):
-        return {
-            **super().get_config(),
-            "num_experts": self.num_experts,
-            "activation": keras.activations.serialize(self.activation),
-            "use_bias": self.use_bias,
-            "kernel_initializer": keras.initializers.serialize(self.kernel_initializer),
-            "bias_initializer": keras.initializers.serialize(self.bias_initializer),
-            "kernel_regularizer": keras.regularizers.serialize(self.kernel_regularizer),
-            "bias_regularizer": keras.regularizers.serialize(self.bias_regularizer),
-        }
 
 
 def _in_programs(value):

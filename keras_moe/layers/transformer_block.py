@@ -8,7 +8,7 @@ from keras import ops
 from keras_moe._internal import Tensor
 from keras_moe._internal.checks import check_integer, check_number, check_tensors
 from keras_moe._internal.keras_internals import get_keras_mask
-from keras_moe._internal.serialization import config_of, load_draws, register, resolve, save_draws
+from keras_moe._internal.serialization import register, resolve
 from keras_moe.layers.recomputation import Recomputable
 from keras_moe.layers.sublayers import (
     accepted_arguments,
@@ -100,13 +100,6 @@ class TransformerBlock(Recomputable):
         check_output("feedforward", branch, hidden.shape)
         return self._add(hidden, branch, training)
 
-    def save_own_variables(self, store):
-        super().save_own_variables(store)
-        save_draws(self, store)
-
-    def load_own_variables(self, store):
-        super().load_own_variables(load_draws(self, store))
-
     def compute_output_shape(self, inputs_shape):
         return tuple(inputs_shape)
 
@@ -114,14 +107,6 @@ class TransformerBlock(Recomputable):
         if mask is None:
             warn_of_lost_mask(self, inputs)
         return super().compute_output_spec(inputs, mask, *args, **kwargs)
-
-    def get_config(self):
-        return {
-            **super().get_config(),
-            "num_heads": self.num_heads,
-            "feedforward": config_of(self.feedforward),
-            "dropout": self.dropout,
-        }
 
 
 @register

@@ -253,10 +253,6 @@ class TransformerDecoderBlock(TransformerBlock):
             return outputs
         return outputs, {k: keras.KerasTensor(v.shape, v.dtype) for k, v in cache.items()}
 
-    def get_config(self):
-        own = {"cross_attention": self.cross_attention, "rotary": self.rotary}
-        return {**super().get_config(), **own}
-
 
 def _reasons_not_to_be_causal(layer):
     """Ways in which later tokens leak to earlier ones in a mixture, as sentences."""

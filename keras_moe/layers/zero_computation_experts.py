@@ -8,7 +8,7 @@ from keras import ops
 from keras_moe._internal import Tensor
 from keras_moe._internal.checks import check_integer
 from keras_moe._internal.initializers import mark_stack
-from keras_moe._internal.serialization import config_of, register
+from keras_moe._internal.serialization import register
 from keras_moe.layers import expert_bank
 from keras_moe.layers.expert_bank import ExpertBank, in_floats
 from keras_moe.layers.sublayers import freeze_parts
@@ -54,6 +54,8 @@ class ZeroComputationExperts(ExpertBank):
     References: Jin et al. 2024, MoE++ (arXiv:2410.07348), section 3.1; LongCat-Flash
     (arXiv:2509.01322), section 2.1.
     """
+
+    fixed_arguments = ("num_experts",)
 
     def __init__(
         self,
@@ -125,9 +127,6 @@ class ZeroComputationExperts(ExpertBank):
     def engine_on(self, platform, static_shapes):
         return self.experts.engine_on(platform, static_shapes)
 
-    def quantized_call(self, *args, **kwargs):
-        return self.call(*args, **kwargs)
-
     def inherit_policy(self, policy):
         if not self.has_own_policy and not self.built:
             self.has_own_policy = True
@@ -137,12 +136,3 @@ class ZeroComputationExperts(ExpertBank):
     @property
     def num_capacity_limited(self):
         return self.experts.num_capacity_limited
-
-    def get_config(self):
-        return {
-            **super().get_config(),
-            "experts": config_of(self.experts),
-            "num_zero": self.num_zero,
-            "num_identity": self.num_identity,
-            "num_constant": self.num_constant,
-        }

@@ -169,10 +169,3 @@ class LogitRouter(Adaptable, Router):
         # Keras does not compare them.
         check_tensors(dict(zip("DE", shape)), kernel_initializer=(kernel.value, "DE"))
         return kernel
-
-    def get_config(self):
-        return {
-            **super().get_config(),
-            "kernel_initializer": keras.initializers.serialize(self.kernel_initializer),
-            "kernel_regularizer": keras.regularizers.serialize(self.kernel_regularizer),
-        }

@@ -7,8 +7,8 @@ import keras
 from keras import ops
 
 from keras_moe._internal import Tensor
+from keras_moe._internal.base_layer import BaseLayer
 from keras_moe._internal.checks import check_indices, check_integer, check_tensors
-from keras_moe._internal.serialization import arguments_of, load_draws, save_draws
 from keras_moe.backend import backend
 from keras_moe.ops.plans import complete
 from keras_moe.ops.routing import (
@@ -18,7 +18,7 @@ from keras_moe.ops.routing import (
 )
 
 
-class Router(keras.layers.Layer):
+class Router(BaseLayer):
     """Abstract: decides which experts serve which token.
 
     A router always computes in float32, whatever the policy of the model around it: rounded scores
@@ -103,7 +103,6 @@ class Router(keras.layers.Layer):
         if getattr(dtype, "name", dtype) not in (None, "float32"):
             raise ValueError(f"A router always computes in float32. Received: dtype={dtype}")
         super().__init__(dtype="float32", **kwargs)
-        backend.separate_losses(self)
         self.num_experts: Any = (
             None if num_experts is None else check_integer("num_experts", num_experts)
         )
@@ -234,13 +233,6 @@ class Router(keras.layers.Layer):
         """Return advice for an uneven load in spite of the router, None if it balances nothing."""
         return None
 
-    def save_own_variables(self, store):
-        super().save_own_variables(store)
-        save_draws(self, store)
-
-    def load_own_variables(self, store):
-        super().load_own_variables(load_draws(self, store))
-
     def quantize(self, mode: str, type_check: bool = True, config: Any = None) -> None:
         """Do nothing: a router computes in float32. Keras calls this for every layer."""
 
@@ -270,4 +262,4 @@ class Router(keras.layers.Layer):
     def get_config(self):
         config = super().get_config()
         del config["dtype"]
-        return {**config, **arguments_of(self)}
+        return config

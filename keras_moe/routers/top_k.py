@@ -9,7 +9,7 @@ from keras import ops
 from keras_moe._internal import Tensor
 from keras_moe._internal.checks import check_choice, check_integer, check_number, check_tensors
 from keras_moe._internal.initializers import reseeded
-from keras_moe._internal.serialization import config_of, register
+from keras_moe._internal.serialization import register
 from keras_moe.backend import backend
 from keras_moe.ops.routing import _top_k_routing
 from keras_moe.ops.scores import SCORES, cosine_logits, l2_normalize
@@ -149,7 +149,7 @@ class TopKRouter(LogitRouter):
 
     def get_config(self):
         frozen = {} if self.updates_selection_bias else {"updates_selection_bias": False}
-        return {**super().get_config(), **frozen, "balancer": config_of(self.balancer)}
+        return {**super().get_config(), **frozen}
 
 
 @register
