@@ -89,7 +89,7 @@ def test_every_kind_of_state_resumes(tmp_path):
         moe(router="relu"),
         moe(router=routers.TopKRouter(balancer=balancer, logit_noise=0.1, seed=3)),
         moe(router_losses=[of_batches], capacity_factor=limit),
-        moe(layers.FeedForwardExperts(E, 4, dropout=0.25), shared_expert=keras.layers.Dropout(0.5)),
+        moe(layers.FeedForwardExperts(E, 4, dropout=0.25)),
     ]
     assert_resumes(compiled(*parts), tmp_path, CALLBACKS["schedule"])
 
