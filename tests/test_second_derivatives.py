@@ -5,7 +5,16 @@
 
 import numpy as np
 import pytest
-from backends import BACKEND, FAST_MODE, MODES, assert_close, compiled, on_one_backend, to_numpy
+from backends import (
+    BACKEND,
+    FAST_MODE,
+    MODES,
+    assert_close,
+    compiled,
+    on_one_backend,
+    to_numpy,
+    unless_compiled,
+)
 from keras import ops
 from layer_checks import normal
 
@@ -61,7 +70,9 @@ def drawn_inputs(layer):
     return [normal(*shape, seed=number) for number, shape in enumerate(shapes)]
 
 
-@pytest.mark.parametrize("kind", ["int8", "low rank", "layers"])
+@pytest.mark.parametrize(
+    "kind", unless_compiled(["int8", "low rank", "layers"], ["int8", "layers"])
+)
 def test_they_are_differences_of_gradients(kind):
     layer = mixture()
     if kind == "int8":

@@ -124,6 +124,7 @@ def test_layers_may_end_with_different_numbers_of_experts():
     assert tuple(model.predict(X, verbose=0).shape) == X.shape
 
 
+@on_one_backend
 def test_scores_are_counts_and_contributions():
     layer, weights = single()
     run = reference.moe(X, weights, "gelu", top_k=2)
