@@ -89,7 +89,12 @@ def test_every_kind_of_state_resumes(tmp_path):
     parts = [
         moe(router="noisy_top_k"),
         moe(router="relu"),
-        moe(dropping, router=seeded, router_losses=[of_batches], capacity_factor=limit),
+        moe(
+            dropping,
+            router=seeded,
+            router_losses=["load_balance", of_batches],
+            capacity_factor=limit,
+        ),
     ]
     assert_resumes(compiled(*parts), tmp_path, CALLBACKS["schedule"])
 
