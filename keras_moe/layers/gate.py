@@ -242,7 +242,7 @@ class Gate(Recomputable):
 
     def _compute_loss(self, index, routing, sequence_length, training):
         loss, variables = self.router_losses[index], self.loss_states[index]
-        extra = {"sequence_length": sequence_length} if loss.per_sequence else {}
+        extra = {"sequence_length": sequence_length} if loss.scope == "sequence" else {}
         if not variables:
             return _scalar(loss, loss.compute(routing, **extra))
         # Copies: PyTorch assigns in place, and the gradient may need the old value.
@@ -303,10 +303,10 @@ class Gate(Recomputable):
             ValueError: If there is no such loss, or the weight is negative or not finite.
         """
         weights = self.loss_weights_in_force
-        names = [type(each).__name__ for each in self.router_losses]
+        names = [each.name for each in self.router_losses]
         place: Any = index
         if isinstance(index, str):
-            name = getattr(losses.IDENTIFIERS.get(index), "__name__", index)
+            name = losses.get(index).name if index in losses.IDENTIFIERS else index
             place = names.index(name) if name in names else None
         if place not in range(-len(names), len(names)):
             rule = f"`index` must be the place or the name of one of the router losses {names}"
@@ -368,7 +368,7 @@ class Gate(Recomputable):
         return saved
 
     def _loss_key(self, index):
-        return f"router_loss_{index}_{type(self.router_losses[index]).__name__}"
+        return f"router_loss_{index}_{self.router_losses[index].name}"
 
 
 def _counter(name, shape, dtype="int32"):
