@@ -16,7 +16,7 @@ from backends import (
 from layer_checks import normal
 
 from keras_moe import inspection, layers, routers
-from keras_moe.ops import tiles
+from keras_moe.backend import tiles
 
 # Keras asks each layer, and warns of those that cannot: 3.15 of its `InputLayer`, 3.16 of layers
 # that hold others.
@@ -96,7 +96,7 @@ def test_outputs_and_gradients_are_those_of_the_integers_as_floats(
     model, mode, block_size, most_rows, monkeypatch
 ):
     if BACKEND == "torch":
-        monkeypatch.setattr("keras_moe.backend.torch_integers.MOST_ROWS", most_rows)
+        monkeypatch.setattr("keras_moe.backend.torch_integers.MAX_ROWS", most_rows)
     bank, x = bank_of(model), normal(64, D)
     config = keras.quantizers.Int4QuantizationConfig(block_size=block_size)
     bank.quantize(mode, config=config if mode == "int4" else None)

@@ -7,7 +7,6 @@ from keras import ops
 
 from keras_moe.backend import padded
 from keras_moe.backend.devices import Devices
-from keras_moe.backend.layouts import AllRows
 
 
 class Backend(Devices):
@@ -89,14 +88,14 @@ class Backend(Devices):
     def product(self, rows, kernels, sizes, transposed=False, platform=None):
         """Each group of rows (R, D) by its kernel (E, D, H), or by its transpose: (R, H).
 
-        It has derivatives of any order. Rows past the last group may be anything. Kernels may be
-        integers. `sizes` are (E,) int32; `platform` is the one that is compiled for.
+        It has derivatives of any order. Rows past the last group may be anything. `kernels` are of
+        `ops.linears`, `sizes` (E,) int32; `platform` is the one that is compiled for.
         """
         # In operations that a framework differentiates any number of times.
-        if self.compiles_static_shapes() or hasattr(kernels, "floats"):
+        if self.compiles_static_shapes() or kernels.kind != "float":
             return padded.product(rows, kernels, sizes, transposed)
         *parts, rest = self.split_groups(rows, sizes)[0]
-        kernels = ops.cast(kernels, rows.dtype)
+        kernels = kernels.floats(rows.dtype)
         kernels = ops.unstack(ops.transpose(kernels, (0, 2, 1)) if transposed else kernels)
         products = [ops.matmul(*each) for each in zip(parts, kernels)]
         padding = (ops.shape(rest)[0], products[0].shape[1])
@@ -106,12 +105,20 @@ class Backend(Devices):
         """For each group `left^T right`, (E, D, H), of (R, D) and (R, H); zero without rows."""
         return padded.outer(left, right, sizes)
 
-    def layout(self, sizes, num_rows, platform, converts=False):
-        """How rows are computed in parts, see `layouts`; None if in a loop over tiles.
+    def multiply(self, rows, matrix, scale=None, bias=None, transposed=False, output=None):
+        """`(rows @ matrix) * scale + bias`, or `(rows * scale) @ matrix.T`, see `Kernel`."""
+        matrix = ops.cast(matrix, rows.dtype)
+        scale = None if scale is None else ops.cast(scale, rows.dtype)
+        if transposed:
+            rows = rows if scale is None else rows * scale
+            return ops.matmul(rows, ops.transpose(matrix))
+        product = ops.matmul(rows, matrix)
+        product = product if scale is None else product * scale
+        return product if bias is None else product + bias
 
-        `converts` tells whether kernels have another dtype than the rows.
-        """
-        return AllRows(self, sizes, num_rows, platform)
+    def layout(self, problem, platform):
+        """How the rows of an `ops.networks.Problem` are computed, see `layouts`."""
+        raise NotImplementedError
 
     # Rows, choices and counts
 

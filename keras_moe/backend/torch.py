@@ -8,10 +8,10 @@ from keras import ops
 
 from keras_moe.backend import padded, torch_experts
 from keras_moe.backend.base import Backend, packed_order
-from keras_moe.backend.torch_groups import Runs, is_traced, sizes_on_host, split
+from keras_moe.backend.torch_groups import Runs, is_traced, multiply, sizes_on_host, split
 
 # With fewer comparisons, counting by them takes fewer operations.
-MOST_COMPARED = 2**16
+MAX_COMPARED = 2**16
 
 
 class TorchBackend(Backend):
@@ -105,8 +105,10 @@ class TorchBackend(Backend):
             return padded.product(rows, kernels, sizes, transposed)
         return super().product(rows, kernels, sizes, transposed)
 
-    def layout(self, sizes, num_rows, platform, converts=False):
-        return Runs(sizes, num_rows, platform)
+    multiply = staticmethod(multiply)
+
+    def layout(self, problem, platform):
+        return Runs(problem, platform)
 
     def gather_rows(self, tensor, indices):
         if indices.ndim == 1:
@@ -123,7 +125,7 @@ class TorchBackend(Backend):
         return torch.where(existing == columns, taken, 0.0)
 
     def count_integers(self, integers, number):
-        if is_traced() or len(integers) * number > MOST_COMPARED:
+        if is_traced() or len(integers) * number > MAX_COMPARED:
             # One more count, of all others.
             places = integers.clamp(-1, number).to(torch.int64) % (number + 1)
             counts = torch.zeros(number + 1, dtype=torch.int32, device=integers.device)

@@ -13,7 +13,7 @@ import torch
 CPU_BLOCK = 2**18
 
 # With more rows in a group, converting the kernel is faster.
-MOST_ROWS = 16
+MAX_ROWS = 16
 
 # Values of the bytes of an integer of 32 bits, as digits in base 256. The highest byte is 0.
 PLACES = (1, 2**8, 2**16, 0)
@@ -28,8 +28,20 @@ LARGEST = 127.49 * 2**16
 LONGEST_SUM = 2**16
 
 
-def multiply(rows, kernel, transposed, output):
-    """`rows @ kernel` into `output`, or with the transposed kernel; the kernel is int8 (D, H)."""
+def multiply(rows, kernel, scale, bias, transposed, output):
+    """See `Backend.multiply`. The kernel is int8 (D, H), and rows are a tensor or `Digits`."""
+    scale = scale.to(rows.dtype if output is None else output.dtype)
+    if transposed:
+        return product(rows * scale, kernel, True, output)
+    in_digits = isinstance(rows, Digits)
+    products = rows.multiply(kernel) if in_digits else product(rows, kernel, False, output)
+    if bias is None:
+        return torch.mul(products, scale, out=output)
+    return torch.addcmul(bias, products, scale, out=output)
+
+
+def product(rows, kernel, transposed, output):
+    """`rows @ kernel` into `output`, or with the transposed kernel."""
     # Sums over blocks are rounded after each, which bfloat16 and float16 would show.
     in_blocks = output is not None and rows.device.type == "cpu" and rows.dtype == torch.float32
     if not in_blocks:
@@ -67,8 +79,8 @@ class Digits(NamedTuple):
         return torch.mm(places, torch._int_mm(self.digits, kernel).float())
 
 
-def digits_of_groups(rows, sizes):
-    """The `Digits` of groups of rows (R, D); None for a group that is faster as floats.
+def in_digits(rows, groups):
+    """The `Digits` of groups of rows (R, D); a group that is faster as floats stays as it is.
 
     The error of a number is below 2**-22 of the largest number of its row plus 3e-38.
     """
@@ -76,11 +88,11 @@ def digits_of_groups(rows, sizes):
         rows.device.type == "cpu"
         and rows.dtype != torch.float64
         and rows.shape[1] <= LONGEST_SUM
-        and min(sizes) <= MOST_ROWS
+        and min(map(len, groups)) <= MAX_ROWS
         and multiplies_integers()
     )
     if not suit:
-        return [None] * len(sizes)
+        return groups
     rows, (tiny, offset) = rows.float(), _tensors()
     largest = torch.linalg.vector_norm(rows, torch.inf, 1, keepdim=True)
     unit = torch.add(tiny, largest, alpha=1 / LARGEST)  # not 0, nor a subnormal number
@@ -90,8 +102,12 @@ def digits_of_groups(rows, sizes):
         torch.int32, memory_format=torch.contiguous_format
     )
     digits = integers.bitwise_xor_(OFFSET).view(torch.int8).mT
-    parts = zip(sizes, digits.split([len(PLACES) * size for size in sizes]), unit.split(sizes))
-    return [Digits(*of_group) if size <= MOST_ROWS else None for size, *of_group in parts]
+    sizes = [len(group) for group in groups]
+    digits, unit = digits.split([len(PLACES) * size for size in sizes]), unit.split(sizes)
+    return [
+        Digits(*each) if len(group) <= MAX_ROWS else group
+        for group, *each in zip(groups, digits, unit)
+    ]
 
 
 @functools.cache

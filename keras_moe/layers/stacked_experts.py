@@ -17,7 +17,7 @@ from keras_moe.layers.projection import Projection
 from keras_moe.ops import draws
 from keras_moe.ops.devices import run_in_processes, run_on_mesh
 from keras_moe.ops.experts import engine_on, run_network, run_on_all
-from keras_moe.ops.networks import network_of
+from keras_moe.ops.networks import Problem, network_of
 from keras_moe.ops.plans import GroupedPlan
 
 
@@ -155,16 +155,16 @@ class StackedExperts(Adaptable, ExpertBank):
         return _SharedNetwork(owner, names, tuple(map(_in_programs, values)))
 
     def call(self, tokens: Tensor, plan: GroupedPlan, training: bool | None = None) -> Tensor:
-        network, maps, key = self._network_in_force(), self._maps(), None
-        tokens, plan = ops.cast(tokens, self.compute_dtype), plan.with_rows()
+        network, tokens, key = self._network_in_force(), ops.cast(tokens, self.compute_dtype), None
         if self._dropout_seed is not None and training:
             key = draws.key(self._dropout_seed)
+        problem = Problem(tokens, self._maps(), plan.with_rows(), key)
         if self.processes is not None:
-            return run_in_processes(network, tokens, maps, plan, self.processes, key)
-        if plan.order is not None:
-            return run_network(network, tokens, maps, plan, key)
+            return run_in_processes(network, problem, self.processes)
+        if problem.plan.order is not None:
+            return run_network(network, problem)
         axis = backend.token_shards().axis_of(self.projections[0].kernel)
-        return run_on_mesh(network, tokens, maps, plan, axis, key)
+        return run_on_mesh(network, problem, axis)
 
     def compute_all(self, tokens):
         is_spread = backend.token_shards() or self.processes is not None
@@ -173,11 +173,10 @@ class StackedExperts(Adaptable, ExpertBank):
         return run_on_all(self._network_in_force(), self._compute(tokens), self._maps())
 
     def _maps(self):
-        return {projection.name: projection.tensors() for projection in self.projections}
+        return {projection.name: projection.linear() for projection in self.projections}
 
     def _network_in_force(self):
-        scale = self.lora_scale() if self.lora_enabled else None
-        return self._network._replace(function=self._function(), scale=scale)
+        return self._network._replace(function=self._function())
 
     def compute_output_shape(self, tokens_shape):
         network = self._network if self.built else self._trace(tokens_shape[-1])
