@@ -108,7 +108,7 @@ def problem(network, names, low_rank=False, dtype="float32", stored=None, **opti
             varied = {field: next(flat) for field in trained[name]}
             fields = {**to_tensors(weights[name]), **varied}
             fields = {f: keras_ops.cast(v, stored or dtype) for f, v in fields.items()}
-            yield name, Linear.of(fields)
+            yield name, Linear(**{f: x if f == "bias" else Kernel(x) for f, x in fields.items()})
 
     def computed(tokens, *flat):
         plan = plan_groups(top_k_routing(keras_ops.convert_to_tensor(logits), K)).sort()

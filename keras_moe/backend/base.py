@@ -92,7 +92,7 @@ class Backend(Devices):
         `ops.linears`, `sizes` (E,) int32; `platform` is the one that is compiled for.
         """
         # In operations that a framework differentiates any number of times.
-        if self.compiles_static_shapes() or kernels.kind != "float":
+        if self.compiles_static_shapes() or kernels.scale is not None:
             return padded.product(rows, kernels, sizes, transposed)
         *parts, rest = self.split_groups(rows, sizes)[0]
         kernels = kernels.floats(rows.dtype)
@@ -105,14 +105,15 @@ class Backend(Devices):
         """For each group `left^T right`, (E, D, H), of (R, D) and (R, H); zero without rows."""
         return padded.outer(left, right, sizes)
 
-    def multiply(self, rows, matrix, scale=None, bias=None, transposed=False, output=None):
-        """`(rows @ matrix) * scale + bias`, or `(rows * scale) @ matrix.T`, see `Kernel`."""
-        matrix = ops.cast(matrix, rows.dtype)
-        scale = None if scale is None else ops.cast(scale, rows.dtype)
+    @staticmethod
+    def multiply(kernel, rows, bias=None, transposed=False, output=None):
+        """The method `multiply` of `ops.linears.Kernel`."""
+        values = ops.cast(kernel.values, rows.dtype)
+        scale = None if kernel.scale is None else ops.cast(kernel.scale, rows.dtype)
         if transposed:
             rows = rows if scale is None else rows * scale
-            return ops.matmul(rows, ops.transpose(matrix))
-        product = ops.matmul(rows, matrix)
+            return ops.matmul(rows, ops.transpose(values))
+        product = ops.matmul(rows, values)
         product = product if scale is None else product * scale
         return product if bias is None else product + bias
 

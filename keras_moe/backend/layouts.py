@@ -18,30 +18,30 @@ class Parts:
     and each part returns it after its own `gradient(field, left, right, total)`.
     """
 
-    def run(self, function, maps, by_token, by_row, widths, trained=None):
+    def run(self, function, maps, by_token, by_row, widths, trained):
         """Buffers of what a function returns for each part, and the gradients of trained tensors.
 
         Args:
-            function: `function(part, maps, *rows)` returns a list of rows (n, W), and a structure
-                of factors (left, right) for each of `trained`, see `networks.backward_part`.
+            function: `function(part, maps, *rows)` returns a list of rows (n, W), and factors
+                (left, right) of the gradients of `trained`, see `networks.backward_part`.
             maps: the `Linear` maps of all experts. The function may get those of one expert.
             by_token: tensors (T, D), of which the function gets a copy for each row, and of
             by_row: buffers, of which it gets the part's rows.
             widths: W of each buffer that is returned.
-            trained: {name: {field: tensor}}, or None.
+            trained: {name: {field: tensor}}.
         """
         d_maps = {
             name: {field: self.empty(tensor) for field, tensor in fields.items()}
-            for name, fields in (trained or {}).items()
+            for name, fields in trained.items()
         }
         results = []
         # Each part's gradients are in place before the next part's are computed.
         for part, *rows in zip(self.parts, *map(self.gather, by_token), *by_row):
             outputs, factors = function(part, maps, *rows)
             results.append(outputs)
-            for name, fields in factors.items():
-                for field, pair in fields.items():
-                    d_maps[name][field] = part.gradient(field, *pair, d_maps[name][field])
+            for name, fields in d_maps.items():
+                for field, total in fields.items():
+                    fields[field] = part.gradient(field, *factors[name][field], total)
         buffers = [list(rows) for rows in zip(*results)] or [[] for _ in widths]
         return buffers, {
             name: {f: ops.stack(x) if isinstance(x, list) else x for f, x in fields.items()}

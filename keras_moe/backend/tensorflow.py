@@ -146,11 +146,16 @@ class TensorFlowBackend(Backend):
             return padded.product(rows, kernels, sizes, transposed)
         return super().product(rows, kernels, sizes, transposed)
 
-    def multiply(self, rows, matrix, scale=None, bias=None, transposed=False, output=None):
-        if transposed:  # without an operation for that
-            rows = rows if scale is None else rows * tf.cast(scale, rows.dtype)
-            return tf.matmul(rows, tf.cast(matrix, rows.dtype), transpose_b=True)
-        return super().multiply(rows, matrix, scale, bias)
+    @staticmethod
+    def multiply(kernel, rows, bias=None, transposed=False, output=None):
+        values, dtype = tf.cast(kernel.values, rows.dtype), rows.dtype
+        scale = None if kernel.scale is None else tf.cast(kernel.scale, dtype)
+        if transposed and scale is not None:
+            rows = rows * scale
+        product = tf.matmul(rows, values, transpose_b=transposed)  # without a transposed copy
+        if scale is not None and not transposed:
+            product = product * scale
+        return product if bias is None else product + bias
 
     def layout(self, problem, platform):
         if self.compiles_static_shapes():

@@ -34,21 +34,21 @@ class Tiles:
     def join(self, buffer, width, dtype):
         return buffer  # its end is the rows of no assignment
 
-    def run(self, function, maps, by_token, by_row, widths, trained=None):
+    def run(self, function, maps, by_token, by_row, widths, trained):
         def compute(tile, maps, carry):
             buffers, totals = carry
             rows = [*map(tile.gather, by_token), *map(tile.read, by_row)]
             outputs, factors = function(tile, maps, *rows)
             return list(map(tile.write, buffers, outputs)), {
                 name: {
-                    field: tile.add_to_expert(totals[name][field], field, *pair)
-                    for field, pair in fields.items()
+                    field: tile.add_to_expert(total, field, *factors[name][field])
+                    for field, total in fields.items()
                 }
-                for name, fields in factors.items()
+                for name, fields in totals.items()
             }
 
-        shape, trained = (self.num_rows + self.length,), trained or {}
-        buffers = [ops.zeros((*shape, width), self.dtype) for width in widths]
+        num_rows = self.num_rows + self.length
+        buffers = [ops.zeros((num_rows, width), self.dtype) for width in widths]
         totals = keras.tree.map_structure(_zeros_for_sum, trained)
         buffers, totals = self._for_each_tile(compute, maps, (buffers, totals))
         return buffers, keras.tree.map_structure(_like, totals, trained)
@@ -86,7 +86,7 @@ class Tiles:
 
         def stored(kernel):
             # Packed integers are multiplied faster as they are, and others for few rows.
-            if kernel is None or kernel.kind == "int4" or (kernel.kind == "int8" and few_rows):
+            if kernel is None or kernel.is_packed or (few_rows and kernel.scale is not None):
                 return kernel
             return kernel._replace(values=kernel.floats(self.dtype), scale=None)
 
@@ -104,7 +104,7 @@ class _Tile(NamedTuple):
     inside: Any
 
     def product(self, rows, kernels, bias=None, transposed=False):
-        if kernels.kind == "int8" and not transposed:
+        if kernels.scale is not None and not kernels.is_packed and not transposed:
             products = _multiply_in_blocks(self.layout.backend, rows, kernels.values)
             products = products * ops.cast(kernels.scale, rows.dtype)
             return products if bias is None else products + bias

@@ -32,7 +32,9 @@ class TorchBackend(Backend):
         return _platform_of(ops.convert_to_tensor(0).device)
 
     def on_its_platform(self, function, *operands):
-        tensor = keras.tree.flatten(operands[0])[0]
+        tensor = operands[0]
+        while isinstance(tensor, tuple):
+            tensor = tensor[0]
         return function(_platform_of(tensor.device), *operands)
 
     def without_autocast(self, tensor):
@@ -107,8 +109,7 @@ class TorchBackend(Backend):
 
     multiply = staticmethod(multiply)
 
-    def layout(self, problem, platform):
-        return Runs(problem, platform)
+    layout = Runs
 
     def gather_rows(self, tensor, indices):
         if indices.ndim == 1:

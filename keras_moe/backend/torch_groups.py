@@ -81,7 +81,7 @@ class Runs(Parts):
         if self._in_one:
             return buffer[0]
         # Keras would convert each part, an operation of a program.
-        padding = self.sizes.new_zeros((self._num_padding, width), dtype=getattr(torch, dtype))
+        padding = self.sizes.new_zeros((self._num_padding, width), dtype=dtype)
         return torch.cat([*buffer, padding])
 
     def empty(self, trained):
@@ -108,27 +108,21 @@ class _Run:
     def row_numbers(self):
         return torch.arange(self.num_rows, dtype=torch.int32) + self.start
 
-    def split(self, rows):
-        """The rows of each group."""
-        return [rows] if len(self.experts) == 1 else rows.split(self.sizes)
-
     def product(self, rows, kernels, bias=None, transposed=False):
-        bias = bias if bias is None else bias.to(rows.dtype)
-
-        def multiply(expert, rows, output=None):
-            take = operator.itemgetter(expert)
-            of_expert = None if bias is None else bias[expert]
-            return kernels.entry(take).multiply(rows, of_expert, transposed, output)
-
+        bias = None if bias is None else bias.to(rows.dtype)
         if len(self.experts) == 1:  # also in a program, where nothing is written in place
-            return multiply(self.experts[0], rows)
+            take = operator.itemgetter(self.experts[0])
+            bias = None if bias is None else take(bias)
+            return kernels.entry(take).multiply(rows, bias, transposed)
         outputs = rows.new_empty((rows.shape[0], kernels.shape[1 if transposed else 2]))
-        parts, outputs_of_groups = self.split(rows), self.split(outputs)
-        if kernels.kind == "int8" and not transposed:
+        parts = rows.split(self.sizes)
+        if kernels.scale is not None and not kernels.is_packed and not transposed:
             parts = torch_integers.in_digits(rows, parts)
-        for expert, part, output in zip(self.experts, parts, outputs_of_groups):
+        for expert, part, output in zip(self.experts, parts, outputs.split(self.sizes)):
             if len(output):
-                product = multiply(expert, part, output)
+                kernel = kernels.entry(operator.itemgetter(expert))
+                added = None if bias is None else bias[expert]
+                product = kernel.multiply(part, added, transposed, output)
                 if product is not output:
                     output.copy_(product)
         return outputs
@@ -136,8 +130,12 @@ class _Run:
     def gradient(self, field, left, right, total):
         if total is None:
             return None
-        for expert, rows, d_outputs in zip(self.experts, self.split(left), self.split(right)):
-            if is_traced() or rows.shape[0]:
+        if len(self.experts) == 1:
+            _set_gradient(field, left, right, total[self.experts[0]])
+            return total
+        groups = zip(self.experts, left.split(self.sizes), right.split(self.sizes))
+        for expert, rows, d_outputs in groups:
+            if len(rows):
                 _set_gradient(field, rows, d_outputs, total[expert])
             else:
                 total[expert] = 0
@@ -145,7 +143,7 @@ class _Run:
 
 
 class _AllOnDevice(_Run):
-    """All rows. The sizes are read only where no kernel multiplies all groups."""
+    """All rows. Sizes are read only where no kernel multiplies all groups; the last is padding."""
 
     def __init__(self, sizes, num_rows):
         self.on_device, self.num_rows, self.experts = sizes, num_rows, range(len(sizes))
@@ -158,11 +156,8 @@ class _AllOnDevice(_Run):
     def row_numbers(self):
         return torch.arange(self.num_rows, dtype=torch.int32, device=self.on_device.device)
 
-    def split(self, rows):
-        return rows.split(self.sizes)[:-1]
-
     def product(self, rows, kernels, bias=None, transposed=False):
-        if kernels.kind != "float" or not has_grouped_mm(rows, kernels.values):
+        if kernels.scale is not None or not has_grouped_mm(rows, kernels.values):
             return super().product(rows, kernels, bias, transposed)
         values = kernels.floats(rows.dtype)
         products = grouped_mm(rows, values.mT if transposed else values, self.on_device)
@@ -181,17 +176,16 @@ class _AllOnDevice(_Run):
         return totals[:-1].to(total.dtype)
 
 
-def multiply(rows, matrix, scale=None, bias=None, transposed=False, output=None):
+def multiply(kernel, rows, bias=None, transposed=False, output=None):
     """See `Backend.multiply`; rows may be `torch_integers.Digits`."""
-    if scale is not None:
-        return torch_integers.multiply(rows, matrix, scale, bias, transposed, output)
-    if matrix.dtype != rows.dtype:
-        matrix = matrix.to(rows.dtype)
+    if kernel.scale is not None:
+        return torch_integers.multiply(*kernel, rows, bias, transposed, output)
+    values = kernel.values.to(rows.dtype)
     if transposed:
-        return torch.mm(rows, matrix.mT, out=output)
+        return torch.mm(rows, values.mT, out=output)
     if bias is None:
-        return torch.mm(rows, matrix, out=output)
-    return torch.addmm(bias, rows, matrix, out=output)
+        return torch.mm(rows, values, out=output)
+    return torch.addmm(bias, rows, values, out=output)
 
 
 def _set_gradient(field, left, right, total):

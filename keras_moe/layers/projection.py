@@ -113,23 +113,21 @@ class Projection:
 
     def linear(self):
         """The projection as a `Linear` of tensors, in the dtypes they are stored in."""
-        bank, kernel, bias = self.bank, self._kernel(), self._tensor(self.bias)
-        if self.lora_a is None:
+        kernel, bias, a, b = (
+            None if weight is None else ops.convert_to_tensor(weight)
+            for weight in (self.kernel, self.bias, self.lora_a, self.lora_b)
+        )
+        if self.bank.processes is not None:
+            mean = self.bank.processes.mean_gradient
+            kernel, bias, a, b = (x if x is None else mean(x) for x in (kernel, bias, a, b))
+        if self.is_vector:  # a map from one feature, whose input is 1
+            kernel = ops.expand_dims(kernel, 1)
+        kernel = Kernel(kernel) if self.scale is None else self._integers()
+        if a is None:
             return Linear(kernel, bias)
-        a, b = map(self._tensor, (self.lora_a, self.lora_b))
-        return Linear(kernel, bias, Kernel(a), Kernel(b * bank.lora_scale()))
+        return Linear(kernel, bias, Kernel(a), Kernel(b * self.bank.lora_scale()))
 
-    def _tensor(self, weight):
-        if weight is None:
-            return None
-        tensor, processes = ops.convert_to_tensor(weight), self.bank.processes
-        return tensor if processes is None else processes.mean_gradient(tensor)
-
-    def _kernel(self):
-        if self.scale is None:
-            kernel = self._tensor(self.kernel)
-            # A vector is a map from one feature, whose input is 1.
-            return Kernel(ops.expand_dims(kernel, 1) if self.is_vector else kernel)
+    def _integers(self):
         kernel, scale = map(ops.convert_to_tensor, (self.kernel, self.scale))
         if self.zero is None:
             return Kernel(kernel, scale)
@@ -142,7 +140,7 @@ class Projection:
         if self.scale is None:
             kernel = self._whole(self.kernel)
         else:
-            kernel = ops.convert_to_numpy(self._kernel().floats("float32"))
+            kernel = ops.convert_to_numpy(self._integers().floats("float32"))
         if self.lora_a is None:
             return kernel
         a, b, scale = self._whole(self.lora_a), self._whole(self.lora_b), self.bank.lora_scale()

@@ -152,10 +152,11 @@ class StackedExperts(Adaptable, ExpertBank):
         if names is None:
             return _WeakNetwork(weakref.ref(self))
         values = (getattr(self, name) for name in names)
-        return _SharedNetwork(owner, names, tuple(map(_in_programs, values)))
+        return _SharedNetwork(owner, names, tuple(_IN_PROGRAMS.get(each, each) for each in values))
 
     def call(self, tokens: Tensor, plan: GroupedPlan, training: bool | None = None) -> Tensor:
-        network, tokens, key = self._network_in_force(), ops.cast(tokens, self.compute_dtype), None
+        tokens, key = ops.cast(tokens, self.compute_dtype), None
+        network = self._network._replace(function=self._function())
         if self._dropout_seed is not None and training:
             key = draws.key(self._dropout_seed)
         problem = Problem(tokens, self._maps(), plan.with_rows(), key)
@@ -170,13 +171,11 @@ class StackedExperts(Adaptable, ExpertBank):
         is_spread = backend.token_shards() or self.processes is not None
         if is_spread or self._dropout_seed is not None:
             return super().compute_all(tokens)
-        return run_on_all(self._network_in_force(), self._compute(tokens), self._maps())
+        network = self._network._replace(function=self._function())
+        return run_on_all(network, self._compute(tokens), self._maps())
 
     def _maps(self):
         return {projection.name: projection.linear() for projection in self.projections}
-
-    def _network_in_force(self):
-        return self._network._replace(function=self._function())
 
     def compute_output_shape(self, tokens_shape):
         network = self._network if self.built else self._trace(tokens_shape[-1])
@@ -297,17 +296,15 @@ class StackedExperts(Adaptable, ExpertBank):
         }
 
 
-def _in_programs(value):
-    """A setting as `network` sees it: on TensorFlow with a GELU that is faster and exports."""
-    is_gelu = value is keras.activations.gelu and keras.backend.backend() == "tensorflow"
-    return _gelu if is_gelu else value
-
-
 def _gelu(x):
     """The exact GELU by `erf`. By `erfc` it is slower, and `tf2onnx` cannot write it."""
     values = ops.cast(x, "float32") if x.dtype in ("bfloat16", "float16") else x
     # In just these operations LiteRT finds its own GELU.
     return ops.cast(0.5 * values * (1.0 + ops.erf(values * 0.5**0.5)), x.dtype)
+
+
+# Settings as `network` sees them.
+_IN_PROGRAMS = {keras.activations.gelu: _gelu} if keras.backend.backend() == "tensorflow" else {}
 
 
 class _SharedNetwork(NamedTuple):

@@ -9,7 +9,6 @@ Axes: T tokens, D features, E experts, R rows (assignments sorted by expert).
 
 import functools
 
-import keras
 from keras import ops
 
 from keras_moe.backend import backend
@@ -43,7 +42,7 @@ def _run_on(network, platform, problem):
     def backward(inputs, context, buffers, gradient):
         problem = Problem.join(inputs, context)
         layout = backend.layout(problem, platform)
-        return _backward(network, problem, layout, buffers, gradient)
+        return _backward(network, problem, layout, buffers, gradient, trained=inputs[2])
 
     def reference(inputs, context):
         problem = Problem.join(inputs, context)
@@ -60,12 +59,12 @@ def _forward(network, problem, layout, save):
         return [outputs, *(saved if save else ())], {}
 
     widths = [network.output_width, *(saved_widths(network, maps) if save else ())]
-    buffers, _ = layout.run(run, maps, [tokens], [], widths)
-    outputs = layout.join(buffers[0], network.output_width, _dtype(tokens))
+    buffers, _ = layout.run(run, maps, [tokens], [], widths, {})
+    outputs = layout.join(buffers[0], network.output_width, tokens.dtype)
     return ops.cast(plan.sum_rows(outputs, plan.weights), tokens.dtype), buffers
 
 
-def _backward(network, problem, layout, buffers, gradient):
+def _backward(network, problem, layout, buffers, gradient, trained):
     tokens, maps, plan, key = problem
 
     def run(part, maps, rows, d_outputs, weights, outputs, *saved):
@@ -75,21 +74,16 @@ def _backward(network, problem, layout, buffers, gradient):
 
     weights = ops.expand_dims(ops.cast(plan.weight_of_row(plan.weights), tokens.dtype), 1)
     by_row, features = [layout.split(weights), *buffers], tokens.shape[1]
-    trained = {name: linear.trained() for name, linear in maps.items()}
     (d_rows, d_weights), d_maps = layout.run(
         run, maps, [tokens, gradient], by_row, [features, 1], trained
     )
-    d_rows = layout.join(d_rows, features, _dtype(tokens))
-    d_weights = plan.at_assignments(layout.join(d_weights, 1, "float32")[:, 0])
+    d_rows = layout.join(d_rows, features, tokens.dtype)
+    d_weights = plan.at_assignments(layout.join(d_weights, 1, plan.weights.dtype)[:, 0])
     return (
         ops.cast(plan.sum_rows(d_rows), tokens.dtype),
         ops.cast(d_weights, plan.weights.dtype),
         d_maps,
     )
-
-
-def _dtype(tensor):
-    return keras.backend.standardize_dtype(tensor.dtype)
 
 
 def engine_on(platform, static_shapes):

@@ -24,26 +24,6 @@ class Linear(NamedTuple):
     lora_a: Any = None  # A (E, D, r), a `Kernel`
     lora_b: Any = None  # B (E, r, H), a `Kernel`
 
-    @property
-    def is_frozen(self):
-        """Whether the kernel has no gradient."""
-        return self.lora_a is not None or self.kernel.kind != "float"
-
-    def trained(self):
-        """The tensors that have a gradient, by their fields."""
-        tensors = {} if self.is_frozen else {"kernel": self.kernel.values}
-        if self.bias is not None:
-            tensors["bias"] = self.bias
-        if self.lora_a is not None:
-            tensors |= {"lora_a": self.lora_a.values, "lora_b": self.lora_b.values}
-        return tensors
-
-    @classmethod
-    def of(cls, trained, kernel=None):
-        """The map of `trained` tensors, and of its kernel if that is frozen."""
-        fields = {f: each if f == "bias" else Kernel(each) for f, each in trained.items()}
-        return cls(**{"kernel": kernel, **fields})
-
     def entry(self, take):
         """Apply `take` to each tensor (E, ...), for instance to get one expert's entry."""
         kernel, bias, *factors = self
@@ -61,9 +41,7 @@ class Kernel(NamedTuple):
     values: Any  # (E, D, H) float or int8
     scale: Any = None  # (E, 1, H) float; None for floats
 
-    @property
-    def kind(self):
-        return "float" if self.scale is None else "int8"
+    is_packed = False
 
     @property
     def shape(self):
@@ -86,16 +64,10 @@ class Kernel(NamedTuple):
         values = ops.cast(self.values, dtype)
         return values if self.scale is None else values * ops.cast(self.scale, dtype)
 
-    def multiply(self, rows, bias=None, transposed=False, output=None):
-        """`rows` times the kernel (D, H) of one expert, or times its transpose.
-
-        Args:
-            rows: (n, D) tensor, or what a backend makes of it.
-            bias: (H,) tensor in the dtype of the rows, or None.
-            transposed: Boolean.
-            output: On PyTorch, a tensor that the product may be written to, or None.
-        """
-        return backend.multiply(rows, self.values, self.scale, bias, transposed, output)
+    # `kernel.multiply(rows, bias=None, transposed=False, output=None)`: rows (n, D) times the
+    # kernel (D, H) of one expert plus a bias (H,), or times the transposed kernel. On PyTorch, the
+    # product may be written to an `output`.
+    multiply = backend.multiply
 
 
 class Int4Kernel(NamedTuple):
@@ -106,7 +78,7 @@ class Int4Kernel(NamedTuple):
     zero: Any  # (E, G, H) int8
     group: Any  # (E, D) int32, the group of each row; the same for all experts
 
-    kind = "int4"
+    is_packed = True
 
     @property
     def shape(self):

@@ -21,7 +21,7 @@ from keras import ops
 from keras_moe._internal.keras_internals import compute_output_spec
 from keras_moe.backend import backend
 from keras_moe.ops.draws import hashed
-from keras_moe.ops.linears import Linear
+from keras_moe.ops.linears import Kernel, Linear
 
 
 class Network(NamedTuple):
@@ -49,16 +49,24 @@ class Problem(NamedTuple):
 
     def split(self):
         """The tensors that have a gradient, and those that have none: two structures."""
-        trained = {name: linear.trained() for name, linear in self.maps.items()}
-        frozen = {name: each.kernel for name, each in self.maps.items() if each.is_frozen}
+        trained, frozen = {}, {}
+        for name, linear in self.maps.items():
+            fields = {field: each for field, each in linear._asdict().items() if each is not None}
+            # Integers never train, nor does what factors correct.
+            if linear.lora_a is not None or linear.kernel.scale is not None:
+                frozen[name] = fields.pop("kernel")
+            trained[name] = {f: x if f == "bias" else x.values for f, x in fields.items()}
         inputs = self.tokens, self.plan.weights, trained
-        return inputs, (self.plan.without_weights(), frozen, self.key)
+        return inputs, (self.plan._replace(weights=None), frozen, self.key)
 
     @classmethod
     def join(cls, inputs, context):
         """Inverse of `split`."""
         (tokens, weights, trained), (plan, frozen, key) = inputs, context
-        maps = {name: Linear.of(each, frozen.get(name)) for name, each in trained.items()}
+        maps = {}
+        for name, fields in trained.items():
+            fields = {f: x if f == "bias" else Kernel(x) for f, x in fields.items()}
+            maps[name] = Linear(**{"kernel": frozen.get(name), **fields})
         return cls(tokens, maps, plan._replace(weights=weights), key)
 
 
@@ -75,7 +83,9 @@ class _Linear:
     def __call__(self, name, rows=None):
         if rows is None:  # a vector of each expert
             rows = ops.ones((ops.shape(self._rows)[0], 1), self._rows.dtype)
-        return self._compute(name, _like(rows, self._rows))
+        if rows.dtype != self._rows.dtype:
+            rows = ops.cast(rows, self._rows.dtype)
+        return self._compute(name, rows)
 
     def dropout(self, rows, rate):
         """Rows (n, H), each number set to 0 with the probability `rate`, or scaled, in training."""
@@ -157,10 +167,10 @@ def forward_part(network, part, maps, rows, key=None):
 
 
 def backward_part(network, part, maps, rows, saved, outputs, d_outputs, key=None):
-    """From the gradient of outputs: the gradient of rows, and factors of those of the maps.
+    """From the gradient of outputs: the gradient of rows, and factors of the maps' gradients.
 
-    For each expert and each trained tensor of a linear map, {name: {field: (left, right)}}, the
-    gradient of a kernel is `left^T right`; of a bias, the sum of `right`.
+    These are {name: {field: (left, right)}}. For each expert the gradient of a bias is the sum of
+    `right`, of any other tensor `left^T right`.
     """
     saved = [*saved, outputs] if network.ends_linear else saved
 
@@ -188,8 +198,12 @@ def backward_part(network, part, maps, rows, saved, outputs, d_outputs, key=None
     for name, values in zip(network.names, inputs):
         low, d_low = (None, None) if maps[name].lora_a is None else next(pairs)
         _, d_output = next(pairs)
-        found = {"lora_a": (values, d_low), "lora_b": (low, d_output)}
-        factors[name] = {f: found.get(f, (values, d_output)) for f in maps[name].trained()}
+        factors[name] = {
+            "kernel": (values, d_output),
+            "bias": (values, d_output),
+            "lora_a": (values, d_low),
+            "lora_b": (low, d_output),
+        }
     return d_rows, factors
 
 
