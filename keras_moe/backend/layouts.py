@@ -6,6 +6,8 @@ inverse. Each part has `product(rows, kernels, bias=None, transposed=False)` of 
 `row_numbers()`, (n,) int32.
 """
 
+from typing import Any
+
 from keras import ops
 
 from keras_moe.backend import padded
@@ -14,9 +16,14 @@ from keras_moe.backend import padded
 class Parts:
     """Abstract: a layout of `parts`, one after the other; a buffer is a list of their rows.
 
-    The gradient of a trained tensor (E, ...) begins as `empty(tensor)`, which may be a list of E,
-    and each part returns it after its own `gradient(field, left, right, total)`.
+    A subclass has the methods of a layout but `run`, and `gather(tokens)`, which makes a buffer of
+    a copy for each row. The gradient of a trained tensor (E, ...) begins as `empty(tensor)`, which
+    may be a list of E; each part returns it after its own `gradient(field, left, right, total)`.
     """
+
+    parts: Any
+    gather: Any
+    empty: Any
 
     def run(self, function, maps, by_token, by_row, widths, trained):
         """Buffers of what a function returns for each part, and the gradients of trained tensors.
@@ -55,11 +62,8 @@ class AllRows(Parts):
     def __init__(self, backend, problem, platform):
         plan = problem.plan
         self.backend, self.platform, self.parts = backend, platform, [self]
-        self.sizes, self.num_rows, self.token_of_row = (
-            plan.sizes,
-            plan.num_rows(),
-            plan.token_of_row(),
-        )
+        self.sizes, self.num_rows = plan.sizes, plan.num_rows()
+        self.token_of_row = plan.token_of_row()
 
     def gather(self, tokens):
         return [self.backend.gather_rows(tokens, self.token_of_row)]

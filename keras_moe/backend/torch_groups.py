@@ -98,7 +98,9 @@ class _Run:
     """The rows of neighbouring groups."""
 
     def __init__(self, start):
-        self.experts, self.sizes, self.num_rows, self.start = [], [], 0, start
+        self.experts: Any = []
+        self.sizes: Any = []
+        self.num_rows, self.start = 0, start
 
     def add(self, expert, size):
         self.experts.append(expert)
@@ -179,7 +181,7 @@ class _AllOnDevice(_Run):
 def multiply(kernel, rows, bias=None, transposed=False, output=None):
     """See `Backend.multiply`; rows may be `torch_integers.Digits`."""
     if kernel.scale is not None:
-        return torch_integers.multiply(*kernel, rows, bias, transposed, output)
+        return torch_integers.multiply(kernel, rows, bias, transposed, output)
     values = kernel.values.to(rows.dtype)
     if transposed:
         return torch.mm(rows, values.mT, out=output)

@@ -28,8 +28,9 @@ LARGEST = 127.49 * 2**16
 LONGEST_SUM = 2**16
 
 
-def multiply(kernel, scale, rows, bias, transposed, output):
+def multiply(kernel, rows, bias, transposed, output):
     """See `Backend.multiply`. The kernel is int8 (D, H), and rows are a tensor or `Digits`."""
+    kernel, scale = kernel
     scale = scale.to(rows.dtype if output is None else output.dtype)
     if transposed:
         return product(rows * scale, kernel, True, output)

@@ -16,7 +16,7 @@ from keras_moe.layers.expert_bank import ExpertBank
 from keras_moe.layers.projection import Projection
 from keras_moe.ops import draws
 from keras_moe.ops.devices import run_in_processes, run_on_mesh
-from keras_moe.ops.experts import engine_on, run_network, run_on_all
+from keras_moe.ops.experts import run_network, run_on_all
 from keras_moe.ops.networks import Problem, network_of
 from keras_moe.ops.plans import GroupedPlan
 
@@ -187,7 +187,8 @@ class StackedExperts(Adaptable, ExpertBank):
         return network_of(self._function(), features, widths)
 
     def engine_on(self, platform, static_shapes):
-        return engine_on(platform, static_shapes)
+        # The layout of many rows.
+        return "tiles" if platform == "cpu" and static_shapes else "parts"
 
     def take_policy(self, policy):
         if not self.has_own_policy and not self.built:

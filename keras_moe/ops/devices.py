@@ -48,33 +48,32 @@ def _run_on_mesh(static, problem):
     run = functools.partial(run_network, network, platform=platform)
     tokens_cross = expert_axis in shards.axes
 
-    def on_device(tokens, plan, maps, key):
-        lengths = _chunk_lengths(ops.size(plan.experts))
+    def on_device(tokens, maps, plan, key):
+        problem, lengths = Problem(tokens, maps, plan, key), _chunk_lengths(ops.size(plan.experts))
         num_experts = next(iter(maps.values())).kernel.shape[0]
         if expert_axis is None:
-            return run(Problem(tokens, maps, plan.of_experts(0, num_experts).sort(), key))
+            return run(problem._replace(plan=plan.of_experts(0, num_experts).sort()))
         if tokens_cross:
             # Whether K rows of each token are fewer values than the tokens of all devices.
             num_tokens = shards.mesh.shape[expert_axis] * ops.shape(tokens)[0]
             if plan.places is None and lengths[0] < num_tokens:
-                problem = Problem(tokens, maps, plan, key)
                 return _by_all_to_all(run, problem, shards, expert_axis)
             tokens, plan = shards.gather((tokens, plan), expert_axis)
         first = shards.place_on(expert_axis) * num_experts
         plan = plan.of_experts(first, num_experts).sort()
-        outputs = _run_in_chunks(run, Problem(tokens, maps, plan, key), lengths)
+        outputs = _run_in_chunks(run, problem._replace(tokens=tokens, plan=plan), lengths)
         add = shards.sum_and_scatter if tokens_cross else shards.sum_over
         return add(outputs, expert_axis)
 
     def pad(tensor, value=0):
         return pad_to_shards(tensor, shards, value)
 
-    tokens, maps, plan, key = problem
+    plan = problem.plan
     experts, weights = pad(plan.experts, -1), pad(plan.weights)
     padded = GroupedPlan(experts, weights, None, pad(plan.places), pad(plan.mask))
-    axes = (shards.axes, shards.axes, expert_axis, None)
-    outputs = shards.on_each_device(on_device, (pad(tokens), padded, maps, key), axes)
-    return outputs[: ops.shape(tokens)[0]]
+    padded = problem._replace(tokens=pad(problem.tokens), plan=padded)
+    axes = (shards.axes, expert_axis, shards.axes, None)
+    return shards.on_each_device(on_device, padded, axes)[: ops.shape(problem.tokens)[0]]
 
 
 # A chunk is a span of rows, the same for every device. `lengths` are two integers: the rows of the
@@ -126,7 +125,8 @@ def _sum_chunks(run_chunk, lengths, count_rows, problem):
     def reference(inputs, context):
         return of_inputs(context, 0, context[0].num_rows())(*inputs)[0]
 
-    return backend.differentiable(forward, backward, *problem.split(), reference)
+    inputs, context = problem.split()
+    return backend.differentiable(forward, backward, inputs, context, reference)
 
 
 def _run_in_chunks(run, problem, lengths):

@@ -48,7 +48,8 @@ def _run_on(network, platform, problem):
         problem = Problem.join(inputs, context)
         return _forward(network, problem, AllRows(backend, problem, platform), save=False)[0]
 
-    return backend.differentiable(forward, backward, *problem.split(), reference)
+    inputs, context = problem.split()
+    return backend.differentiable(forward, backward, inputs, context, reference)
 
 
 def _forward(network, problem, layout, save):
@@ -84,11 +85,6 @@ def _backward(network, problem, layout, buffers, gradient, trained):
         ops.cast(d_weights, plan.weights.dtype),
         d_maps,
     )
-
-
-def engine_on(platform, static_shapes):
-    """The name of the layout for many rows, "tiles" or "parts"."""
-    return "tiles" if platform == "cpu" and static_shapes else "parts"
 
 
 def run_on_all(network, tokens, maps):

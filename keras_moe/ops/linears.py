@@ -41,7 +41,9 @@ class Kernel(NamedTuple):
     values: Any  # (E, D, H) float or int8
     scale: Any = None  # (E, 1, H) float; None for floats
 
-    is_packed = False
+    @property
+    def is_packed(self):
+        return False
 
     @property
     def shape(self):
@@ -64,10 +66,12 @@ class Kernel(NamedTuple):
         values = ops.cast(self.values, dtype)
         return values if self.scale is None else values * ops.cast(self.scale, dtype)
 
-    # `kernel.multiply(rows, bias=None, transposed=False, output=None)`: rows (n, D) times the
-    # kernel (D, H) of one expert plus a bias (H,), or times the transposed kernel. On PyTorch, the
-    # product may be written to an `output`.
-    multiply = backend.multiply
+    def multiply(self, rows, bias=None, transposed=False, output=None):
+        """Rows (n, D) times the kernel (D, H) of one expert plus a bias, or times its transpose.
+
+        On PyTorch, the product may be written to an `output`.
+        """
+        return backend.multiply(self, rows, bias, transposed, output)
 
 
 class Int4Kernel(NamedTuple):
@@ -78,7 +82,9 @@ class Int4Kernel(NamedTuple):
     zero: Any  # (E, G, H) int8
     group: Any  # (E, D) int32, the group of each row; the same for all experts
 
-    is_packed = True
+    @property
+    def is_packed(self):
+        return True
 
     @property
     def shape(self):
