@@ -130,7 +130,7 @@ class Int4Kernel(NamedTuple):
         if width % 2:
             odd = ops.pad(odd, [*[(0, 0)] * (len(odd.shape) - 1), (0, 1)])
         joined = ops.stack([even, odd], axis=-1)
-        return ops.reshape(joined, (*ops.shape(even)[:-1], -1))[..., :width]
+        return ops.reshape(joined, (*ops.shape(even)[:-1], width + width % 2))[..., :width]
 
     def _at_rows(self, of_groups):
         if self.scale.shape[-2] == 1:
