@@ -261,13 +261,15 @@ class _Group:
     def product(self, rows, kernels, bias=None, transposed=False):
         kernel = kernels.entry(operator.itemgetter(self.expert))
         bias = None if bias is None else tf.cast(bias[self.expert], rows.dtype)
-        if transposed or isinstance(self.size, int) or kernel.dtype == rows.dtype:
+        is_known = isinstance(self.size, int)
+        if is_known or transposed or kernel.is_packed or kernel.dtype == rows.dtype:
             return kernel.multiply(rows, bias, transposed)
         # Converting a kernel takes too long for an expert without rows: there only its first row is
         # converted. LiteRT fails to multiply no rows by it, so there is one of zeros.
         number = tf.where(self.size > 0, rows.shape[1], 1)
         some = tf.pad(rows[:, :number], ((0, tf.maximum(1 - self.size, 0)), (0, 0)))
-        return kernel.first_inputs(number).multiply(some, bias)[: self.size]
+        kernel = kernel._replace(values=kernel.values[:number])
+        return kernel.multiply(some, bias)[: self.size]
 
     def gradient(self, field, left, right, total):
         if field == "bias":

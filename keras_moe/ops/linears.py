@@ -57,10 +57,6 @@ class Kernel(NamedTuple):
         """The kernels, or the one, that `take` returns of each tensor (E, ...)."""
         return Kernel(take(self.values), None if self.scale is None else take(self.scale))
 
-    def first_inputs(self, number):
-        """The kernel of one expert for the first input features only."""
-        return self._replace(values=self.values[:number])
-
     def floats(self, dtype):
         """The kernels as a tensor of floats."""
         values = ops.cast(self.values, dtype)
@@ -96,9 +92,6 @@ class Int4Kernel(NamedTuple):
 
     def entry(self, take):
         return Int4Kernel(*map(take, self))
-
-    def first_inputs(self, number):
-        return self._replace(values=self.values[:number], group=self.group[:number])
 
     def floats(self, dtype):
         return self._join(*self._even_and_odd(dtype))
