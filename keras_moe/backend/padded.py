@@ -17,10 +17,7 @@ def product(rows, kernels, sizes, transposed=False):
     def of_tiles(stack):
         return ops.take(stack, expert, axis=0)
 
-    if hasattr(kernels, "floats"):  # integers
-        kernels = kernels.entry(of_tiles).floats(rows.dtype)
-    else:
-        kernels = ops.cast(of_tiles(kernels), rows.dtype)
+    kernels = kernels.entry(of_tiles).floats(rows.dtype)
     if transposed:
         kernels = ops.transpose(kernels, (0, 2, 1))
     return tiles.join(ops.matmul(tiles.cut(rows), kernels))

@@ -8,7 +8,7 @@ from keras import ops
 
 from keras_moe.backend import padded, torch_experts
 from keras_moe.backend.base import Backend, packed_order
-from keras_moe.backend.torch_groups import Runs, is_traced, sizes_on_host, split
+from keras_moe.backend.torch_groups import Runs, is_traced, multiply, sizes_on_host, split
 
 # With fewer comparisons, counting by them takes fewer operations.
 MAX_COMPARED = 2**16
@@ -32,7 +32,9 @@ class TorchBackend(Backend):
         return _platform_of(ops.convert_to_tensor(0).device)
 
     def on_its_platform(self, function, *operands):
-        tensor = keras.tree.flatten(operands[0])[0]
+        tensor = operands[0]
+        while isinstance(tensor, tuple):
+            tensor = tensor[0]
         return function(_platform_of(tensor.device), *operands)
 
     def without_autocast(self, tensor):
@@ -105,8 +107,9 @@ class TorchBackend(Backend):
             return padded.product(rows, kernels, sizes, transposed)
         return super().product(rows, kernels, sizes, transposed)
 
-    def layout(self, sizes, num_rows, platform, converts=False):
-        return Runs(sizes, num_rows, platform)
+    multiply = staticmethod(multiply)
+
+    layout = Runs
 
     def gather_rows(self, tensor, indices):
         if indices.ndim == 1:
