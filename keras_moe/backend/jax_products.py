@@ -73,7 +73,7 @@ def _primitive(name, shape, transpose):
             # JAX has no Triton any more, or does not know or serve the GPU.
             if platform != "gpu" or lowered_for not in ("gpu", "cpu"):
                 raise
-            rule = functools.partial(getattr(padded, name), **parameters)
+            rule = functools.partial(_PADDED[name], **parameters)
             return mlir.lower_fun(rule, multiple_results=False)(context, *operands)
 
     def compile_and_run(*operands, **parameters):
@@ -127,5 +127,11 @@ def _transpose_of_outer(upstream, left, right, sizes, *, dtype, platform):
     return None, upstream.astype(right.aval.dtype), None
 
 
+def _padded_product(rows, kernels, sizes, transposed):
+    kernels = kernels.astype(rows.dtype)
+    return padded.product_of_tiles(rows, lambda take: take(kernels), sizes, transposed)
+
+
+_PADDED = {"product": _padded_product, "outer": padded.outer}
 _product = _primitive("product", _shape_of_product, _transpose_of_product)
 _outer = _primitive("outer", _shape_of_outer, _transpose_of_outer)
