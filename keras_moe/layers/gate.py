@@ -14,6 +14,7 @@ import numpy as np
 from keras import ops
 
 from keras_moe import losses, routers
+from keras_moe._internal import Tensor
 from keras_moe._internal.checks import check_number, shortened
 from keras_moe._internal.keras_internals import (
     drops_losses,
@@ -27,8 +28,9 @@ from keras_moe.backend import backend
 from keras_moe.layers.capacity import Capacity
 from keras_moe.layers.expert_bank import ExpertBank
 from keras_moe.layers.recomputation import Recomputable
+from keras_moe.layers.tokens import Tokens
 from keras_moe.ops.balance import router_entropy
-from keras_moe.ops.routing import token_shares
+from keras_moe.ops.routing import Routing, token_shares
 
 # Begins the names of the counters of evaluations.
 _EVALUATION = "evaluation_"
@@ -173,8 +175,15 @@ class Gate(Recomputable):
 
     # A call
 
-    def choose(self, tokens, training, router_inputs=None, token_ids=None, indices=None):
-        """The `Routing` of `Tokens` and its plan, after capacity, losses and counters."""
+    def choose(
+        self,
+        tokens: Tokens,
+        training: bool | None,
+        router_inputs: Tensor | None = None,
+        token_ids: Tensor | None = None,
+        indices: Tensor | None = None,
+    ) -> Routing:
+        """Return the routing of `Tokens` and its plan, after capacity, losses and counters."""
         observers = self._present_observers()
         for observer in observers:
             indices = observer.indices if indices is None else indices
@@ -193,14 +202,17 @@ class Gate(Recomputable):
                 routing, tokens.sequence_length, training, self._capacity_seed, limited
             )
         if training or any(observer.counts for observer in observers):
+            num_tokens = tokens.values.shape[0]
+            is_full = tokens.mask is None and isinstance(num_tokens, int)
+            shares = 1.0 / max(num_tokens, 1) if is_full else token_shares(routing.mask)
+            routing = routing._replace(shares=shares)
             self._add_losses_and_count(routing, tokens.sequence_length, training)
         for observer in observers:
             if observer.saw is not None:
-                observer.saw(routing, tokens.values)
+                observer.saw(routing.without_plan(), tokens.values)
         return routing
 
     def _add_losses_and_count(self, routing, sequence_length, training):
-        routing = routing._replace(shares=token_shares(routing.mask))
         values = []
         for index in range(len(self.router_losses)):
             values.append(self._compute_loss(index, routing, sequence_length, training))

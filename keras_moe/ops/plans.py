@@ -132,14 +132,14 @@ class GroupedPlan(NamedTuple):
 
     def _gather_and_sum(self, rows, weights):
         # A gather, not a scatter: tokens are written once, in order, and need no atomic adds.
-        total = 0.0
+        total, places = 0.0, ops.maximum(self.rows, 0)
+        weights = None if weights is None else ops.cast(weights, "float32")
         for choice in range(self.rows.shape[1]):
-            row = self.rows[:, choice]
-            picked = ops.cast(backend.gather_rows(rows, ops.maximum(row, 0)), "float32")
-            if weights is not None:
-                picked = picked * ops.cast(weights[:, choice : choice + 1], "float32")
+            own = slice(choice, choice + 1)
+            picked = ops.cast(backend.gather_rows(rows, places[:, choice]), "float32")
+            picked = picked if weights is None else picked * weights[:, own]
             # `where`, not a product: a row that was never computed may hold anything, even NaN.
-            total = total + ops.where(ops.expand_dims(row >= 0, 1), picked, 0.0)
+            total = total + ops.where(self.rows[:, own] >= 0, picked, 0.0)
         return total
 
     def _scatter_sum(self, rows, weights):

@@ -188,7 +188,7 @@ class Router(BaseLayer):
         routing = complete(routing, real)
         if training and self.trainable and indices is None:
             self.update(routing)
-        return routing if with_plan else routing._replace(plan=())
+        return routing if with_plan else routing.without_plan()
 
     def route(self, tokens: Tensor, mask: Tensor, training: bool | None, **context: Any) -> Routing:
         """Return the routing of tokens (T, D), zeros where the mask (T,) is False."""
