@@ -1,0 +1,176 @@
+"""A photograph: what experts are for
+
+Learns the colour of each pixel of a photograph from its place, (x, y), with dense layers and with a
+mixture of 32 experts that does about as much work for a pixel. A photograph differs from place to
+place, so that there is something to divide: the mixture is better after as many steps, and after as
+many seconds.
+
+    pip install ".[jax,visualization]" scikit-learn
+
+In a clone of the repository of keras_moe; with `tensorflow` or `torch` in place of `jax`, set
+`KERAS_BACKEND` to that name. The photograph comes with scikit-learn. `--image FILE` takes another,
+and `--seeds 3` repeats all with three seeds.
+"""
+
+import argparse
+import os
+import sys
+import time
+
+os.environ.setdefault("KERAS_BACKEND", "jax")  # or "tensorflow", "torch"
+
+import keras
+import matplotlib.pyplot as plt
+import numpy as np
+from keras import ops
+from sklearn.datasets import load_sample_image
+
+from keras_moe import inspection, layers
+
+WIDTH = 320
+NUM_WAVES = 64
+FEATURES = 64
+HIDDEN = 64
+NUM_EXPERTS = 32
+NUM_STEPS = 1_000
+BATCH_SIZE = 2_048
+RATES = {"dense": 0.01, "mixture": 0.02}  # the best of several for each
+
+parser = argparse.ArgumentParser()
+parser.add_argument("--image", help="a photograph, instead of scikit-learn's")
+parser.add_argument("--seeds", type=int, default=1, help="how often to train each model")
+options, _ = parser.parse_known_args()
+
+"""
+## The photograph
+
+It is made smaller, to at most 320 pixels on a side. A fifth of the pixels, drawn at random, is for
+the test: no model sees them in training.
+"""
+
+photo = plt.imread(options.image) if options.image else load_sample_image("china.jpg")
+photo = photo / 255.0 if photo.dtype == np.uint8 else photo
+photo = np.atleast_3d(photo)[..., :3].astype("float32")
+step = -(-max(photo.shape[:2]) // WIDTH)
+height, width = photo.shape[0] // step, photo.shape[1] // step
+photo = photo[: height * step, : width * step].reshape(height, step, width, step, -1).mean((1, 3))
+y, x = np.indices((height, width)) / (max(height, width) / 2) - 1
+places = np.stack([x, y], axis=-1).reshape(-1, 2).astype("float32")
+colours = photo.reshape(height * width, -1)
+test, train = np.split(np.random.default_rng(0).permutation(len(places)), [len(places) // 5])
+
+"""
+## The models
+
+Both see the place as sines and cosines of many wavelengths (Tancik et al. 2020, arXiv:2006.10739).
+Then come two residual blocks, either of two dense layers or of a mixture whose router sends each
+pixel to one of 32 experts. An expert is as large as the dense layers.
+"""
+
+waves = np.random.default_rng(0).normal(0, 16, (2, NUM_WAVES)).astype("float32")
+
+
+def dense():
+    return keras.Sequential([keras.layers.Dense(HIDDEN, "gelu"), keras.layers.Dense(FEATURES)])
+
+
+def mixture():
+    return layers.MixtureOfExperts(layers.FeedForwardExperts(NUM_EXPERTS, HIDDEN), top_k=1)
+
+
+def build(block):
+    inputs = keras.Input((2,))
+    angles = ops.matmul(inputs, waves)
+    hidden = ops.concatenate([ops.sin(angles), ops.cos(angles)], axis=-1)
+    hidden = keras.layers.Dense(FEATURES)(hidden)
+    for _ in range(2):
+        hidden = hidden + block()(keras.layers.LayerNormalization()(hidden))
+    outputs = keras.layers.Dense(colours.shape[-1])(keras.layers.LayerNormalization()(hidden))
+    return keras.Model(inputs, outputs)
+
+
+"""
+## Training
+
+Seconds are those of the processor, after the first step, which compiles. `PSNR`, the peak
+signal-to-noise ratio, is the usual measure of such a reconstruction: one decibel more is a squared
+error that is a fifth smaller.
+"""
+
+
+class Clock(keras.callbacks.Callback):
+    def on_train_batch_end(self, batch, logs=None):
+        if batch == 0:
+            self.begin = time.process_time()
+        self.seconds = time.process_time() - self.begin
+
+
+def psnr(prediction):
+    return -10 * np.log10(np.mean((prediction[test] - colours[test]) ** 2))
+
+
+def fit(name, block, steps, seed):
+    print(f"{name}, {steps:,} steps")
+    keras.utils.set_random_seed(seed)
+    model, clock = build(block), Clock()
+    rate = keras.optimizers.schedules.CosineDecay(RATES[block.__name__], steps)
+    compiled = True if keras.backend.backend() == "tensorflow" else "auto"  # by XLA
+    model.compile(keras.optimizers.Adam(rate), "mse", jit_compile=compiled)
+    drawn = np.random.default_rng(seed).choice(train, steps * BATCH_SIZE)
+    bar = 1 if sys.stdout.isatty() else 2  # a bar, or a line at the end
+    model.fit(places[drawn], colours[drawn], BATCH_SIZE, callbacks=[clock], verbose=bar)
+    prediction = model.predict(places, batch_size=BATCH_SIZE, verbose=0)
+    weights = inspection.count_parameters(model)
+    return model, prediction, (steps, clock.seconds, *weights, psnr(prediction))
+
+
+"""
+The mixture's step takes longer. So the dense model is trained twice: for as many steps, and for as
+many seconds.
+"""
+
+names = ["dense, as many steps", "dense, as many seconds", f"mixture, 1 of {NUM_EXPERTS} experts"]
+runs = {name: [] for name in names}
+for seed in range(options.seeds):
+    _, _, row = fit(names[0], dense, NUM_STEPS, seed)
+    runs[names[0]].append(row)
+    model, by_mixture, mixture_row = fit(names[2], mixture, NUM_STEPS, seed)
+    runs[names[2]].append(mixture_row)
+    steps = max(1, round(NUM_STEPS * mixture_row[1] / row[1]))
+    _, by_dense, row = fit(names[1], dense, steps, seed)
+    runs[names[1]].append(row)
+
+print(f"\n{'':28} {'steps':>6} {'seconds':>8} {'weights':>8} {'active':>8}  test PSNR, dB")
+for name, rows in runs.items():
+    steps, seconds, weights, active, _ = np.mean(rows, axis=0)
+    scores = [row[-1] for row in rows]
+    spread = f" +- {np.std(scores):.2f}" if len(scores) > 1 else ""
+    print(
+        f"{name:28} {steps:6,.0f} {seconds:8.1f} {weights:8,.0f} {active:8,.0f}  "
+        f"{np.mean(scores):.2f}{spread}"
+    )
+
+"""
+## What the experts do
+
+The map shows which expert of the second mixture serves each pixel. Only the errors of the colours
+taught the router how to divide the picture.
+"""
+
+*_, (routing,) = inspection.record_routings(model, [places]).values()
+experts = routing.indices[:, 0].reshape(height, width)
+titles = [
+    "the photograph",
+    f"dense, as many seconds: {psnr(by_dense):.1f} dB",
+    f"mixture: {psnr(by_mixture):.1f} dB",
+    f"which of {NUM_EXPERTS} experts serves a pixel",
+]
+pictures = [colours, by_dense, by_mixture]
+pictures = [np.clip(picture, 0, 1).reshape(photo.shape) for picture in pictures]
+figure, panels = plt.subplots(2, 2, figsize=(9, 1 + 9 * height / width), layout="constrained")
+for axes, title, picture in zip(panels.flat, titles, [*pictures, experts]):
+    axes.imshow(picture, cmap="turbo")
+    axes.set_title(title)
+    axes.axis("off")
+figure.savefig("photograph.png", dpi=100)
+print("written: photograph.png")
