@@ -2,13 +2,13 @@
 
 Learns the colour of each pixel of a photograph from its place, (x, y), with dense layers and with a
 mixture of 64 experts that does about as much work for a pixel. The sky, a roof and a tree are
-different functions: the mixture is better after as many steps, and after as many seconds.
+different functions: after as many steps the mixture was a decibel better, after as many seconds 0.2
+on a busy machine, about as much as seeds differ.
 
     pip install ".[jax,visualization]" scikit-learn
 
 In a clone of the repository of keras_moe; with `tensorflow` or `torch` in place of `jax`, set
-`KERAS_BACKEND` to that name. The photograph comes with scikit-learn. `--image FILE` takes another,
-and `--seeds 3` repeats all with three seeds.
+`KERAS_BACKEND` to that name. `--image FILE` takes another photograph, `--seeds 3` three seeds.
 """
 
 import argparse
@@ -27,7 +27,7 @@ from sklearn.datasets import load_sample_image
 from keras_moe import inspection, layers
 
 WIDTH = 640
-NUM_WAVES = 64
+NUM_WAVES = 128
 FEATURES = 64
 HIDDEN = 64
 NUM_EXPERTS = 64
@@ -35,7 +35,7 @@ NUM_STEPS = 600
 BATCH_SIZE = 2_048
 # The best of several for each: the learning rate, and how fine the waves are.
 RATES = {"dense": 0.01, "mixture": 0.02}
-SCALES = {"dense": 34, "mixture": 48}
+SCALES = {"dense": 40, "mixture": 48}
 
 parser = argparse.ArgumentParser()
 parser.add_argument("--image", help="a photograph, instead of scikit-learn's")
@@ -174,9 +174,9 @@ colours and the load-balancing loss taught the router how to divide the picture.
 experts = routing.indices[:, 0].reshape(height, width)
 titles = [
     "the photograph",
-    f"dense, as many seconds: {psnr(by_dense):.1f} dB",
-    f"mixture: {psnr(by_mixture):.1f} dB",
-    f"which of {NUM_EXPERTS} experts serves a pixel",
+    f"dense, trained as long: {psnr(by_dense):.1f} dB",
+    f"mixture: {psnr(by_mixture):.1f} dB (more is better)",
+    f"the parts of its {NUM_EXPERTS} experts",
 ]
 pictures = [colours, by_dense, by_mixture]
 pictures = [np.clip(picture, 0, 1).reshape(photo.shape) for picture in pictures]
