@@ -116,6 +116,7 @@ def test_transformations_of_jax():
     assert_close(slope, np.vdot(gradients[0], direction), tolerance=1e-4)
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")  # PyTorch's own use
 @pytest.mark.backends("torch")
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")
 def test_transformations_of_torch():
