@@ -67,10 +67,12 @@ class TorchBackend(Backend):
         return torch.cat([part[:size] for part, size in zip(parts, sizes)])
 
     def sum_of_counts(self, values):
-        # In one operation.
-        flat = self.sum_over_replicas(torch.cat([value.detach().reshape(-1) for value in values]))
-        parts = flat.split([value.numel() for value in values])
-        return [part.reshape(value.shape) for part, value in zip(parts, values)]
+        if self.num_replicas() == 1:
+            return values
+        # In one operation of doubles, which hold the integers of a step and its floats.
+        flat = torch.cat([value.detach().reshape(-1).double() for value in values])
+        parts = self.sum_over_replicas(flat).split([value.numel() for value in values])
+        return [part.reshape(each.shape).to(each.dtype) for part, each in zip(parts, values)]
 
     expert_processes = staticmethod(torch_experts.expert_processes)
     split_experts = staticmethod(torch_experts.split_experts)

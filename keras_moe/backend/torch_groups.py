@@ -112,7 +112,7 @@ class _Run:
 
     def product(self, rows, kernels, bias=None, transposed=False):
         bias = None if bias is None else bias.to(rows.dtype)
-        if len(self.experts) == 1:  # also in a program, where nothing is written in place
+        if len(self.sizes) == 1:  # also in a program, where nothing is written in place
             take = operator.itemgetter(self.experts[0])
             bias = None if bias is None else take(bias)
             return kernels.entry(take).multiply(rows, bias, transposed)
@@ -132,7 +132,7 @@ class _Run:
     def gradient(self, field, left, right, total):
         if total is None:
             return None
-        if len(self.experts) == 1:
+        if len(self.sizes) == 1:
             _set_gradient(field, left, right, total[self.experts[0]])
             return total
         groups = zip(self.experts, left.split(self.sizes), right.split(self.sizes))

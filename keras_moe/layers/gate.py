@@ -73,11 +73,16 @@ class Counts(NamedTuple):
 
     def since(self, earlier: "Counts") -> "Counts":
         """What was counted after an earlier reading; all, if earlier weights were loaded since."""
-        # Counters are 32 bits wide, and so are their differences, even where a counter wrapped.
-        with np.errstate(over="ignore"):
-            difference = Counts(*(now - before for now, before in zip(self, earlier)))
+        difference = Counts(*(_difference(*each) for each in zip(self, earlier)))
         is_older = min(np.min(difference.assignments), np.min(difference.numbers)) < 0
         return self if is_older else difference
+
+
+def _difference(now, earlier):
+    if now.dtype != "int64":
+        return now - earlier
+    # Counters are 32 bits wide, and may have passed their end in between.
+    return (now - earlier + 2**31) % 2**32 - 2**31
 
 
 class Gate(Recomputable):
@@ -204,10 +209,8 @@ class Gate(Recomputable):
                 routing, tokens.sequence_length, training, self._capacity_seed, limited
             )
         if training or any(observer.counts for observer in observers):
-            num_tokens = tokens.values.shape[0]
-            is_full = tokens.mask is None and isinstance(num_tokens, int)
-            shares = 1.0 / max(num_tokens, 1) if is_full else token_shares(routing.mask)
-            routing = routing._replace(shares=shares)
+            if isinstance(routing.shares, tuple):
+                routing = routing._replace(shares=token_shares(routing.mask))
             self._add_losses_and_count(routing, tokens.sequence_length, training)
         for observer in observers:
             if observer.saw is not None:
@@ -293,8 +296,10 @@ class Gate(Recomputable):
 
     def read_counts(self, evaluation: bool = False) -> Counts:
         """Return what a built layer has counted so far, in training or in evaluations."""
-        counters = map(ops.convert_to_numpy, self._counters(evaluation))
-        assignments, dropped, (total, error), numbers = counters
+        assignments, dropped, (total, error), numbers = (
+            array.view("uint32").astype("int64") if array.dtype == "int32" else array
+            for array in map(ops.convert_to_numpy, self._counters(evaluation))
+        )
         return Counts(assignments, dropped, total.astype("float64") - error, numbers)
 
     # Weights of the losses

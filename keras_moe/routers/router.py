@@ -185,7 +185,7 @@ class Router(BaseLayer):
         if self.counted_by_weight and indices is None:
             counts = weighted_counts(routing.indices, routing.weights, real)
             routing = routing._replace(counts=counts)
-        routing = complete(routing, real)
+        routing = complete(routing, real, is_full=mask is None)
         if training and self.trainable and indices is None:
             self.update(routing)
         return routing if with_plan else routing.without_plan()
