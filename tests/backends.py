@@ -86,6 +86,14 @@ def differentiated(function, mode):
     return _on_arrays(_compile(_GRADIENTS[BACKEND](function), mode))
 
 
+def trace(function, *arrays):
+    """Trace a function as a compiler does, and compile nothing."""
+    if BACKEND == "jax":
+        jax.eval_shape(function, *arrays)
+    elif BACKEND == "tensorflow":
+        tf.function(function, autograph=False).get_concrete_function(*to_tensors(arrays))
+
+
 def gradients(function, inputs, mode=FAST_MODE):
     """Gradients of the scalar `function(*inputs)`."""
     return differentiated(lambda inputs: (function(*inputs), ()), mode)(inputs)[2]

@@ -273,10 +273,10 @@ def test_nothing_counts_after_a_training_that_was_interrupted(validation):
     ],
 )
 def test_a_schedule_of_the_epoch_and_perhaps_of_the_weight_sets_it(schedule, expected):
-    layer = moe(router_losses=[losses.LoadBalance(0.1), "router_z"])
+    layer = moe(router_losses=["router_z", losses.LoadBalance(0.1)])
     callback = RouterLossSchedule(schedule)
     callback.set_model(model_of(layer))
     callback.on_train_begin()
     for epoch, weight in ((0, None), (1, expected), (1, expected)):
         callback.on_epoch_begin(epoch)
-        assert weight is None or layer.loss_weights_in_force == about([weight, 1e-3])
+        assert weight is None or layer.loss_weights_in_force == about([1e-3, weight])

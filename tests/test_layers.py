@@ -61,7 +61,7 @@ class Customary(keras.layers.Layer):
         return self.out(self.hidden(inputs))
 
 
-@pytest.mark.parametrize("is_functional", [True, False], ids=["functional", "unbuilt"])
+@pytest.mark.parametrize("is_functional", unless_compiled([True, False], [False]))
 def test_layers_that_only_have_a_call_are_built_and_trained(is_functional):
     hosts = [
         moe(layers.LayerExperts([Customary(D) for _ in range(E)])),
@@ -230,7 +230,6 @@ def test_batch_normalization_inside_an_expert_updates_the_state_of_used_experts_
         np.testing.assert_array_equal(array(norms[expert].moving_variance), np.ones(E))
 
 
-@on_one_backend
 @compiled
 def test_experts_without_a_derivative_at_zero_are_trained(jit_compile):
     def unit(x):

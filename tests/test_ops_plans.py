@@ -90,6 +90,7 @@ def test_a_plan_equals_the_oracle_and_so_do_its_verbs_and_their_gradients(mode):
     check()
 
 
+@on_each_backend
 def test_combine_reads_no_padded_row():
     indices, mask = np.array([[0], [0], [0]], "int32"), np.array([True, False, True])
 

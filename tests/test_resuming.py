@@ -82,14 +82,19 @@ def test_every_kind_of_state_resumes(tmp_path):
     """Draws with and without a seed, biases, strengths, sums over batches, and a schedule."""
     keras.utils.set_random_seed(0)
     balancer = routers.LossFreeBias(accumulation_steps=2)
+    seeded = routers.TopKRouter(balancer=balancer, logit_noise=0.1, seed=3)
     of_batches = losses.LoadBalance(scope="global", accumulation_steps=2)
     limit = layers.Capacity(1.0, priority="random")
+    dropping = layers.FeedForwardExperts(E, 4, dropout=0.25)
     parts = [
         moe(router="noisy_top_k"),
         moe(router="relu"),
-        moe(router=routers.TopKRouter(balancer=balancer, logit_noise=0.1, seed=3)),
-        moe(router_losses=[of_batches], capacity_factor=limit),
-        moe(layers.FeedForwardExperts(E, 4, dropout=0.25)),
+        moe(
+            dropping,
+            router=seeded,
+            router_losses=["load_balance", of_batches],
+            capacity_factor=limit,
+        ),
     ]
     assert_resumes(compiled(*parts), tmp_path, CALLBACKS["schedule"])
 

@@ -15,11 +15,12 @@ from backends import (
     on_one_backend,
     to_numpy,
     to_tensors,
+    trace,
     unless_compiled,
 )
 from drawn import MASKS, SKEWS, draw_logits, draw_mask
 from keras import ops
-from layer_checks import gradients
+from layer_checks import gradients, normal
 
 from keras_moe import layers, losses, routers
 from keras_moe.routers.fixed import ForcedRouter
@@ -79,6 +80,8 @@ def dselect(per_example):
 
     return case
 
+
+T, E, S = 12, 4, 4
 
 # From E, K and the length of a sequence to a router and its oracle.
 CASES = {
@@ -210,12 +213,31 @@ def test_a_router_of_any_size_equals_the_oracle_whatever_padding_holds(name, mod
         assert not np.isnan(routing.weights).any()
 
 
+@pytest.mark.backends("tensorflow", "jax")
+@pytest.mark.parametrize("training", [False, True])
+def test_every_router_can_be_traced(training):
+    for name in CASES:
+        router, _ = CASES[name](E, 2, S)
+        features = router.num_experts * getattr(router, "slots", 1)
+        if not router.built:
+            router.build((None, features))
+        weights = to_numpy([w.value for w in router.trainable_variables])
+        state = to_numpy([w.value for w in router.non_trainable_variables])
+
+        def call(weights, state, tokens, mask, router=router):
+            context = {"sequence_length": S, "token_ids": ops.arange(T)}
+            return router.stateless_call(
+                weights, state, tokens, mask=mask, training=training, **context
+            )
+
+        trace(call, weights, state, normal(T, features), np.arange(T) % 5 > 0)
+
+
 @on_one_backend
 def test_no_router_is_left_out():
     assert set(routers.IDENTIFIERS) | {"hash", "forced"} <= set(CASES)
 
 
-T, E, S = 12, 4, 4
 LEARNED = [name for name in CASES if name not in ("hash", "forced", "dselect_k for all")]
 
 
