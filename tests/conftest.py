@@ -105,8 +105,8 @@ def small_tiles(monkeypatch):
     from keras_moe.backend import backend
     from keras_moe.ops import experts
 
-    for place in ("ops.tiles", "backend.padded"):
-        monkeypatch.setattr(f"keras_moe.{place}.tile_length", lambda *_: 4)
+    for place in ("tiles", "padded"):
+        monkeypatch.setattr(f"keras_moe.backend.{place}.tile_length", lambda *_: 4)
     if BACKEND == "torch":
         monkeypatch.setattr("keras_moe.backend.torch_groups.CPU_RUN_ROWS", 8)
     if BACKEND == "jax":

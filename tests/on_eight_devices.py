@@ -226,11 +226,13 @@ def test_a_batch_that_does_not_divide_is_padded():
     assert_same(on("2x4", called), on(None, called))
 
 
-def test_integers_and_corrections_of_low_rank_are_split_as_kernels_are():
+@pytest.mark.parametrize(("mode", "block_size"), [("int8", None), ("int4", 2)])
+def test_integers_and_corrections_of_low_rank_are_split_as_kernels_are(mode, block_size):
     def called():
         layer = bank_of(layers.GatedExperts)()
         layer.build((None, D))
-        layer.experts.quantize("int8")
+        config = keras.quantizers.Int4QuantizationConfig(block_size=block_size)
+        layer.experts.quantize(mode, config=None if mode == "int8" else config)
         layer.experts.enable_lora(2, b_initializer="glorot_uniform")
         distribution = keras.distribution.distribution()
         num_shards = 1 if distribution is None else distribution.device_mesh.shape[1]

@@ -39,11 +39,13 @@ SMOKE = {
         "NUM_ROWS": 256,
         "NUM_SEEDS": 1,
         "NUM_SPEAKERS": 9,
+        "NUM_STEPS": 3,
         "NUM_TEXTS": 16,
         "NUM_TOKENS": 512,
         "NUM_TRIALS": 2,
+        "NUM_WAVES": 4,
     },
-    **{"NUM_WORDS": 30, "NUM_WRITTEN": 8, "PATCH": 2, "RANK": 2, "UNKNOWN": 0},
+    **{"NUM_WORDS": 30, "NUM_WRITTEN": 8, "PATCH": 2, "RANK": 2, "UNKNOWN": 0, "WIDTH": 20},
 }
 ALLOWED = {"keras", "keras_moe", "numpy", "sklearn", "keras_tuner", "matplotlib"}
 ALLOWED |= {"gguf", "keras_hub", "tokenizers"}  # of what was trained elsewhere

@@ -63,13 +63,15 @@ def test_a_program_serves_batches_of_sizes_not_seen_at_export(name, tmp_path):
 
 
 @pytest.mark.backends("tensorflow")
-@pytest.mark.parametrize("name", ["litert", "onnx"])
-def test_experts_in_int8_are_exported(name, tmp_path):
+@pytest.mark.parametrize(
+    ("name", "mode"), [("litert", "int8"), ("litert", "int4"), ("onnx", "int8")]
+)
+def test_experts_in_integers_are_exported(name, mode, tmp_path):
     keras.utils.set_random_seed(0)
     inputs = keras.Input((S, D))
     outputs = layers.MixtureOfExperts(layers.FeedForwardExperts(E, 16))(inputs)
     model = keras.Model(inputs, keras.layers.Dense(2)(outputs))
-    model.layers[1].experts.quantize("int8")
+    model.layers[1].experts.quantize(mode)
     equal = np.broadcast_to(batch(1)[:, :1], (64, S, D))  # one expert has no rows
     assert_serves(model, PROGRAMS[name], tmp_path, more=[equal])
 

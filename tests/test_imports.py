@@ -15,7 +15,7 @@ FRAMEWORKS = {"tensorflow", "jax", "jaxlib", "torch", "tensorflow_probability", 
 PARTS = [
     ("checks", "keras_internals", "plain_text", "Tensor"),
     ("backend", "initializers", "serialization"),
-    ("lora", "ops"),
+    ("base_layer", "lora", "ops"),
     ("activations", "losses", "metrics", "optimizers", "routers"),
     ("layers",),
     ("health", "inspection"),

@@ -204,7 +204,7 @@ def test_saliency_is_the_mean_weight_times_norm_of_each_expert(router):
     total, served = np.zeros(E), np.zeros(E)
     for e in range(E):
         weights = ops.convert_to_tensor(np.tile(np.eye(E, dtype="float32")[e], (15, 1)))
-        plan = dense.plan(everything._replace(weights=weights))
+        plan = plan_groups(everything._replace(weights=weights))
         norms = np.linalg.norm(array(layer.experts(tokens, plan)), axis=1)
         for t in np.flatnonzero(routing.mask & (routing.indices == e).any(axis=1)):
             total[e] += routing.weights[t, list(routing.indices[t]).index(e)] * norms[t]
@@ -236,8 +236,8 @@ def test_saliency_of_experts_of_whole_samples():
 def test_a_plan_knows_whom_it_serves(router):
     router = routers.get(router, num_experts=E)
     tokens, mask = normal(6, D), np.arange(6) < 4
-    routing = router(tokens, mask=mask)
-    served = array(router.plan(routing).served())
+    routing = router(tokens, mask=mask, with_plan=True)
+    served = array(routing.plan.served())
     outputs = array(moe(router=router)(tokens, mask=mask))
     np.testing.assert_array_equal(served[mask], (outputs[mask] != 0).any(axis=1))
-    assert_close(metrics.unserved_fraction(routing, router.plan(routing)), 1 - served[:4].mean())
+    assert_close(metrics.unserved_fraction(routing, routing.plan), 1 - served[:4].mean())

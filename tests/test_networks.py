@@ -26,11 +26,11 @@ from test_ops_moe import Config, build, check_against_oracle, draw_batch
 
 from keras_moe import layers, ops
 from keras_moe.activations import quick_gelu
-from keras_moe.backend import backend
-from keras_moe.ops import plan_groups, tiles, top_k_routing
+from keras_moe.backend import backend, tiles
+from keras_moe.ops import plan_groups, top_k_routing
 from keras_moe.ops.experts import run_network
-from keras_moe.ops.linears import Linear
-from keras_moe.ops.networks import dtype_of, network_of
+from keras_moe.ops.linears import Kernel, Linear
+from keras_moe.ops.networks import Problem, network_of
 from keras_moe.ops.platforms import named_platform
 
 T, D, H, E, K = 13, 8, 16, 3, 2
@@ -87,19 +87,19 @@ def drawn(widths, biases=False, dtype="float32", low_rank=False):
         if biases:
             weights[name]["bias"] = normal(E, width)
         if low_rank:
-            weights[name] |= {"down": normal(E, depth, 2), "up": normal(E, 2, width)}
+            weights[name] |= {"lora_a": normal(E, depth, 2), "lora_b": normal(E, 2, width)}
     return weights
 
 
-def problem(network, names, scale=None, dtype="float32", stored=None, **options):
+def problem(network, names, low_rank=False, dtype="float32", stored=None, **options):
     """A loss of the outputs as a function of tokens and trained weights, these, and its formula."""
     widths = {name: WIDTHS[name] for name in names}
-    weights = drawn(widths, low_rank=scale is not None, **options)
+    weights = drawn(widths, low_rank=low_rank, **options)
     rng = np.random.default_rng(1)
     tokens = rng.standard_normal((T, D)).astype("float32")
     logits = rng.standard_normal((T, E)).astype("float32")
     trained = {
-        name: [field for field in fields if scale is None or field != "kernel"]
+        name: [field for field in fields if not low_rank or field != "kernel"]
         for name, fields in weights.items()
     }
     inputs = [tokens, *(weights[name][field] for name in names for field in trained[name])]
@@ -109,13 +109,14 @@ def problem(network, names, scale=None, dtype="float32", stored=None, **options)
         for name in names:
             varied = {field: next(flat) for field in trained[name]}
             fields = {**to_tensors(weights[name]), **varied}
-            yield name, Linear(**{f: keras_ops.cast(v, stored or dtype) for f, v in fields.items()})
+            fields = {f: keras_ops.cast(v, stored or dtype) for f, v in fields.items()}
+            yield name, Linear(**{f: x if f == "bias" else Kernel(x) for f, x in fields.items()})
 
     def computed(tokens, *flat):
         plan = plan_groups(top_k_routing(keras_ops.convert_to_tensor(logits), K)).sort()
-        traced = network_of(network, D, widths)._replace(scale=scale)
         tokens = keras_ops.cast(tokens, dtype)
-        outputs = run_network(traced, tokens, dict(maps_of(flat)), plan)
+        given = Problem(tokens, dict(maps_of(flat)), plan)
+        outputs = run_network(network_of(network, D, widths), given)
         assert keras.backend.standardize_dtype(outputs.dtype) == dtype
         return keras_ops.sum(keras_ops.sin(keras_ops.cast(outputs, "float32")))
 
@@ -127,10 +128,10 @@ def problem(network, names, scale=None, dtype="float32", stored=None, **options)
 
             def linear(name, rows=None, expert=expert):
                 rows = keras_ops.ones((T, 1)) if rows is None else rows
-                kernel, bias, down, up = (x if x is None else x[expert] for x in maps[name])
-                output = rows @ kernel
+                kernel, bias, a, b = maps[name].entry(lambda stack: stack[expert])
+                output = rows @ kernel.values
                 output = output if bias is None else output + bias
-                return output if down is None else output + scale * (rows @ down) @ up
+                return output if a is None else output + (rows @ a.values) @ b.values
 
             chosen = keras_ops.cast(routing.indices == expert, "float32") * routing.weights
             weight = keras_ops.sum(chosen, axis=1, keepdims=True)
@@ -142,9 +143,9 @@ def problem(network, names, scale=None, dtype="float32", stored=None, **options)
 
 NETWORKS = {
     "linear": (lambda rows, linear: linear("up", rows), ["up"], {"biases": True}),
-    "linear, low rank": (lambda rows, linear: linear("up", rows), ["up"], {"scale": 0.5}),
+    "linear, low rank": (lambda rows, linear: linear("up", rows), ["up"], {"low_rank": True}),
     "feed-forward": (feed_forward(), ["up", "down"], {"biases": True}),
-    "gated, low rank": (gated(), ["gate", "up", "down"], {"scale": 2.0}),
+    "gated, low rank": (gated(), ["gate", "up", "down"], {"low_rank": True}),
     "gate of gpt-oss": (gated(quick_gelu, 0.5, 1.0), ["gate", "up", "down"], {"biases": True}),
     "residual": (residual, ["up", "scale", "middle", "down", "branch"], {}),
 }
@@ -303,8 +304,8 @@ def test_both_products_equal_a_loop_over_groups(dtype, platform):
     def both(rows, right, kernels, sizes):
         rows, right, kernels = (keras_ops.cast(each, dtype) for each in (rows, right, kernels))
         results = (
-            backend.product(rows, kernels, sizes, False, platform),
-            backend.product(right, kernels, sizes, True, platform),
+            backend.product(rows, Kernel(kernels), sizes, False, platform),
+            backend.product(right, Kernel(kernels), sizes, True, platform),
             backend.outer(rows, right, sizes, "float32", platform),
         )
         return [keras_ops.cast(each, "float32") for each in results]
@@ -636,11 +637,12 @@ def test_a_program_for_another_accelerator_than_it_was_traced_for_is_an_error():
 
 
 def traced(function, inputs):
-    """The text of what JAX traces."""
+    """The text of what JAX traces for a CPU, without the branches for other platforms."""
     import jax
 
     forget()
-    return str(jax.make_jaxpr(function)(*inputs))
+    with ops.platform("cpu"):
+        return str(jax.make_jaxpr(function)(*inputs))
 
 
 def loss_of_half_precision():
@@ -684,7 +686,7 @@ def test_products_on_cpus_are_those_of_float32(monkeypatch):
     loss, weights = loss_of_half_precision()
     narrow_product = re.compile(r":bf16\[[0-9,]+\] = dot_general")
     assert not narrow_product.search(traced(jax.grad(loss), weights))
-    monkeypatch.setattr(tiles, "_dtype", lambda problem: dtype_of(problem.tokens))
+    monkeypatch.setattr(tiles, "computed_dtype", lambda tokens, platform: "bfloat16")
     assert narrow_product.search(traced(jax.grad(loss), weights))
 
 

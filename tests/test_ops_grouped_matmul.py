@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from keras import ops
 
-from keras_moe.ops import grouped_matmul, tiles
+from keras_moe.backend import tiles
+from keras_moe.ops import grouped_matmul
 
 
 def weighted_sum(inputs, sizes, upstream):

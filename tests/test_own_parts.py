@@ -223,3 +223,34 @@ def test_a_sequence_length_is_a_tensor():
         route(normal(6, E), np.array(3, "int32")),
         array(expert_choice_routing(normal(6, E), 1.0, mask, 3).counts),
     )
+
+
+class HalfRouter(routers.TopKRouter):
+    """A router that takes every other token for padding, besides what is."""
+
+    def route(self, tokens, mask, training, **context):
+        routing = super().route(tokens, mask, training, **context)
+        own = keras.ops.arange(tokens.shape[0]) % 2 == 0
+        return routing._replace(mask=routing.mask & own)
+
+
+@pytest.mark.backends("torch")
+def test_losses_and_counts_are_of_the_tokens_that_a_router_of_ones_own_takes_for_real():
+    layer = moe(router=HalfRouter(E, 2), router_losses=["load_balance"])
+    _, routing = layer(normal(6, D), training=True, return_routing=True)
+    assert array(routing.counts).sum() == array(layer.expert_counts).sum() == 3 * 2
+    expected = array(losses.LoadBalance(1.0).compute(routing))
+    np.testing.assert_allclose(layer.read_counts().means[0], expected, rtol=1e-6)
+
+
+@pytest.mark.backends("torch")
+def test_counters_stay_exact_beyond_the_integers_of_float32_and_the_end_of_int32():
+    layer = moe(router_losses=())
+    layer(normal(6, D), training=True)
+    layer.expert_counts.assign(np.full(E, 2**31 - 5, "int32"))
+    before = layer.read_counts()
+    for _ in range(9):
+        layer(normal(1, D), training=True)
+    counted = layer.read_counts().since(before).assignments
+    assert counted.sum() == 9 * 2 and counted.min() >= 0
+    assert layer.read_counts().assignments.min() >= 2**31 - 5

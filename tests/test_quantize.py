@@ -17,7 +17,7 @@ from backends import (
 from layer_checks import normal
 
 from keras_moe import inspection, layers, routers
-from keras_moe.ops import tiles
+from keras_moe.backend import tiles
 
 # Keras asks each layer, and warns of those that cannot: 3.15 of its `InputLayer`, 3.16 of layers
 # that hold others.
@@ -229,13 +229,14 @@ def test_kernels_that_are_converted_in_blocks_give_the_same_product(block, monke
 
 
 @pytest.mark.backends("tensorflow")
-def test_a_program_for_batches_of_any_size_computes_few_and_many_rows():
+@pytest.mark.parametrize("mode", ["int8", "int4"])
+def test_a_program_for_batches_of_any_size_computes_few_and_many_rows(mode):
     import tensorflow as tf
 
     keras.utils.set_random_seed(0)
     layer = layers.MixtureOfExperts(layers.GatedExperts(3, 16))
     layer.build((None, D))
-    layer.experts.quantize("int8")
+    layer.experts.quantize(mode)
     layer.experts.enable_lora(2)
     for variable in layer.experts.trainable_variables:
         variable.assign(normal(*variable.shape))

@@ -128,7 +128,7 @@ def test_transformations_of_jax():
 
 
 @on_one_backend
-@pytest.mark.filterwarnings("ignore:.*torch.jit.script")
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script.*")
 def test_transformations_of_torch():
     import torch
 

@@ -43,8 +43,13 @@ def error_of(rows):
     return 2.0**-22 * largest + 2 * np.finfo("float32").tiny
 
 
+def in_groups(rows, sizes):
+    rows = torch.from_numpy(rows)
+    return rows, rows.split(sizes)
+
+
 def products_in_digits(rows, sizes, kernels):
-    digits = torch_integers.digits_of_groups(torch.from_numpy(rows), sizes)
+    digits = torch_integers.in_digits(*in_groups(rows, sizes))
     parts = map(torch.from_numpy, kernels)
     return np.concatenate([to_numpy(each.multiply(part)) for each, part in zip(digits, parts)])
 
@@ -81,7 +86,7 @@ def test_kernels_become_floats_in_blocks(entries, transposed, monkeypatch):
     monkeypatch.setattr(torch_integers, "CPU_BLOCK", entries)
     kernel, rows = integers(D, H), normal(6, H if transposed else D)
     output = torch.empty(6, D if transposed else H)
-    torch_integers.multiply(torch.from_numpy(rows), torch.from_numpy(kernel), transposed, output)
+    torch_integers.product(torch.from_numpy(rows), torch.from_numpy(kernel), transposed, output)
     assert_close(to_numpy(output), rows @ (kernel.T if transposed else kernel))
 
 

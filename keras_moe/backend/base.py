@@ -7,7 +7,6 @@ from keras import ops
 
 from keras_moe.backend import padded
 from keras_moe.backend.devices import Devices
-from keras_moe.backend.layouts import AllRows
 
 
 class Backend(Devices):
@@ -89,14 +88,14 @@ class Backend(Devices):
     def product(self, rows, kernels, sizes, transposed=False, platform=None):
         """Multiply each group of rows (R, D) by its kernel (E, D, H), or its transpose: (R, H).
 
-        The product has derivatives of any order. Results past the last group are arbitrary.
-        Kernels may be integers. `sizes` are (E,) int32. The program is compiled for `platform`.
+        It has derivatives of any order. Rows past the last group may be anything. `kernels` are of
+        `ops.linears`, `sizes` (E,) int32; `platform` is the one that is compiled for.
         """
         # In operations that a framework differentiates any number of times.
-        if self.needs_static_shapes() or hasattr(kernels, "floats"):
+        if self.needs_static_shapes() or kernels.scale is not None:
             return padded.product(rows, kernels, sizes, transposed)
         *parts, rest = self.split_groups(rows, sizes)[0]
-        kernels = ops.cast(kernels, rows.dtype)
+        kernels = kernels.floats(rows.dtype)
         kernels = ops.unstack(ops.transpose(kernels, (0, 2, 1)) if transposed else kernels)
         products = [ops.matmul(*each) for each in zip(parts, kernels)]
         padding = (ops.shape(rest)[0], products[0].shape[1])
@@ -106,12 +105,21 @@ class Backend(Devices):
         """Return `left^T right` of each group, (E, D, H), for (R, D) and (R, H); 0 without rows."""
         return padded.outer(left, right, sizes, dtype)
 
-    def layout(self, sizes, num_rows, platform, converts=False):
-        """Return the layout of the parts of rows (see `layouts`), or None for a loop over tiles.
+    @staticmethod
+    def multiply(kernel, rows, bias=None, transposed=False, output=None):
+        """The method `multiply` of `ops.linears.Kernel`."""
+        values = ops.cast(kernel.values, rows.dtype)
+        scale = None if kernel.scale is None else ops.cast(kernel.scale, rows.dtype)
+        if transposed:
+            rows = rows if scale is None else rows * scale
+            return ops.matmul(rows, ops.transpose(values))
+        product = ops.matmul(rows, values)
+        product = product if scale is None else product * scale
+        return product if bias is None else product + bias
 
-        `converts` is True if kernels have another dtype than the rows.
-        """
-        return AllRows(self, sizes, num_rows, platform)
+    def layout(self, problem, platform):
+        """How the rows of an `ops.networks.Problem` are computed, see `layouts`."""
+        raise NotImplementedError
 
     # Rows, choices and counts
 

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from keras_moe.backend import jax_derivatives, jax_products, jax_sharding
 from keras_moe.backend.base import Backend, packed_order
 from keras_moe.backend.layouts import AllRows
+from keras_moe.backend.tiles import Tiles
 
 PLAIN_VALUES = (bool, int, float, str)
 
@@ -76,8 +77,8 @@ class JaxBackend(Backend):
     product = staticmethod(jax_products.product)
     outer = staticmethod(jax_products.outer)
 
-    def layout(self, sizes, num_rows, platform, converts=False):
-        return None if platform == "cpu" else AllRows(self, sizes, num_rows, platform)
+    def layout(self, problem, platform):
+        return (Tiles if platform == "cpu" else AllRows)(self, problem, platform)
 
     def gather_rows(self, tensor, indices):
         if tensor.shape[0] == 0:

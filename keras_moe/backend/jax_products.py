@@ -23,7 +23,8 @@ _DTYPES = {"tpu": ("bfloat16", "float32"), "gpu": ("bfloat16", "float16", "float
 
 
 def product(rows, kernels, sizes, transposed=False, platform="cpu"):
-    if _is_supported(platform, rows) and not hasattr(kernels, "floats"):
+    if _is_supported(platform, rows) and kernels.scale is None:
+        kernels = kernels.values
         return _product.bind(rows, kernels, sizes, transposed=transposed, platform=platform)
     return padded.product(rows, kernels, sizes, transposed)
 
@@ -72,7 +73,7 @@ def _primitive(name, shape, transpose):
             # JAX has no Triton any more, or does not know or serve the GPU.
             if platform != "gpu" or lowered_for not in ("gpu", "cpu"):
                 raise
-            rule = functools.partial(getattr(padded, name), **parameters)
+            rule = functools.partial(_PADDED[name], **parameters)
             return mlir.lower_fun(rule, multiple_results=False)(context, *operands)
 
     def compile_and_run(*operands, **parameters):
@@ -111,18 +112,26 @@ def _shape_of_outer(left, right, sizes, *, dtype):
 
 def _transpose_of_product(upstream, rows, kernels, sizes, *, transposed, platform):
     if ad.is_undefined_primal(rows):
-        return product(upstream, kernels, sizes, not transposed, platform), None, None
+        transposed = not transposed
+        product = _product.bind(upstream, kernels, sizes, transposed=transposed, platform=platform)
+        return product, None, None
     left, right = (upstream, rows) if transposed else (rows, upstream)
     return None, outer(left, right, sizes, kernels.aval.dtype, platform), None
 
 
 def _transpose_of_outer(upstream, left, right, sizes, *, dtype, platform):
     if ad.is_undefined_primal(left):
-        upstream = product(right, upstream, sizes, True, platform)
+        upstream = _product.bind(right, upstream, sizes, transposed=True, platform=platform)
         return upstream.astype(left.aval.dtype), None, None
-    upstream = product(left, upstream, sizes, False, platform)
+    upstream = _product.bind(left, upstream, sizes, transposed=False, platform=platform)
     return None, upstream.astype(right.aval.dtype), None
 
 
+def _padded_product(rows, kernels, sizes, transposed):
+    kernels = kernels.astype(rows.dtype)
+    return padded.product_of_tiles(rows, lambda take: take(kernels), sizes, transposed)
+
+
+_PADDED = {"product": _padded_product, "outer": padded.outer}
 _product = _primitive("product", _shape_of_product, _transpose_of_product)
 _outer = _primitive("outer", _shape_of_outer, _transpose_of_outer)

@@ -1,4 +1,4 @@
-"""Grouped products on TPUs: Pallas kernels, which visit tiles of rows as those of megablox do.
+"""Grouped products on TPUs: Pallas kernels that visit tiles of rows.
 
 A tile is visited once for each group that has rows in it, and a visit writes the rows of its group
 only. Rows after the last group may hold anything, NaN included.

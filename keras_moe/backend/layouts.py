@@ -1,31 +1,78 @@
 """Layouts: the rows of all groups in one part or in several.
 
-A layout has `parts`. Each has a `product(rows, kernels, bias=None, transposed=False)` for its rows.
-`gather` and `split` return the rows of each part, and `join` is their inverse. The gradient of a
-trained tensor (E, ...) starts as `empty(tensor)`, which may be a list of E tensors. Each part adds
-its share and returns the total: `gradient(field, left, right, total)`, see `linears.factors`.
+A layout has one method that computes, `run`: see `Parts.run`. What has a row for each row of a plan
+is a buffer in it, in a form of its own: `split` makes one from rows (R, W), and `join` is the
+inverse. Each part has `product(rows, kernels, bias=None, transposed=False)` of its rows, and
+`row_numbers()`, (n,) int32.
 """
+
+from typing import Any
 
 from keras import ops
 
 from keras_moe.backend import padded
 
 
-class AllRows:
-    """A layout of one part with all rows, for products whose sizes stay on the device."""
+class Parts:
+    """Abstract: a layout of `parts`, one after the other; a buffer is a list of their rows.
 
-    def __init__(self, backend, sizes, num_rows, platform):
-        self.backend, self.sizes, self.num_rows, self.platform = backend, sizes, num_rows, platform
-        self.parts = [self]
+    A subclass has the methods of a layout but `run`, and `gather(tokens)`, which makes a buffer of
+    a copy for each row. The gradient of a trained tensor (E, ...) begins as `empty(tensor)`, which
+    may be a list of E; each part returns it after its own `gradient(field, left, right, total)`.
+    """
 
-    def gather(self, values, token_of_row):
-        return [self.backend.gather_rows(values, token_of_row)]
+    parts: Any
+    gather: Any
+    empty: Any
 
-    def split(self, values):
-        return [values]
+    def run(self, function, maps, by_token, by_row, widths, trained):
+        """Buffers of what a function returns for each part, and the gradients of trained tensors.
 
-    def join(self, parts, width, dtype):
-        return parts[0]
+        Args:
+            function: `function(part, maps, *rows)` returns a list of rows (n, W), and factors
+                (left, right) of the gradients of `trained`, see `networks.backward_part`.
+            maps: the `Linear` maps of all experts. The function may get those of one expert.
+            by_token: tensors (T, D), of which the function gets a copy for each row, and of
+            by_row: buffers, of which it gets the part's rows.
+            widths: W of each buffer that is returned.
+            trained: {name: {field: tensor}}.
+        """
+        d_maps = {
+            name: {field: self.empty(tensor) for field, tensor in fields.items()}
+            for name, fields in trained.items()
+        }
+        results = []
+        # Each part's gradients are in place before the next part's are computed.
+        for part, *rows in zip(self.parts, *map(self.gather, by_token), *by_row):
+            outputs, factors = function(part, maps, *rows)
+            results.append(outputs)
+            for name, fields in d_maps.items():
+                for field, total in fields.items():
+                    fields[field] = part.gradient(field, *factors[name][field], total)
+        buffers = [list(rows) for rows in zip(*results)] or [[] for _ in widths]
+        return buffers, {
+            name: {f: ops.stack(x) if isinstance(x, list) else x for f, x in fields.items()}
+            for name, fields in d_maps.items()
+        }
+
+
+class AllRows(Parts):
+    """One part with all rows, for products whose sizes stay on the device."""
+
+    def __init__(self, backend, problem, platform):
+        plan = problem.plan
+        self.backend, self.platform, self.parts = backend, platform, [self]
+        self.sizes, self.num_rows = plan.sizes, plan.num_rows()
+        self.token_of_row = plan.token_of_row()
+
+    def gather(self, tokens):
+        return [self.backend.gather_rows(tokens, self.token_of_row)]
+
+    def split(self, rows):
+        return [rows]
+
+    def join(self, buffer, width, dtype):
+        return buffer[0]
 
     def product(self, rows, kernels, bias=None, transposed=False):
         products = self.backend.product(rows, kernels, self.sizes, transposed, self.platform)
@@ -71,9 +118,7 @@ class AllTokens:
         else:
             shape = (self.num_experts, ops.shape(self.tokens)[0], rows.shape[1])
             batch = ops.reshape(rows, shape)
-        is_quantized = hasattr(kernels, "floats")
-        kernels = kernels.floats(rows.dtype) if is_quantized else ops.cast(kernels, rows.dtype)
-        products = ops.matmul(batch, kernels)
+        products = ops.matmul(batch, kernels.floats(rows.dtype))
         if bias is not None:
             products = products + ops.expand_dims(ops.cast(bias, rows.dtype), 1)
         self.last_products = products  # `torch.export` knows less of what is shaped there and back

@@ -11,16 +11,18 @@ from keras import ops
 
 def product(rows, kernels, sizes, transposed=False):
     """Multiply each group of rows (R, D) by its kernel (E, D, H), or its transpose: (R, H)."""
+
+    def kernels_of_tiles(take):
+        return kernels.entry(take).floats(rows.dtype)
+
+    return product_of_tiles(rows, kernels_of_tiles, sizes, transposed)
+
+
+def product_of_tiles(rows, kernels_of_tiles, sizes, transposed=False):
+    """`product` with a function that takes the kernels (N, D, H) of tiles from a stack (E, ...)."""
     tiles = pad_tiles(sizes, ops.shape(rows)[0])
     expert = ops.minimum(tiles.expert, sizes.shape[0] - 1)
-
-    def of_tiles(stack):
-        return ops.take(stack, expert, axis=0)
-
-    if hasattr(kernels, "floats"):  # integers
-        kernels = kernels.entry(of_tiles).floats(rows.dtype)
-    else:
-        kernels = ops.cast(of_tiles(kernels), rows.dtype)
+    kernels = kernels_of_tiles(lambda stack: ops.take(stack, expert, axis=0))
     if transposed:
         kernels = ops.transpose(kernels, (0, 2, 1))
     return tiles.join(ops.matmul(tiles.cut(rows), kernels))

@@ -2,6 +2,7 @@
 
 import contextlib
 import itertools
+import operator
 import threading
 
 import tensorflow as tf
@@ -12,7 +13,8 @@ from tensorflow.compiler.tf2xla.python import xla
 from keras_moe._internal.keras_internals import current_model
 from keras_moe.backend import padded
 from keras_moe.backend.base import Backend, packed_order, split_rows
-from keras_moe.backend.layouts import AllRows
+from keras_moe.backend.layouts import AllRows, Parts
+from keras_moe.backend.tiles import Tiles
 
 # With more rows for an expert, on average, it is faster to compute experts side by side.
 MAX_ROWS = 0.5
@@ -144,14 +146,29 @@ class TensorFlowBackend(Backend):
             return padded.product(rows, kernels, sizes, transposed)
         return super().product(rows, kernels, sizes, transposed)
 
-    def layout(self, sizes, num_rows, platform, converts=False):
+    @staticmethod
+    def multiply(kernel, rows, bias=None, transposed=False, output=None):
+        values, dtype = tf.cast(kernel.values, rows.dtype), rows.dtype
+        scale = None if kernel.scale is None else tf.cast(kernel.scale, dtype)
+        if transposed and scale is not None:
+            rows = rows * scale
+        product = tf.matmul(rows, values, transpose_b=transposed)  # without a transposed copy
+        if scale is not None and not transposed:
+            product = product * scale
+        return product if bias is None else product + bias
+
+    def layout(self, problem, platform):
         if self.needs_static_shapes():
-            return None if platform == "cpu" else AllRows(self, sizes, num_rows, platform)
+            return (Tiles if platform == "cpu" else AllRows)(self, problem, platform)
+        num_rows = problem.plan.num_rows()
         if platform == "cpu" and not tf.executing_eagerly() and isinstance(num_rows, int):
+            dtype, kernels = problem.tokens.dtype, [each.kernel for each in problem.maps.values()]
+            converts = any(kernel.dtype != dtype for kernel in kernels)
             # As in decoding, where most experts have no rows: in a graph even they cost operations.
-            if num_rows <= sizes.shape[0] * (MAX_CONVERTED_ROWS if converts else MAX_ROWS):
-                return None
-        return _Groups(sizes, num_rows)
+            most_rows = MAX_CONVERTED_ROWS if converts else MAX_ROWS
+            if num_rows <= problem.plan.num_experts * most_rows:
+                return Tiles(self, problem, platform)
+        return _Groups(problem.plan)
 
     def split_groups(self, rows, sizes):
         numbers = [*tf.unstack(sizes), tf.shape(rows)[0] - tf.reduce_sum(sizes)]
@@ -200,10 +217,11 @@ def _is_transformed():
     return "loop_body" in tf.get_current_name_scope().split("/")
 
 
-class _Groups:
-    """A layout with a part for each group. Eagerly, groups without rows have none."""
+class _Groups(Parts):
+    """Each group by itself; none without rows where operations run eagerly."""
 
-    def __init__(self, sizes, num_rows):
+    def __init__(self, plan):
+        sizes, num_rows, self.token_of_row = plan.sizes, plan.num_rows(), plan.token_of_row()
         self.num_experts = sizes.shape[0]
         if tf.executing_eagerly():
             numbers = sizes.numpy().tolist()
@@ -218,14 +236,14 @@ class _Groups:
             if tf.is_tensor(size) or size
         ]
 
-    def gather(self, values, token_of_row):
-        return self.split(tf.gather(values, token_of_row))
+    def gather(self, tokens):
+        return self.split(tf.gather(tokens, self.token_of_row))
 
-    def split(self, values):
-        return split_rows(values, [*(part.size for part in self.parts), self.num_padding])[:-1]
+    def split(self, rows):
+        return split_rows(rows, [*(part.size for part in self.parts), self.num_padding])[:-1]
 
-    def join(self, parts, width, dtype):
-        return tf.concat([*parts, tf.zeros((self.num_padding, width), dtype)], 0)
+    def join(self, buffer, width, dtype):
+        return tf.concat([*buffer, tf.zeros((self.num_padding, width), dtype)], 0)
 
     def empty(self, trained):
         return [tf.zeros(trained.shape[1:], trained.dtype)] * self.num_experts
@@ -241,18 +259,17 @@ class _Group:
         return tf.range(self.size) + self.start
 
     def product(self, rows, kernels, bias=None, transposed=False):
-        is_float = not hasattr(kernels, "floats")
-        if not transposed and kernels.dtype != rows.dtype and not hasattr(kernels, "group"):
-            product = self._convert_and_multiply(rows, kernels if is_float else kernels.values)
-            if not is_float:
-                product *= tf.cast(kernels.scale[self.expert], rows.dtype)
-        elif is_float:
-            kernel = tf.cast(kernels[self.expert], rows.dtype)
-            product = tf.matmul(rows, kernel, transpose_b=transposed)
-        else:
-            kernel = kernels.entry(lambda stack: stack[self.expert])
-            product = kernel.multiply(rows, transposed)
-        return product if bias is None else product + tf.cast(bias[self.expert], rows.dtype)
+        kernel = kernels.entry(operator.itemgetter(self.expert))
+        bias = None if bias is None else tf.cast(bias[self.expert], rows.dtype)
+        is_known = isinstance(self.size, int)
+        if is_known or transposed or kernel.is_packed or kernel.dtype == rows.dtype:
+            return kernel.multiply(rows, bias, transposed)
+        # Converting a kernel takes too long for an expert without rows: there only its first row is
+        # converted. LiteRT fails to multiply no rows by it, so there is one of zeros.
+        number = tf.where(self.size > 0, rows.shape[1], 1)
+        some = tf.pad(rows[:, :number], ((0, tf.maximum(1 - self.size, 0)), (0, 0)))
+        kernel = kernel._replace(values=kernel.values[:number])
+        return kernel.multiply(some, bias)[: self.size]
 
     def gradient(self, field, left, right, total):
         if field == "bias":
@@ -261,16 +278,6 @@ class _Group:
             gradient = tf.matmul(left, right, transpose_a=True)
         total[self.expert] = tf.cast(gradient, total[self.expert].dtype)
         return total
-
-    def _convert_and_multiply(self, rows, kernels):
-        kernel = kernels[self.expert]
-        if isinstance(self.size, int):
-            return tf.matmul(rows, tf.cast(kernel, rows.dtype))
-        # Converting a kernel takes too long for an expert without rows: there only its first row is
-        # converted. LiteRT fails to multiply no rows by it, so there is one of zeros.
-        length = tf.where(self.size > 0, rows.shape[1], 1)
-        some = tf.pad(rows[:, :length], ((0, tf.maximum(1 - self.size, 0)), (0, 0)))
-        return tf.matmul(some, tf.cast(kernel[:length], rows.dtype))[: self.size]
 
 
 class _LossesOfThread(threading.local):

@@ -8,7 +8,7 @@ from keras import ops
 
 from keras_moe.backend import padded, torch_experts
 from keras_moe.backend.base import Backend, packed_order
-from keras_moe.backend.torch_groups import Runs, is_traced, sizes_on_host, split
+from keras_moe.backend.torch_groups import Runs, is_traced, multiply, sizes_on_host, split
 
 # With fewer comparisons, counting by them takes fewer operations.
 MAX_COMPARED = 2**16
@@ -32,7 +32,9 @@ class TorchBackend(Backend):
         return _platform_of(ops.convert_to_tensor(0).device)
 
     def on_its_platform(self, function, *operands):
-        tensor = keras.tree.flatten(operands[0])[0]
+        tensor = operands[0]
+        while isinstance(tensor, tuple):
+            tensor = tensor[0]
         return function(_platform_of(tensor.device), *operands)
 
     def without_autocast(self, tensor):
@@ -65,10 +67,12 @@ class TorchBackend(Backend):
         return torch.cat([part[:size] for part, size in zip(parts, sizes)])
 
     def sum_of_counts(self, values):
-        # In one operation.
-        flat = self.sum_over_replicas(torch.cat([value.detach().reshape(-1) for value in values]))
-        parts = flat.split([value.numel() for value in values])
-        return [part.reshape(value.shape) for part, value in zip(parts, values)]
+        if self.num_replicas() == 1:
+            return values
+        # In one operation of doubles, which hold the integers of a step and its floats.
+        flat = torch.cat([value.detach().reshape(-1).double() for value in values])
+        parts = self.sum_over_replicas(flat).split([value.numel() for value in values])
+        return [part.reshape(each.shape).to(each.dtype) for part, each in zip(parts, values)]
 
     expert_processes = staticmethod(torch_experts.expert_processes)
     split_experts = staticmethod(torch_experts.split_experts)
@@ -105,8 +109,9 @@ class TorchBackend(Backend):
             return padded.product(rows, kernels, sizes, transposed)
         return super().product(rows, kernels, sizes, transposed)
 
-    def layout(self, sizes, num_rows, platform, converts=False):
-        return Runs(sizes, num_rows, platform)
+    multiply = staticmethod(multiply)
+
+    layout = Runs
 
     def gather_rows(self, tensor, indices):
         if indices.ndim == 1:

@@ -1,9 +1,14 @@
 """Sizes of groups on PyTorch, and products of neighbouring groups."""
 
+import functools
+import operator
+from typing import Any
+
 import torch
 
 from keras_moe.backend import torch_integers
 from keras_moe.backend.base import split_rows
+from keras_moe.backend.layouts import Parts
 
 # So many rows outweigh the overhead of a call on a CPU, and still fit into the cache.
 CPU_RUN_ROWS = 512
@@ -33,50 +38,51 @@ def split(rows, sizes):
     return split_rows(rows, sizes) if torch.jit.is_tracing() else rows.split(sizes)
 
 
-class Runs:
-    """A layout of runs. A run is neighbouring groups that share all operations except products.
+class Runs(Parts):
+    """Neighbouring groups form a run: they share all operations but their products.
 
     On a CPU a run has up to `CPU_RUN_ROWS` rows, or one group. On a GPU one run has all groups, for
     the fewest kernels. In a program of unknown sizes each run has one group.
     """
 
-    def __init__(self, sizes, num_rows, platform):
-        is_known = not is_traced()
-        self._in_one, self.sizes, self.parts = platform == "gpu" and is_known, sizes, []
+    def __init__(self, problem, platform):
+        plan, self._is_traced = problem.plan, is_traced()
+        sizes, num_rows, self.token_of_row = plan.sizes, plan.num_rows(), plan.token_of_row()
+        self._in_one, self.sizes = platform == "gpu" and not self._is_traced, sizes
+        self.parts: list[Any] = []
         if self._in_one:
-            self.parts = [_Run(None, range(sizes.shape[0]), num_rows, sizes)]
+            self.parts = [_AllOnDevice(sizes, num_rows)]
             return
         *numbers, self._num_padding = sizes_on_host(sizes, num_rows)
-        start = 0
+        start, run = 0, None
         for expert, size in enumerate(numbers):
             # An operation on zero rows would cost as much as on a few.
-            if is_known and size == 0:
+            if not self._is_traced and size == 0:
                 continue
-            last = self.parts[-1] if self.parts and is_known else None
-            if last is not None and last.num_rows + size <= CPU_RUN_ROWS:
-                last.add(size, expert)
-            else:
-                self.parts.append(_Run([size], [expert], size, start=start))
+            if run is None or self._is_traced or run.num_rows + size > CPU_RUN_ROWS:
+                run = _Run(start)
+                self.parts.append(run)
+            run.add(expert, size)
             start = start + size
 
-    def gather(self, values, token_of_row):
+    def gather(self, tokens):
         # Gathered run by run they stay in the cache. In a program of unknown sizes a run is one
         # expert, and one operation for all is faster.
-        if self._in_one or is_traced():
-            return self.split(values.index_select(0, token_of_row))
-        return (values.index_select(0, part) for part in self.split(token_of_row))
+        if self._in_one or self._is_traced:
+            return self.split(tokens.index_select(0, self.token_of_row))
+        return (tokens.index_select(0, part) for part in self.split(self.token_of_row))
 
-    def split(self, values):
+    def split(self, rows):
         if self._in_one:
-            return [values]
-        return split(values, [*(run.num_rows for run in self.parts), self._num_padding])[:-1]
+            return [rows]
+        return split(rows, [*(run.num_rows for run in self.parts), self._num_padding])[:-1]
 
-    def join(self, parts, width, dtype):
+    def join(self, buffer, width, dtype):
         if self._in_one:
-            return parts[0]
+            return buffer[0]
         # Keras would convert each part, an operation of a program.
-        padding = self.sizes.new_zeros((self._num_padding, width), dtype=getattr(torch, dtype))
-        return torch.cat([*parts, padding])
+        padding = self.sizes.new_zeros((self._num_padding, width), dtype=dtype)
+        return torch.cat([*buffer, padding])
 
     def empty(self, trained):
         """Return zeros for experts without rows, or None if no gradient is needed."""
@@ -89,93 +95,99 @@ class Runs:
 
 
 class _Run:
-    """A part with neighbouring groups. Sizes `on_device` are read only if needed."""
+    """The rows of neighbouring groups."""
 
-    def __init__(self, sizes, experts, num_rows, on_device=None, start=0):
-        self._sizes, self.experts, self.num_rows = sizes, experts, num_rows
-        self.on_device, self.start = on_device, start
+    def __init__(self, start):
+        self.experts: Any = []
+        self.sizes: Any = []
+        self.num_rows, self.start = 0, start
 
-    def add(self, size, expert):
-        self._sizes.append(size)
+    def add(self, expert, size):
         self.experts.append(expert)
-        self.num_rows += size
+        self.sizes.append(size)
+        self.num_rows = self.num_rows + size
 
     def row_numbers(self):
-        device = None if self.on_device is None else self.on_device.device
-        return torch.arange(self.num_rows, dtype=torch.int32, device=device) + self.start
+        return torch.arange(self.num_rows, dtype=torch.int32) + self.start
 
-    @property
-    def sizes(self):
-        if self._sizes is None:
-            self._sizes = self.on_device.tolist()
-        return self._sizes
-
-    def split(self, rows):
-        """Return the rows of each group."""
-        sizes = self.sizes
-        if len(sizes) == 1:
-            return [rows]
-        if self.on_device is None:
-            return rows.split(sizes)
-        return rows.split([*sizes, rows.shape[0] - sum(sizes)])[:-1]
+    def product(self, rows, kernels, bias=None, transposed=False):
+        bias = None if bias is None else bias.to(rows.dtype)
+        if len(self.sizes) == 1:  # also in a program, where nothing is written in place
+            take = operator.itemgetter(self.experts[0])
+            bias = None if bias is None else take(bias)
+            return kernels.entry(take).multiply(rows, bias, transposed)
+        outputs = rows.new_empty((rows.shape[0], kernels.shape[1 if transposed else 2]))
+        parts = rows.split(self.sizes)
+        if kernels.scale is not None and not kernels.is_packed and not transposed:
+            parts = torch_integers.in_digits(rows, parts)
+        for expert, part, output in zip(self.experts, parts, outputs.split(self.sizes)):
+            if len(output):
+                kernel = kernels.entry(operator.itemgetter(expert))
+                added = None if bias is None else bias[expert]
+                product = kernel.multiply(part, added, transposed, output)
+                if product is not output:
+                    output.copy_(product)
+        return outputs
 
     def gradient(self, field, left, right, total):
         if total is None:
             return None
-        if self.on_device is not None and has_grouped_mm(left, right):
-            return _total(field, left, right, self.on_device).to(total.dtype)
-        for expert, rows, of_rows in zip(self.experts, self.split(left), self.split(right)):
-            if is_traced() or rows.shape[0]:
-                _set_gradient(field, rows, of_rows, total[expert])
+        if len(self.sizes) == 1:
+            _set_gradient(field, left, right, total[self.experts[0]])
+            return total
+        groups = zip(self.experts, left.split(self.sizes), right.split(self.sizes))
+        for expert, rows, d_outputs in groups:
+            if len(rows):
+                _set_gradient(field, rows, d_outputs, total[expert])
             else:
                 total[expert] = 0
         return total
 
+
+class _AllOnDevice(_Run):
+    """All rows. Sizes are read only where no kernel multiplies all groups; the last is padding."""
+
+    def __init__(self, sizes, num_rows):
+        self.on_device, self.num_rows, self.experts = sizes, num_rows, range(len(sizes))
+
+    @functools.cached_property
+    def sizes(self):
+        sizes = self.on_device.tolist()
+        return [*sizes, self.num_rows - sum(sizes)]
+
+    def row_numbers(self):
+        return torch.arange(self.num_rows, dtype=torch.int32, device=self.on_device.device)
+
     def product(self, rows, kernels, bias=None, transposed=False):
-        if bias is not None and bias.dtype != rows.dtype:  # an operation, even if equal
-            bias = bias.to(rows.dtype)
-        if self.on_device is not None and has_grouped_mm(rows, kernels):
-            kernels = kernels.to(rows.dtype)
-            products = grouped_mm(rows, kernels.mT if transposed else kernels, self.on_device)
-            return products if bias is None else products + bias[_experts(rows, self.on_device, -1)]
-        if len(self.experts) == 1:  # also in a program, where nothing is written in place
-            return _multiply(rows, kernels, bias, transposed, self.experts[0])
-        outputs = rows.new_empty((rows.shape[0], kernels.shape[1 if transposed else 2]))
-        digits = [None] * len(self.experts)
-        if hasattr(kernels, "scale") and not hasattr(kernels, "group") and not transposed:
-            digits = torch_integers.digits_of_groups(rows, self.sizes)
-        for part, *each in zip(self.split(rows), self.experts, self.split(outputs), digits):
-            if part.shape[0]:
-                _multiply(part, kernels, bias, transposed, *each)
-        return outputs
-
-
-def _multiply(rows, kernels, bias, transposed, expert, output=None, digits=None):
-    """Multiply rows of one expert by its kernel, into `output` or a new tensor."""
-    if hasattr(kernels, "group"):  # int4
-        kernel = kernels.entry(lambda stack: stack[expert])
-        product = kernel.multiply(rows, transposed)
-        product = product if bias is None else product + bias[expert]
-        return product if output is None else output.copy_(product)
-    if hasattr(kernels, "scale"):  # int8
-        scale, kernel = kernels.scale[expert].to(rows.dtype), kernels.values[expert]
-        if transposed:
-            return torch_integers.multiply(rows * scale, kernel, transposed, output)
-        if digits is None:
-            product = torch_integers.multiply(rows, kernel, transposed, output)
-        else:
-            product = digits.multiply(kernel)
+        if kernels.scale is not None or not has_grouped_mm(rows, kernels.values):
+            return super().product(rows, kernels, bias, transposed)
+        values = kernels.floats(rows.dtype)
+        products = grouped_mm(rows, values.mT if transposed else values, self.on_device)
         if bias is None:
-            return torch.mul(product, scale, out=output)
-        return torch.addcmul(bias[expert], product, scale, out=output)
-    kernel = kernels[expert]
-    if kernel.dtype != rows.dtype:
-        kernel = kernel.to(rows.dtype)
+            return products
+        return products + bias.to(rows.dtype)[_experts(rows, self.on_device, -1)]
+
+    def gradient(self, field, left, right, total):
+        if total is None or not has_grouped_mm(left, right):
+            return super().gradient(field, left, right, total)
+        if field != "bias":
+            return grouped_mm(left.T, right, self.on_device).to(total.dtype)
+        # Rows after the last group are summed into a spare expert.
+        totals = torch.zeros((len(self.experts) + 1, right.shape[1]), device=right.device)
+        totals.index_add_(0, _experts(right, self.on_device, 0), right.float())
+        return totals[:-1].to(total.dtype)
+
+
+def multiply(kernel, rows, bias=None, transposed=False, output=None):
+    """See `Backend.multiply`; rows may be `torch_integers.Digits`."""
+    if kernel.scale is not None:
+        return torch_integers.multiply(kernel, rows, bias, transposed, output)
+    values = kernel.values.to(rows.dtype)
     if transposed:
-        return torch.mm(rows, kernel.mT, out=output)
+        return torch.mm(rows, values.mT, out=output)
     if bias is None:
-        return torch.mm(rows, kernel, out=output)
-    return torch.addmm(bias[expert], rows, kernel, out=output)
+        return torch.mm(rows, values, out=output)
+    return torch.addmm(bias, rows, values, out=output)
 
 
 def _set_gradient(field, left, right, total):
@@ -187,20 +199,11 @@ def _set_gradient(field, left, right, total):
         total.copy_(torch.mm(left.T, right))
 
 
-def _total(field, left, right, sizes):
-    if field != "bias":
-        return grouped_mm(left.T, right, sizes)
-    # Rows after the last group are summed into a spare expert.
-    totals = torch.zeros((sizes.shape[0] + 1, right.shape[1]), device=right.device)
-    return totals.index_add_(0, _experts(right, sizes, 0), right.float())[:-1]
-
-
 def has_grouped_mm(*tensors):
     """Return True if `grouped_mm` is one kernel here, not a loop. Needs 16-byte alignment."""
     return (
         tensors[0].is_cuda
         and tensors[0].dtype == torch.bfloat16
-        and all(isinstance(each, torch.Tensor) for each in tensors)
         and all(width % 8 == 0 for each in tensors for width in each.shape[1:])
         and hasattr(torch.nn.functional, "grouped_mm")
         and torch.cuda.get_device_capability() >= (9, 0)

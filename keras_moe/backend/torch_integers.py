@@ -28,8 +28,21 @@ LARGEST = 127.49 * 2**16
 LONGEST_SUM = 2**16
 
 
-def multiply(rows, kernel, transposed, output):
-    """Write `rows @ kernel`, or `rows @ kernel^T`, to `output`; the kernel is int8 (D, H)."""
+def multiply(kernel, rows, bias, transposed, output):
+    """See `Backend.multiply`. The kernel is int8 (D, H), and rows are a tensor or `Digits`."""
+    kernel, scale = kernel
+    scale = scale.to(rows.dtype if output is None else output.dtype)
+    if transposed:
+        return product(rows * scale, kernel, True, output)
+    in_digits = isinstance(rows, Digits)
+    products = rows.multiply(kernel) if in_digits else product(rows, kernel, False, output)
+    if bias is None:
+        return torch.mul(products, scale, out=output)
+    return torch.addcmul(bias, products, scale, out=output)
+
+
+def product(rows, kernel, transposed, output):
+    """`rows @ kernel` into `output`, or with the transposed kernel."""
     # Sums over blocks are rounded after each, which bfloat16 and float16 would show.
     in_blocks = output is not None and rows.device.type == "cpu" and rows.dtype == torch.float32
     if not in_blocks:
@@ -67,8 +80,8 @@ class Digits(NamedTuple):
         return torch.mm(places, torch._int_mm(self.digits, kernel).float())
 
 
-def digits_of_groups(rows, sizes):
-    """Return the `Digits` of groups of rows (R, D); None for a group that is faster as floats.
+def in_digits(rows, groups):
+    """The `Digits` of groups of rows (R, D); a group that is faster as floats stays as it is.
 
     Errors are below 2**-22 of the largest number of a row, plus 3e-38.
     """
@@ -76,11 +89,11 @@ def digits_of_groups(rows, sizes):
         rows.device.type == "cpu"
         and rows.dtype != torch.float64
         and rows.shape[1] <= LONGEST_SUM
-        and min(sizes) <= MAX_ROWS
+        and min(map(len, groups)) <= MAX_ROWS
         and multiplies_integers()
     )
     if not suit:
-        return [None] * len(sizes)
+        return groups
     rows, (tiny, offset) = rows.float(), _tensors()
     largest = torch.linalg.vector_norm(rows, torch.inf, 1, keepdim=True)
     unit = torch.add(tiny, largest, alpha=1 / LARGEST)  # not 0, nor a subnormal number
@@ -90,8 +103,12 @@ def digits_of_groups(rows, sizes):
         torch.int32, memory_format=torch.contiguous_format
     )
     digits = integers.bitwise_xor_(OFFSET).view(torch.int8).mT
-    parts = zip(sizes, digits.split([len(PLACES) * size for size in sizes]), unit.split(sizes))
-    return [Digits(*of_group) if size <= MAX_ROWS else None for size, *of_group in parts]
+    sizes = [len(group) for group in groups]
+    digits, unit = digits.split([len(PLACES) * size for size in sizes]), unit.split(sizes)
+    return [
+        Digits(*each) if len(group) <= MAX_ROWS else group
+        for group, *each in zip(groups, digits, unit)
+    ]
 
 
 @functools.cache

@@ -14,6 +14,7 @@ import numpy as np
 from keras import ops
 
 from keras_moe import losses, routers
+from keras_moe._internal import Tensor
 from keras_moe._internal.checks import check_number, shortened
 from keras_moe._internal.keras_internals import (
     drops_losses,
@@ -27,8 +28,9 @@ from keras_moe.backend import backend
 from keras_moe.layers.capacity import Capacity
 from keras_moe.layers.expert_bank import ExpertBank
 from keras_moe.layers.recomputation import Recomputable
+from keras_moe.layers.tokens import Tokens
 from keras_moe.ops.balance import router_entropy
-from keras_moe.ops.routing import token_shares
+from keras_moe.ops.routing import Routing, token_shares
 
 # Begins the names of the counters of evaluations.
 _EVALUATION = "evaluation_"
@@ -71,11 +73,16 @@ class Counts(NamedTuple):
 
     def since(self, earlier: "Counts") -> "Counts":
         """What was counted after an earlier reading; all, if earlier weights were loaded since."""
-        # Counters are 32 bits wide, and so are their differences, even where a counter wrapped.
-        with np.errstate(over="ignore"):
-            difference = Counts(*(now - before for now, before in zip(self, earlier)))
+        difference = Counts(*(_difference(*each) for each in zip(self, earlier)))
         is_older = min(np.min(difference.assignments), np.min(difference.numbers)) < 0
         return self if is_older else difference
+
+
+def _difference(now, earlier):
+    if now.dtype != "int64":
+        return now - earlier
+    # Counters are 32 bits wide, and may have passed their end in between.
+    return (now - earlier + 2**31) % 2**32 - 2**31
 
 
 class Gate(Recomputable):
@@ -91,6 +98,8 @@ class Gate(Recomputable):
             weights, in float32, for a router that is `counted_by_weight`.
     """
 
+    # Whether the config of this layer, rather than of a block around it, has its arguments.
+    has_own_config = True
     router: Any
     router_losses: tuple
     capacity: Capacity | None
@@ -173,8 +182,15 @@ class Gate(Recomputable):
 
     # A call
 
-    def choose(self, tokens, training, router_inputs=None, token_ids=None, indices=None):
-        """The `Routing` of `Tokens` and its plan, after capacity, losses and counters."""
+    def choose(
+        self,
+        tokens: Tokens,
+        training: bool | None,
+        router_inputs: Tensor | None = None,
+        token_ids: Tensor | None = None,
+        indices: Tensor | None = None,
+    ) -> Routing:
+        """Return the routing of `Tokens` and its plan, after capacity, losses and counters."""
         observers = self._present_observers()
         for observer in observers:
             indices = observer.indices if indices is None else indices
@@ -193,14 +209,15 @@ class Gate(Recomputable):
                 routing, tokens.sequence_length, training, self._capacity_seed, limited
             )
         if training or any(observer.counts for observer in observers):
+            if isinstance(routing.shares, tuple):
+                routing = routing._replace(shares=token_shares(routing.mask))
             self._add_losses_and_count(routing, tokens.sequence_length, training)
         for observer in observers:
             if observer.saw is not None:
-                observer.saw(routing, tokens.values)
+                observer.saw(routing.without_plan(), tokens.values)
         return routing
 
     def _add_losses_and_count(self, routing, sequence_length, training):
-        routing = routing._replace(shares=token_shares(routing.mask))
         values = []
         for index in range(len(self.router_losses)):
             values.append(self._compute_loss(index, routing, sequence_length, training))
@@ -242,7 +259,7 @@ class Gate(Recomputable):
 
     def _compute_loss(self, index, routing, sequence_length, training):
         loss, variables = self.router_losses[index], self.loss_states[index]
-        extra = {"sequence_length": sequence_length} if loss.per_sequence else {}
+        extra = {"sequence_length": sequence_length} if loss.scope == "sequence" else {}
         if not variables:
             return _scalar(loss, loss.compute(routing, **extra))
         # Copies: PyTorch assigns in place, and the gradient may need the old value.
@@ -279,8 +296,10 @@ class Gate(Recomputable):
 
     def read_counts(self, evaluation: bool = False) -> Counts:
         """Return what a built layer has counted so far, in training or in evaluations."""
-        counters = map(ops.convert_to_numpy, self._counters(evaluation))
-        assignments, dropped, (total, error), numbers = counters
+        assignments, dropped, (total, error), numbers = (
+            array.view("uint32").astype("int64") if array.dtype == "int32" else array
+            for array in map(ops.convert_to_numpy, self._counters(evaluation))
+        )
         return Counts(assignments, dropped, total.astype("float64") - error, numbers)
 
     # Weights of the losses
@@ -303,10 +322,10 @@ class Gate(Recomputable):
             ValueError: If there is no such loss, or the weight is negative or not finite.
         """
         weights = self.loss_weights_in_force
-        names = [type(each).__name__ for each in self.router_losses]
+        names = [each.name for each in self.router_losses]
         place: Any = index
         if isinstance(index, str):
-            name = getattr(losses.IDENTIFIERS.get(index), "__name__", index)
+            name = losses.get(index).name if index in losses.IDENTIFIERS else index
             place = names.index(name) if name in names else None
         if place not in range(-len(names), len(names)):
             rule = f"`index` must be the place or the name of one of the router losses {names}"
@@ -368,7 +387,7 @@ class Gate(Recomputable):
         return saved
 
     def _loss_key(self, index):
-        return f"router_loss_{index}_{type(self.router_losses[index]).__name__}"
+        return f"router_loss_{index}_{self.router_losses[index].name}"
 
 
 def _counter(name, shape, dtype="int32"):

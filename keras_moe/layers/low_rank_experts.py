@@ -29,7 +29,6 @@ from keras_moe.layers import expert_bank
 from keras_moe.layers.expert_bank import ExpertBank
 from keras_moe.layers.projection import Projection
 from keras_moe.layers.stacked_experts import StackedExperts
-from keras_moe.ops.linears import multiply
 from keras_moe.ops.networks import network_of
 from keras_moe.ops.plans import GroupedPlan
 
@@ -248,10 +247,10 @@ def _frozen(rows, linear):
     """A linear map of rows, whose weights have no gradient."""
 
     def forward(rows, kernel, save):
-        return multiply(rows, kernel), ()
+        return kernel.multiply(rows), ()
 
     def backward(rows, kernel, saved, gradient):
-        return multiply(gradient, kernel, transposed=True)
+        return kernel.multiply(gradient, transposed=True)
 
     outputs = backend.differentiable(forward, backward, rows, linear.kernel)
     return outputs if linear.bias is None else outputs + ops.cast(linear.bias, rows.dtype)

@@ -279,7 +279,7 @@ class MixtureOfExperts(Gate):
 
         returned = [outputs]
         if return_routing:
-            returned.append(routing._replace(plan=()))
+            returned.append(routing.without_plan())
         if return_expert_outputs:
             returned.append(tokens.unflatten(expert_outputs, self.compute_dtype))
         return tuple(returned) if len(returned) > 1 else outputs

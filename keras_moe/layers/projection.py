@@ -12,7 +12,7 @@ from keras import ops
 from keras_moe._internal.initializers import EachExpert, mark_stack
 from keras_moe._internal.keras_internals import untrack
 from keras_moe._internal.lora import factors_for
-from keras_moe.ops.linears import Int4Kernel, Int8Kernel, Linear
+from keras_moe.ops.linears import Int4Kernel, Kernel, Linear
 from keras_moe.ops.sorting import ceil_divide
 
 # In the order in which they are saved.
@@ -117,36 +117,36 @@ class Projection:
         fan_out = (self.kernel if self.scale is None else self.scale).shape[2]
         return (*self.kernel.shape[:2], fan_out)
 
-    def tensors(self):
+    def linear(self):
         """The projection as a `Linear` of tensors, in the dtypes they are stored in."""
-        processes = self.bank.processes
-        tensors = [
+        kernel, bias, a, b = (
             None if weight is None else ops.convert_to_tensor(weight)
             for weight in (self.kernel, self.bias, self.lora_a, self.lora_b)
-        ]
-        if processes is not None:
-            tensors = [each if each is None else processes.mean_gradient(each) for each in tensors]
+        )
+        if self.bank.processes is not None:
+            mean = self.bank.processes.mean_gradient
+            kernel, bias, a, b = (x if x is None else mean(x) for x in (kernel, bias, a, b))
         if self.is_vector:  # a map from one feature, whose input is 1
-            tensors[0] = ops.expand_dims(tensors[0], 1)
-        if self.scale is not None:
-            tensors[0] = self._quantized()
-        return Linear(*tensors)
+            kernel = ops.expand_dims(kernel, 1)
+        kernel = Kernel(kernel) if self.scale is None else self._integers()
+        if a is None:
+            return Linear(kernel, bias)
+        return Linear(kernel, bias, Kernel(a), Kernel(b * self.bank.lora_scale()))
 
-    def _quantized(self):
+    def _integers(self):
         kernel, scale = map(ops.convert_to_tensor, (self.kernel, self.scale))
         if self.zero is None:
-            return Int8Kernel(kernel, scale)
+            return Kernel(kernel, scale)
         group = _group_of_row(kernel.shape[1], self.bank.block_size())
-        return Int4Kernel(
-            kernel, scale, ops.convert_to_tensor(self.zero), ops.convert_to_tensor(group)
-        )
+        group = ops.convert_to_tensor(np.broadcast_to(group, kernel.shape[:2]))
+        return Int4Kernel(kernel, scale, ops.convert_to_tensor(self.zero), group)
 
     def merged_kernel(self):
         """The kernels of all experts as floats (E, D, H), low-rank factors added: an array."""
         if self.scale is None:
             kernel = self._whole(self.kernel)
         else:
-            kernel = ops.convert_to_numpy(self._quantized().floats("float32"))
+            kernel = ops.convert_to_numpy(self._integers().floats("float32"))
         if self.lora_a is None:
             return kernel
         a, b, scale = self._whole(self.lora_a), self._whole(self.lora_b), self.bank.lora_scale()

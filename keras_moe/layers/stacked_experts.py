@@ -16,8 +16,8 @@ from keras_moe.layers.expert_bank import ExpertBank
 from keras_moe.layers.projection import Projection, weight_names
 from keras_moe.ops import draws
 from keras_moe.ops.devices import run_in_processes, run_on_mesh
-from keras_moe.ops.experts import engine_on, run_network, run_on_all
-from keras_moe.ops.networks import network_of
+from keras_moe.ops.experts import run_network, run_on_all
+from keras_moe.ops.networks import Problem, network_of
 from keras_moe.ops.plans import GroupedPlan
 
 
@@ -162,32 +162,30 @@ class StackedExperts(Adaptable, ExpertBank):
         if names is None:
             return _WeakNetwork(weakref.ref(self))
         values = (getattr(self, name) for name in names)
-        return _SharedNetwork(owner, names, tuple(map(_in_programs, values)))
+        return _SharedNetwork(owner, names, tuple(_IN_PROGRAMS.get(each, each) for each in values))
 
     def call(self, tokens: Tensor, plan: GroupedPlan, training: bool | None = None) -> Tensor:
-        network, maps, key = self._network_in_force(), self._maps(), None
-        tokens, plan = ops.cast(tokens, self.compute_dtype), plan.with_rows()
+        tokens, key = ops.cast(tokens, self.compute_dtype), None
+        network = self._network._replace(function=self._function())
         if self._dropout_seed is not None and training:
             key = draws.key(self._dropout_seed)
+        problem = Problem(tokens, self._maps(), plan.with_rows(), key)
         if self.processes is not None:
-            return run_in_processes(network, tokens, maps, plan, self.processes, key)
-        if plan.order is not None:
-            return run_network(network, tokens, maps, plan, key)
+            return run_in_processes(network, problem, self.processes)
+        if problem.plan.order is not None:
+            return run_network(network, problem)
         axis = backend.token_shards().axis_of(self.projections[0].kernel)
-        return run_on_mesh(network, tokens, maps, plan, axis, key)
+        return run_on_mesh(network, problem, axis)
 
     def compute_all(self, tokens):
         is_spread = backend.token_shards() or self.processes is not None
         if is_spread or self._dropout_seed is not None:
             return super().compute_all(tokens)
-        return run_on_all(self._network_in_force(), self._compute(tokens), self._maps())
+        network = self._network._replace(function=self._function())
+        return run_on_all(network, self._compute(tokens), self._maps())
 
     def _maps(self):
-        return {projection.name: projection.tensors() for projection in self.projections}
-
-    def _network_in_force(self):
-        scale = self.lora_scale() if self.lora_enabled else None
-        return self._network._replace(function=self._function(), scale=scale)
+        return {projection.name: projection.linear() for projection in self.projections}
 
     def compute_output_shape(self, tokens_shape):
         network = self._network if self.built else self._trace(tokens_shape[-1])
@@ -199,7 +197,8 @@ class StackedExperts(Adaptable, ExpertBank):
         return network_of(self._function(), features, widths)
 
     def engine_on(self, platform, static_shapes):
-        return engine_on(platform, static_shapes)
+        # The layout of many rows.
+        return "tiles" if platform == "cpu" and static_shapes else "parts"
 
     def inherit_policy(self, policy):
         if not self.has_own_policy and not self.built:
@@ -293,17 +292,15 @@ class StackedExperts(Adaptable, ExpertBank):
             projection.forget_factors()
 
 
-def _in_programs(value):
-    """A setting as `network` sees it: on TensorFlow with a GELU that is faster and exports."""
-    is_gelu = value is keras.activations.gelu and keras.backend.backend() == "tensorflow"
-    return _gelu if is_gelu else value
-
-
 def _gelu(x):
     """The exact GELU by `erf`. By `erfc` it is slower, and `tf2onnx` cannot write it."""
     values = ops.cast(x, "float32") if x.dtype in ("bfloat16", "float16") else x
     # In just these operations LiteRT finds its own GELU.
     return ops.cast(0.5 * values * (1.0 + ops.erf(values * 0.5**0.5)), x.dtype)
+
+
+# Settings as `network` sees them.
+_IN_PROGRAMS = {keras.activations.gelu: _gelu} if keras.backend.backend() == "tensorflow" else {}
 
 
 class _SharedNetwork(NamedTuple):

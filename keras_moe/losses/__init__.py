@@ -134,7 +134,7 @@ class LoadBalance(RouterLoss):
     def compute(self, routing, state=None, sequence_length=None):
         if self.scope == "global":
             return self._compute_global(routing, state)
-        if sequence_length is not None:
+        if self.scope == "sequence" and sequence_length is not None:
             return _mean_of_sequences(routing, sequence_length)
         return _load_balance(routing.counts, routing)
 

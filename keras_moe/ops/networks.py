@@ -5,7 +5,7 @@ The network of an expert is a function `network(rows, linear)` of rows (n, D) th
 what `linear` returns. The backward pass is derived: the network runs again with each linear map
 replaced by its saved output, and the framework differentiates the rest.
 
-A part of the rows, from `Backend.layout` or a tile, has `product(rows, kernels, bias=None,
+A part of the rows, see `backend.layouts`, has `product(rows, kernels, bias=None,
 transposed=False)`, with the kernels of the rows' experts, and `row_numbers()`, (n,) int32.
 
 Axes: T tokens, D features, n rows of a part.
@@ -20,8 +20,8 @@ from keras import ops
 
 from keras_moe._internal.keras_internals import compute_output_spec
 from keras_moe.backend import backend
-from keras_moe.ops import linears
 from keras_moe.ops.draws import hashed
+from keras_moe.ops.linears import Kernel, Linear
 
 
 class Network(NamedTuple):
@@ -29,15 +29,9 @@ class Network(NamedTuple):
 
     function: Callable  # `function(rows, linear)` returns the outputs of rows (n, D)
     names: tuple  # of its linear maps in the order of their calls
-    saved_widths: tuple  # of what is saved besides the output
     output_width: int  # D'
+    ends_linear: bool  # whether the output is what the last of the linear maps returns
     has_dropout: bool = False  # whether it calls `linear.dropout`
-    scale: float | None = None  # of all corrections of low rank
-
-    @property
-    def ends_linear(self):
-        """Whether the output is what the last of the linear maps returns."""
-        return len(self.saved_widths) < len(self.names)
 
 
 def network_of(function: Callable, features: int, widths: dict) -> Network:
@@ -46,22 +40,34 @@ def network_of(function: Callable, features: int, widths: dict) -> Network:
 
 
 class Problem(NamedTuple):
-    """The problem that an engine computes: the arguments of `run_network`, and a layout."""
+    """What a network is run on."""
 
-    network: Network
-    platform: str
-    tokens: Any
-    maps: dict
-    plan: Any  # without weights
-    key: Any = None
-    layout: Any = None  # see `backend.layouts`; None for a loop over tiles
+    tokens: Any  # (T, D)
+    maps: dict  # the `Linear` maps of all experts, by name
+    plan: Any  # a `GroupedPlan`
+    key: Any = None  # (2,) int32, for dropout; None where there is none
 
-    def trained(self):
-        return linears.split(self.maps)[0]
+    def split(self):
+        """The tensors that have a gradient, and those that have none: two structures."""
+        trained, frozen = {}, {}
+        for name, linear in self.maps.items():
+            fields = {field: each for field, each in linear._asdict().items() if each is not None}
+            # Integers never train, nor does what factors correct.
+            if linear.lora_a is not None or linear.kernel.scale is not None:
+                frozen[name] = fields.pop("kernel")
+            trained[name] = {f: x if f == "bias" else x.values for f, x in fields.items()}
+        inputs = self.tokens, self.plan.weights, trained
+        return inputs, (self.plan._replace(weights=None), frozen, self.key)
 
-
-def dtype_of(tensor):
-    return keras.backend.standardize_dtype(tensor.dtype)
+    @classmethod
+    def join(cls, inputs, context):
+        """Inverse of `split`."""
+        (tokens, weights, trained), (plan, frozen, key) = inputs, context
+        maps = {}
+        for name, fields in trained.items():
+            fields = {f: x if f == "bias" else Kernel(x) for f, x in fields.items()}
+            maps[name] = Linear(**{"kernel": frozen.get(name), **fields})
+        return cls(tokens, maps, plan._replace(weights=weights), key)
 
 
 class _Linear:
@@ -77,7 +83,9 @@ class _Linear:
     def __call__(self, name, rows=None):
         if rows is None:  # a vector of each expert
             rows = ops.ones((ops.shape(self._rows)[0], 1), self._rows.dtype)
-        return self._compute(name, _like(rows, self._rows))
+        if rows.dtype != self._rows.dtype:
+            rows = ops.cast(rows, self._rows.dtype)
+        return self._compute(name, rows)
 
     def dropout(self, rows, rate):
         """Rows (n, H), each number set to 0 with the probability `rate`, or scaled, in training."""
@@ -127,45 +135,76 @@ def _traced(function, features, widths):
             f"Received: calls of {sorted(found)} of {sorted(widths)}, outputs of shape {shape} "
             f"for rows of shape (8, {features})"
         )
-    saved_widths = [widths[name][1] for name in found][: -1 if ends_linear else None]
-    return Network(function, tuple(found), tuple(saved_widths), shape[1], has_dropout)
+    return Network(function, tuple(found), shape[1], ends_linear, has_dropout)
 
 
-def forward_part(network, rows, part, maps, key=None):
+# What a linear map returns is saved, and with low-rank factors `x A` before it.
+
+
+def saved_widths(network, maps):
+    """The widths of what `forward_part` saves."""
+    linears = [maps[name] for name in network.names]
+    kernels = [kernel for each in linears for kernel in (each.lora_a, each.kernel) if kernel]
+    widths = [kernel.shape[2] for kernel in kernels]
+    return widths[:-1] if network.ends_linear else widths
+
+
+def forward_part(network, part, maps, rows, key=None):
     """The outputs of some rows, and a list of what is saved of them."""
     saved = []
 
     def compute(name, values):
-        saved.append(linears.apply(maps[name], values, part, network.scale))
-        return saved[-1]
+        linear = maps[name]
+        output = part.product(values, linear.kernel, linear.bias)
+        if linear.lora_a is not None:
+            saved.append(part.product(values, linear.lora_a))
+            output = output + part.product(saved[-1], linear.lora_b)
+        saved.append(output)
+        return output
 
     outputs = _like(network.function(rows, _Linear(rows, compute, part, key)), rows)
     return outputs, saved[:-1] if network.ends_linear else saved
 
 
-def backward_part(problem, rows, part, maps, saved, outputs, gradient):
-    """From the gradient of outputs: the gradient of rows, and the `factors` of each linear map."""
-    network = problem.network
-    names, scale = network.names, network.scale
+def backward_part(network, part, maps, rows, saved, outputs, d_outputs, key=None):
+    """From the gradient of outputs: the gradient of rows, and factors of the maps' gradients.
+
+    These are {name: {field: (left, right)}}. For each expert the gradient of a bias is the sum of
+    `right`, of any other tensor `left^T right`.
+    """
     saved = [*saved, outputs] if network.ends_linear else saved
 
     def run(rows, *saved):
-        given, inputs = dict(zip(names, saved)), {}
+        inputs, values_in_order = [], iter(saved)
+
+        def attach(value, inputs, kernel):
+            transpose = functools.partial(part.product, kernels=kernel, transposed=True)
+            return backend.attach_gradient(value, inputs, transpose)
 
         def compute(name, values):
-            inputs[name] = values
-            transpose = functools.partial(linears.pull, maps[name], part=part, scale=scale)
-            return backend.attach_gradient(given[name], values, transpose)
+            kernel, _, lora_a, lora_b = maps[name]
+            inputs.append(values)
+            if lora_a is None:
+                return attach(next(values_in_order), values, kernel)
+            low = attach(next(values_in_order), values, lora_a)
+            return attach(attach(next(values_in_order), values, kernel), low, lora_b)
 
-        linear = _Linear(rows, compute, part, problem.key)
-        return _like(network.function(rows, linear), rows), [inputs[name] for name in names]
+        linear = _Linear(rows, compute, part, key)
+        return _like(network.function(rows, linear), rows), inputs
 
     inputs, pullback = backend.vjp(run, (rows, *saved))
-    of_rows, *of_outputs = pullback(gradient)
-    return of_rows, {
-        name: linears.factors(maps[name], left, right, part, scale)
-        for name, left, right in zip(names, inputs, of_outputs)
-    }
+    d_rows, *d_saved = pullback(d_outputs)
+    pairs, factors = zip(saved, d_saved), {}
+    for name, values in zip(network.names, inputs):
+        low, d_low = (None, None) if maps[name].lora_a is None else next(pairs)
+        _, d_output = next(pairs)
+        factors[name] = {
+            "kernel": (values, d_output),
+            "bias": (values, d_output),
+            "lora_a": (values, d_low),
+            "lora_b": (low, d_output),
+        }
+    return d_rows, factors
 
 
 def _like(values, rows):

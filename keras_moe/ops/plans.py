@@ -11,7 +11,7 @@ from keras import ops
 from keras_moe._internal import Tensor
 from keras_moe._internal.checks import check_tensors
 from keras_moe.backend import backend
-from keras_moe.ops.routing import Routing, served_and_counts
+from keras_moe.ops.routing import Routing, count_assignments, served_and_counts
 from keras_moe.ops.sorting import at_least, sort_by_expert
 
 
@@ -132,14 +132,14 @@ class GroupedPlan(NamedTuple):
 
     def _gather_and_sum(self, rows, weights):
         # A gather, not a scatter: tokens are written once, in order, and need no atomic adds.
-        total = 0.0
+        total, places = 0.0, ops.maximum(self.rows, 0)
+        weights = None if weights is None else ops.cast(weights, "float32")
         for choice in range(self.rows.shape[1]):
-            row = self.rows[:, choice]
-            picked = ops.cast(backend.gather_rows(rows, ops.maximum(row, 0)), "float32")
-            if weights is not None:
-                picked = picked * ops.cast(weights[:, choice : choice + 1], "float32")
+            own = slice(choice, choice + 1)
+            picked = ops.cast(backend.gather_rows(rows, places[:, choice]), "float32")
+            picked = picked if weights is None else picked * weights[:, own]
             # `where`, not a product: a row that was never computed may hold anything, even NaN.
-            total = total + ops.where(ops.expand_dims(row >= 0, 1), picked, 0.0)
+            total = total + ops.where(self.rows[:, own] >= 0, picked, 0.0)
         return total
 
     def _scatter_sum(self, rows, weights):
@@ -279,19 +279,36 @@ def plan_routing(routing):
     return GroupedPlan.of(routing.indices, routing.weights, num_experts, routing.mask)
 
 
-def complete(routing, mask):
-    """The routing of a router with its plan and its counts, in which padding has no weight."""
+def complete(routing, mask, is_full):
+    """The routing of a router with its plan and its counts, in which padding has no weight.
+
+    `is_full` is True if the mask (T,) of the call has no padding.
+    """
     if routing.mask is not mask:  # A user-defined router may not know about all of the padding.
-        mask = routing.mask & mask
-        weights = ops.where(ops.expand_dims(mask, 1), routing.weights, 0.0)
-        routing = routing._replace(mask=mask, weights=weights)
-        if not routing.plan:
-            routing = routing._replace(counts=None, load=None)
+        routing = _without_padding(routing, mask)
+    elif is_full and isinstance(mask.shape[0], int):
+        routing = routing._replace(shares=1.0 / max(mask.shape[0], 1))
     # Planned here, whatever the router returns: nothing is read or written out of range.
     plan = routing.plan or plan_routing(routing)
     counts = plan.sizes if routing.counts is None else routing.counts
     load = ops.cast(counts, "float32") if routing.load is None else routing.load
     return routing._replace(plan=plan, counts=counts, load=load)
+
+
+def _without_padding(routing, mask):
+    """A routing without weights and counts at padding that its router did not know."""
+    extra = count_assignments(routing.indices, routing.mask & ~mask, routing.logits.shape[-1])
+
+    def without_extra(counts):
+        return counts if counts is None else counts - ops.cast(extra, counts.dtype)
+
+    mask = routing.mask & mask
+    return routing._replace(
+        weights=ops.where(ops.expand_dims(mask, 1), routing.weights, 0.0),
+        mask=mask,
+        counts=without_extra(routing.counts),
+        load=without_extra(routing.load),
+    )
 
 
 def plan_experts(experts, num_experts):

@@ -30,7 +30,8 @@ class Routing(NamedTuple):
     - `load` (E,) float32: `counts`; for noisy routers a smooth, differentiable estimate of them.
     - `selectors` (T, K, E) float32: scores of each selector of `routers.DSelectKRouter`, else `()`.
     - `plan`: which expert serves which token, `ops.GroupedPlan`; `()` in what layers return.
-    - `shares` (T, 1) float32: each real token's share of them all, 0 for padding; `()` likewise.
+    - `shares` (T, 1) float32: each real token's share of them all, 0 for padding; a number if there
+      is no padding, and `()` in what layers return.
     """
 
     indices: Any
@@ -45,12 +46,24 @@ class Routing(NamedTuple):
     plan: Any = ()
     shares: Any = ()
 
+    def without_plan(self) -> "Routing":
+        """Return the routing as layers return it, a structure of tensors."""
+        return self._replace(plan=(), shares=())
+
     def mean(self, values: Tensor) -> Tensor:
         """Mean (N,) of values (T, N) over the real tokens, 0 where there is none."""
         shares = token_shares(self.mask) if isinstance(self.shares, tuple) else self.shares
-        return ops.sum(ops.where(shares > 0, values, 0.0) * shares, axis=0)
+        return _weighted_sum(values, shares)
 
 
+@backend.jit_when_eager
+def _weighted_sum(values, shares):
+    if isinstance(shares, float):
+        return ops.sum(values, axis=0) * shares
+    return ops.sum(ops.where(shares > 0, values, 0.0) * shares, axis=0)
+
+
+@backend.jit_when_eager
 def token_shares(mask):
     """Each real token's share of the real tokens, (T, 1) float32, from a mask (T,)."""
     real = ops.expand_dims(ops.cast(mask, "float32"), 1)
@@ -195,7 +208,9 @@ def _top_k_routing(logits, top_k, mask, score="softmax", renormalize=None, scale
         check_tensors(sizes, **{"select(scores)": (indices, "TK", "int")})
         indices = ops.cast(indices, "int32")
     renormalize = top_k > 1 if renormalize is None else renormalize
-    return _weigh_choices(logits, scores, indices, mask, score == "softmax", renormalize, scale)
+    is_softmax = score == "softmax"
+    routing = _weigh_choices(logits, scores, indices, mask, is_softmax, renormalize, scale)
+    return routing._replace(mask=mask)  # The same object: `Router.call` knows its mask by it.
 
 
 @backend.jit_when_eager

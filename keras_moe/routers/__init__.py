@@ -55,6 +55,9 @@ def get(identifier: Any, num_experts: int | None = None, **kwargs: Any) -> Route
         TypeError: If `identifier` is none of these.
         ValueError: If the number does not fit the arguments of the router.
     """
+    if kwargs and not isinstance(identifier, str):
+        rule = "Arguments of a router go with its name"
+        raise TypeError(f"{rule}. Received: {', '.join(kwargs)} with router={identifier}")
     router = resolve("router", identifier, Router, IDENTIFIERS, num_experts=num_experts, **kwargs)
     if num_experts is not None:
         router.bind(num_experts)

@@ -30,12 +30,17 @@ class Router(BaseLayer):
     call, or None.
 
     A subclass overrides `max_top_k`, `mean_top_k` and `min_top_k` if the number of experts differs
-    between tokens, and `update` if it has state. Class attributes describe it:
+    between tokens, `update` if it has state, and `balance_advice` if it balances the load itself.
+    Class attributes describe it:
 
     - `causal`: False if a token's experts depend on other tokens of the batch, which rules the
       router out for language models.
     - `default_losses`: names of the losses of a layer that is given none.
+    - `tokens_choose`: True if tokens choose experts, so that too many may choose one.
     - `replays_indices`: True if `route` chooses `indices` where they are given.
+    - `serves_all`: True if all experts serve each token.
+    - `counted_by_weight`: True if an expert's load is the sum of its weights: K is E, and few
+      weights are zero.
     - `serves_tasks`: False if it cannot serve as the router of one of many tasks.
     - `has_logits`: True if its logits are learned, so that `report` judges them.
     - `normalizes_kernel`: True if rescaling the kernel leaves the logits unchanged; their size is
@@ -91,11 +96,8 @@ class Router(BaseLayer):
     normalizes_kernel = False
     surgeries: tuple = ()
     has_fixed_top_k = False
-    # Whether tokens choose experts, so that an expert may be chosen by too many.
     tokens_choose = True
-    # Whether all experts serve each token.
     serves_all = False
-    # Whether experts are counted by their weights: K is E, and few weights are zero.
     counted_by_weight = False
 
     def __init__(self, num_experts: int | None = None, **kwargs: Any):
@@ -185,10 +187,10 @@ class Router(BaseLayer):
         if self.counted_by_weight and indices is None:
             counts = weighted_counts(routing.indices, routing.weights, real)
             routing = routing._replace(counts=counts)
-        routing = complete(routing, real)
+        routing = complete(routing, real, is_full=mask is None)
         if training and self.trainable and indices is None:
             self.update(routing)
-        return routing if with_plan else routing._replace(plan=())
+        return routing if with_plan else routing.without_plan()
 
     def route(self, tokens: Tensor, mask: Tensor, training: bool | None, **context: Any) -> Routing:
         """Return the routing of tokens (T, D), zeros where the mask (T,) is False."""

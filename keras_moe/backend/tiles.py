@@ -1,0 +1,221 @@
+"""A loop over tiles of rows, for XLA on CPUs, and for few rows in TensorFlow's graphs.
+
+There is one loop over the experts that have rows, and in it one over the tiles of such a group;
+their trips depend on the data. The last tile of a group may overrun it: reads are masked, with
+zeros, or ones for buffers; writes are overwritten by the next group or land in padding.
+"""
+
+from typing import Any, NamedTuple
+
+import keras
+from keras import ops
+
+# Of all experts together: with so few rows integer kernels are converted in blocks. Each tile of an
+# expert converts its kernel again: with more rows that would happen too often.
+MAX_BLOCK_ROWS = 128
+
+# Entries of a block of a kernel, 256 KB in float32.
+BLOCK_ENTRIES = 2**16
+
+
+class Tiles:
+    """See `layouts`. A buffer has a row for each row, and for a tile that overruns the last."""
+
+    def __init__(self, backend, problem, platform):
+        plan = problem.plan
+        self.backend, self.sizes, self.num_rows = backend, plan.sizes, plan.num_rows()
+        self.length = tile_length(self.num_rows, self.sizes.shape[0])
+        self.dtype = computed_dtype(problem.tokens, platform)
+        self.token_of_row = ops.pad(plan.token_of_row(), (0, self.length))
+
+    def split(self, rows):
+        return ops.pad(rows, ((0, self.length), (0, 0)))
+
+    def join(self, buffer, width, dtype):
+        return buffer  # its end is the rows of no assignment
+
+    def run(self, function, maps, by_token, by_row, widths, trained):
+        def compute(tile, maps, carry):
+            buffers, totals = carry
+            rows = [*map(tile.gather, by_token), *map(tile.read, by_row)]
+            outputs, factors = function(tile, maps, *rows)
+            return list(map(tile.write, buffers, outputs)), {
+                name: {
+                    field: tile.add_to_expert(total, field, *factors[name][field])
+                    for field, total in fields.items()
+                }
+                for name, fields in totals.items()
+            }
+
+        num_rows = self.num_rows + self.length
+        buffers = [ops.zeros((num_rows, width), self.dtype) for width in widths]
+        totals = keras.tree.map_structure(_zeros_for_sum, trained)
+        buffers, totals = self._for_each_tile(compute, maps, (buffers, totals))
+        return buffers, keras.tree.map_structure(_like, totals, trained)
+
+    def _for_each_tile(self, compute, maps, carry):
+        """`carry = compute(tile, maps, carry)` for the tiles of every expert with rows."""
+        take, sizes, length = self.backend.gather_rows, self.sizes, self.length
+        # Reading the kernels of an expert costs as much as a few rows. For a few tokens, as in
+        # decoding, most experts have none.
+        has_rows = sizes > 0
+        busy_first = ops.cast(ops.argsort(~has_rows), "int32")
+        ends = ops.cumsum(sizes)
+        num_tiles = (sizes + length - 1) // length
+
+        def group(number, carry):
+            expert = take(busy_first, number)
+            end = take(ends, expert)
+            first = end - take(sizes, expert)
+            maps_of_expert = {name: self._of_expert(each, expert) for name, each in maps.items()}
+
+            def nth_tile(i, carry):
+                start = first + i * length
+                rows = start + ops.arange(length, dtype="int32")
+                inside = ops.expand_dims(rows < end, 1)
+                return compute(_Tile(self, expert, start, inside), maps_of_expert, carry)
+
+            return ops.fori_loop(0, take(num_tiles, expert), nth_tile, carry)
+
+        return ops.fori_loop(0, ops.sum(ops.cast(has_rows, "int32")), group, carry)
+
+    def _of_expert(self, linear, expert):
+        """The linear map of one expert. Cast per expert on use: idle ones are never cast."""
+        few_rows = isinstance(self.num_rows, int) and self.num_rows <= MAX_BLOCK_ROWS
+        one = linear.entry(lambda stack: _at(self.backend, stack, expert))
+
+        def stored(kernel):
+            # Packed integers are multiplied faster as they are, and others for few rows.
+            if kernel is None or kernel.is_packed or (few_rows and kernel.scale is not None):
+                return kernel
+            return kernel._replace(values=kernel.floats(self.dtype), scale=None)
+
+        kernel, bias, *factors = one
+        bias = None if bias is None else ops.cast(bias, self.dtype)
+        return type(linear)(stored(kernel), bias, *map(stored, factors))
+
+
+class _Tile(NamedTuple):
+    """Some rows of one expert. Everything that is read has the dtype that is computed in."""
+
+    layout: Any
+    expert: Any
+    start: Any
+    inside: Any
+
+    def product(self, rows, kernels, bias=None, transposed=False):
+        if kernels.scale is not None and not kernels.is_packed and not transposed:
+            products = _multiply_in_blocks(self.layout.backend, rows, kernels.values)
+            products = products * ops.cast(kernels.scale, rows.dtype)
+            return products if bias is None else products + bias
+        return kernels.multiply(rows, bias, transposed)
+
+    def row_numbers(self):
+        return self.start + ops.arange(self.layout.length, dtype="int32")
+
+    def gather(self, tokens):
+        """The tokens of the rows, zeros past the end of the group."""
+        backend, length = self.layout.backend, self.layout.length
+        token_of_row = backend.slice_at(self.layout.token_of_row, (self.start,), (length,))
+        return self._mask(backend.gather_rows(tokens, token_of_row), 0.0)
+
+    def read(self, buffer):
+        """The rows of a buffer, ones past the end of the group."""
+        # Not zeros, where an activation may have no derivative: NaN times 0 is NaN.
+        shape = (self.layout.length, buffer.shape[1])
+        return self._mask(self.layout.backend.slice_at(buffer, (self.start, 0), shape), 1.0)
+
+    def write(self, buffer, rows):
+        rows = ops.cast(rows, buffer.dtype)
+        return self.layout.backend.update_at(buffer, (self.start, 0), rows)
+
+    def add_to_expert(self, total, field, left, right):
+        """Add the tile's part of a gradient to the expert's entry, in place under XLA."""
+        if field == "bias":
+            part = ops.sum(ops.cast(right, "float32"), axis=0)
+        else:
+            # On CPUs XLA computes A^T B at half the speed where A is wider than B. Such gradients
+            # are summed transposed. Transposing the sum costs less than transposing each part.
+            narrow, wide = sorted((left, right), key=lambda rows: rows.shape[1])
+            part = ops.matmul(ops.transpose(narrow), wide)
+        entry = _at(self.layout.backend, total, self.expert) + ops.cast(part, total.dtype)
+        start = _start(total, self.expert)
+        return self.layout.backend.update_at(total, start, ops.expand_dims(entry, 0))
+
+    def _mask(self, rows, past_end):
+        past_end = ops.full((), past_end, self.layout.dtype)
+        return ops.where(self.inside, ops.cast(rows, self.layout.dtype), past_end)
+
+
+def _multiply_in_blocks(backend, rows, kernel):
+    """`rows @ kernel` of few rows (n, D), n static, with an int8 kernel (D, H).
+
+    XLA would convert the whole kernel to floats first, which for few rows takes longer than the
+    product. Converted in blocks of some rows of the kernel, the floats stay in the cache.
+    """
+    (num_rows, depth), width = rows.shape, kernel.shape[1]
+    # The sum of the products is read and written for each block, so a block is not shorter.
+    length = min(max(BLOCK_ENTRIES // width, num_rows), depth)
+    num_blocks, rest = divmod(depth, length)
+
+    def add_product(start, length, total):
+        columns = backend.slice_at(rows, (0, start), (num_rows, length))
+        block = backend.slice_at(kernel, (start, 0), (length, width))
+        return total + ops.matmul(columns, ops.cast(block, rows.dtype))
+
+    def nth_block(number, total):
+        return add_product(number * length, length, total)
+
+    total = ops.zeros((num_rows, width), rows.dtype)
+    if backend.needs_static_shapes():
+        total = ops.fori_loop(0, num_blocks, nth_block, total)
+    else:  # a trip of TensorFlow's loops costs more than a block
+        for number in range(num_blocks):
+            total = nth_block(number, total)
+    return add_product(num_blocks * length, rest, total) if rest else total
+
+
+def _zeros_for_sum(parameter):
+    experts, *shape = parameter.shape
+    return ops.zeros((experts, *sorted(shape)), "float32")
+
+
+def _like(total, parameter):
+    """The sum of a parameter's gradients, with its axes and dtype."""
+    upright = total if total.shape == parameter.shape else ops.transpose(total, (0, 2, 1))
+    return ops.cast(upright, parameter.dtype)
+
+
+def computed_dtype(tokens, platform):
+    """The dtype that tiles are computed in."""
+    # For products of narrow floats XLA on CPUs would convert each operand, and round each result.
+    dtype = keras.backend.standardize_dtype(tokens.dtype)
+    is_narrow = dtype in ("bfloat16", "float16")
+    return "float32" if is_narrow and platform == "cpu" else dtype
+
+
+def tile_length(num_rows, num_experts):
+    """Rows of a tile, a power of two from 4 to 128.
+
+    Besides its rows a tile costs about as much as 8 more, as its kernels are read, and the sums of
+    their gradients read and written. The last tile of a group is half padding. In tiles of L rows
+    a mean group costs `(mean / L + 1 / 2) * (L + 8)`, the least at `4 * sqrt(mean)`; measured, no
+    other power of two was more than 5% faster. There is one length only, as each is compiled.
+
+    From 128 rows on no tile holds more than an eighth of them: some seven intermediate values of a
+    tile exist at once in the backward pass, most of the memory where experts are few. The number of
+    rows is a tensor where it is not known at compile time.
+    """
+    mean = num_rows // max(num_experts, 8) if isinstance(num_rows, int) else 256
+    # The power of two that is nearest in ratio.
+    return 2 ** min(max(round((2 * 16 * mean) ** 0.5).bit_length() - 1, 2), 7)
+
+
+def _at(backend, stacked, expert):
+    """Entry `expert` of a tensor (E, ...)."""
+    part = backend.slice_at(stacked, _start(stacked, expert), (1, *stacked.shape[1:]))
+    return ops.squeeze(part, 0)
+
+
+def _start(stacked, expert):
+    return (expert, *[0] * (len(stacked.shape) - 1))
