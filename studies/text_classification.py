@@ -176,7 +176,8 @@ def fit(model, arrays, epochs):
         batches,
         shuffle=False,  # they are shuffled already
         epochs=epochs,
-        validation_data=validation,
+        validation_data=whole_batches(*validation),
+        validation_batch_size=BATCH_SIZE,
         callbacks=[*monitors, timer],
         verbose=0,
     ).history
@@ -191,6 +192,12 @@ def fit(model, arrays, epochs):
         **counts,
     }
     return history, run
+
+
+def whole_batches(*arrays):
+    """The rows that fill batches: XLA would compile a last, smaller batch for itself."""
+    number = max(1, len(arrays[0]) // BATCH_SIZE) * BATCH_SIZE
+    return [each[:number] for each in arrays]
 
 
 def verdict(mixture, dense, documents):
