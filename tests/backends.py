@@ -7,10 +7,16 @@ import sys
 
 import keras
 import numpy as np
+import pytest
 from keras import ops
 
 BACKEND = keras.backend.backend()
 ROOT = pathlib.Path(__file__).parents[1]
+
+# What is written in `keras.ops` alone, or computes nothing, runs on the backend that compiles
+# nothing. `test_backend.py` checks what it takes for granted of the others.
+on_one_backend = pytest.mark.backends("torch")
+on_each_backend = pytest.mark.backends("tensorflow", "jax", "torch")
 
 # "eager" runs operation by operation, "graph" is tf.function without XLA.
 MODES = {"tensorflow": ("eager", "graph", "xla"), "jax": ("eager", "jit"), "torch": ("eager",)}[

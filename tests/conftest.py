@@ -62,10 +62,13 @@ def pytest_ignore_collect(collection_path):
     if collection_path.suffix != ".py":
         return None
     text = collection_path.read_text(encoding="utf-8")
-    of_file = re.search(r"^pytestmark = \[?\s*pytest\.mark\.backends\((.*?)\)", text, re.MULTILINE)
-    if of_file is None or text.count("pytest.mark.backends(") > 1:
+    mark = r"^pytestmark = \[?\s*(?:on_one_backend|pytest\.mark\.backends\((.*?)\))"
+    of_file = re.search(mark, text, re.MULTILINE)
+    if of_file is None or "on_each_backend" in text:
         return None
-    return True if os.environ.get("KERAS_BACKEND", "") not in of_file[1] else None
+    if text.count("pytest.mark.backends(") > (of_file[1] is not None):
+        return None
+    return True if os.environ.get("KERAS_BACKEND", "") not in (of_file[1] or "torch") else None
 
 
 def pytest_collection_modifyitems(config, items):

@@ -4,12 +4,14 @@ import keras
 import numpy as np
 import pytest
 import reference_routers as oracle
-from backends import FAST_MODE, assert_close, compiled
+from backends import FAST_MODE, assert_close, compiled, on_each_backend, on_one_backend
 from keras import ops
 from layer_checks import array
 
 from keras_moe import metrics, routers
 from keras_moe import ops as moe_ops
+
+pytestmark = on_one_backend
 
 T, E = 16, 4
 RNG = np.random.default_rng(0)
@@ -96,6 +98,7 @@ def test_accumulated_batches_move_the_quantile_bias_to_the_mean_of_theirs():
     assert_close(array(parts.selection_bias), sum(array(one.selection_bias) for one in ones) / 2)
 
 
+@on_each_backend
 @pytest.mark.parametrize("balancer", [routers.LossFreeBias(0.02), routers.QuantileBias()])
 def test_a_skewed_router_is_balanced_within_fifty_steps(balancer):
     router = make(balancer)

@@ -5,11 +5,13 @@ import functools
 import keras
 import numpy as np
 import pytest
-from backends import QUICK_JIT
+from backends import QUICK_JIT, on_each_backend, on_one_backend
 from layer_checks import E, array, moe, one_hot, one_hot_router
 
 from keras_moe import layers, losses, routers
 from keras_moe.callbacks import ExpertMonitor, RouterLossSchedule
+
+pytestmark = on_one_backend
 
 # The router sends a one-hot token to the expert of its one, and a learning rate of 0 keeps it so.
 TRAINING = one_hot(0, 0, 0, 0, 0, 0, 1, 1)  # counts 6, 2, 0, 0
@@ -88,6 +90,7 @@ def busiest(counts):
     return np.max(counts)
 
 
+@on_each_backend
 def test_training_and_validation_are_reported_exactly_for_each_epoch(capsys):
     model, stopping = model_of(routed()), keras.callbacks.EarlyStopping("val_load_imbalance")
     stopping.patience, stopping.mode = 1, "min"
@@ -250,6 +253,7 @@ def test_a_run_with_a_monitor_ends_an_evaluation_that_was_interrupted():
     assert usage(fit(model, epochs=2)) == about(BOTH)
 
 
+@on_each_backend
 @pytest.mark.parametrize("validation", [True, False])
 def test_nothing_counts_after_a_training_that_was_interrupted(validation):
     model = model_of(routed())

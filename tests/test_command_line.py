@@ -9,12 +9,12 @@ import zipfile
 import keras
 import numpy as np
 import pytest
+from backends import on_each_backend, on_one_backend
 from layer_checks import D, E, moe, normal
 
 from keras_moe.__main__ import main
 
-pytestmark = pytest.mark.backends("torch")
-on_each_backend = pytest.mark.backends("tensorflow", "jax", "torch")
+pytestmark = on_one_backend
 ENGINE = "tiles" if keras.backend.backend() == "jax" else "parts"
 
 

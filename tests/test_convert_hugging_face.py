@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import safetensors.numpy as safetensors_numpy
 import test_convert_keras_hub as keras_hub_models
-from backends import ROOT, assert_close
+from backends import ROOT, assert_close, on_one_backend
 from keras import ops
 from layer_checks import array
 
@@ -16,8 +16,6 @@ import keras_moe
 from keras_moe import convert, inspection, layers, routers, surgery
 from keras_moe.convert.families import IN_FILES as READ
 
-# The models are of PyTorch, and take seconds to import.
-with_transformers = pytest.mark.backends("torch")
 D, E = 8, 8
 _SIZES = dict(
     vocab_size=16,
@@ -106,7 +104,7 @@ def outputs_of(model):
     return (outputs[0] if isinstance(outputs, tuple) else outputs).numpy()
 
 
-@with_transformers
+@on_one_backend
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_layer_computes_as_the_block_and_goes_back(family, tmp_path):
     model = model_of(family)
@@ -127,7 +125,7 @@ def test_a_layer_computes_as_the_block_and_goes_back(family, tmp_path):
         np.testing.assert_array_equal(array(weight), array(expected))
 
 
-@with_transformers
+@on_one_backend
 def test_the_weight_of_the_balance_loss_is_a_share_of_the_models():
     model = model_of("mixtral")
     config = {**model.config.to_dict(), "num_hidden_layers": 4, "router_aux_loss_coef": 0.1}
@@ -135,7 +133,7 @@ def test_the_weight_of_the_balance_loss_is_a_share_of_the_models():
     assert [loss.weight for loss in layer.router_losses] == [0.1 * 2 / 4]
 
 
-@with_transformers
+@on_one_backend
 def test_the_guide_names_every_family_that_is_read():
     guide = (ROOT / "docs" / "convert.md").read_text(encoding="utf-8")
     assert all(f"`{name}`" in guide for name in READ)
@@ -191,7 +189,7 @@ def test_weights_go_through_files_unchanged_also_in_half_precision(tmp_path):
         np.testing.assert_array_equal(*map(array, kernels))
 
 
-@with_transformers
+@on_one_backend
 def test_lora_is_converted(tmp_path):
     layer, _ = mixtral(tmp_path)
     layer.experts.enable_lora(2, b_initializer="glorot_uniform")
@@ -205,7 +203,7 @@ def layer_of(model):
     return convert.from_hugging_face(model.state_dict(), 0, model.config.to_dict())
 
 
-@with_transformers
+@on_one_backend
 @pytest.mark.parametrize("family", ["mixtral", "gpt_oss", "lfm2_moe"])
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # PEFT asks for it.
 # PEFT looks for patterns among modules only, and applies them to parameters as well.
@@ -247,7 +245,7 @@ def test_an_adapter_of_peft_goes_both_ways(family, tmp_path):
         assert_close(array(adapted(TOKENS)), outputs_of(model.base_model.model))
 
 
-@with_transformers
+@on_one_backend
 def test_an_adapter_of_single_experts_is_read(tmp_path):
     weights, draw = convert.to_hugging_face(mixtral(), 0, "mixtral"), np.random.default_rng(0)
     arrays, merged = {}, dict(weights)
@@ -273,7 +271,7 @@ def save_adapter(folder, arrays, config):
     (folder / "adapter_config.json").write_text(json.dumps(config))
 
 
-@with_transformers
+@on_one_backend
 def test_adapters_of_other_things_than_experts_are_refused(tmp_path):
     layer = mixtral()
     layer.experts.enable_lora(2)
@@ -301,7 +299,7 @@ OTHERS = [
 ]
 
 
-@with_transformers
+@on_one_backend
 def test_layers_that_compute_something_else_are_refused(tmp_path):
     mixtral(tmp_path)
     for arguments in OTHERS:
@@ -336,7 +334,7 @@ def test_layers_that_compute_something_else_are_refused(tmp_path):
         convert.to_hugging_face(grouped, 0, "deepseek_v3")
 
 
-@with_transformers
+@on_one_backend
 def test_weights_of_another_model_are_refused(tmp_path):
     import torch
 
@@ -381,7 +379,7 @@ UPCYCLED = {
 }
 
 
-@with_transformers
+@on_one_backend
 @pytest.mark.parametrize("case", UPCYCLED)
 def test_an_upcycled_model_is_a_mixture_of_transformers(case, tmp_path):
     import keras_hub
@@ -416,7 +414,7 @@ CONVERTED = {
 }
 
 
-@with_transformers
+@on_one_backend
 @pytest.mark.parametrize("family", CONVERTED)
 def test_a_pruned_model_is_one_of_transformers(family, tmp_path, monkeypatch):
     name, more = CONVERTED[family]
@@ -427,7 +425,7 @@ def test_a_pruned_model_is_one_of_transformers(family, tmp_path, monkeypatch):
     assert_equal_in_transformers(model.backbone, tmp_path, name)
 
 
-@with_transformers
+@on_one_backend
 def test_models_without_a_format_are_refused(tmp_path):
     for family in ("gemma4", "qwen3_5_moe"):
         model = convert.use_sparse_experts(keras_hub_models.causal_lm(family))

@@ -12,6 +12,7 @@ from backends import (
     BACKEND,
     QUICK_JIT,
     assert_close,
+    on_one_backend,
     saved_and_loaded,
     unless_compiled,
 )
@@ -26,7 +27,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:`compile\\(\\)` was not called:UserWarning"),
     pytest.mark.filterwarnings("ignore:`shuffle=True` was passed:UserWarning"),
 ]
-on_one_backend = pytest.mark.backends("torch")
 LENGTH, VOCABULARY = 6, 40
 _SIZES = dict(
     vocabulary_size=VOCABULARY,

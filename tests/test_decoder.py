@@ -5,13 +5,15 @@ import warnings
 import keras
 import numpy as np
 import pytest
-from backends import BACKEND, FAST_MODE, compiled, gradients, unless_compiled
+from backends import BACKEND, FAST_MODE, compiled, gradients, on_each_backend, on_one_backend
 from keras import ops
 from layer_checks import POLICIES, D, E, array, moe, normal, one_hot_router
 
 from keras_moe import layers, routers
 from keras_moe._internal.keras_internals import get_keras_mask
 from keras_moe.layers.cached_attention import rotate
+
+pytestmark = on_one_backend
 
 B, L, S = 2, 6, 4
 BLOCKS = {"plain": {}, "without positions": {"rotary": False}, "context": {"cross_attention": True}}
@@ -69,6 +71,7 @@ def test_a_cache_holds_the_padding_mask():
     np.testing.assert_allclose(expected[1:, 2:], array(alone), atol=1e-5)
 
 
+@on_each_backend
 def test_a_cache_is_carried_through_a_compiled_loop_and_gathered_by_beam():
     block = make_block(cross_attention=True)
     x, context = normal(B, L, D), normal(B, S, D, seed=1)
@@ -93,7 +96,7 @@ def test_a_cache_is_carried_through_a_compiled_loop_and_gathered_by_beam():
     np.testing.assert_allclose(outputs[:, -1], expected, atol=1e-5)
 
 
-@pytest.mark.parametrize("policy", unless_compiled(POLICIES, ["float32", "mixed_bfloat16"]))
+@pytest.mark.parametrize("policy", POLICIES)
 def test_a_cache_has_the_dtype_of_the_policy_and_stays_close(policy):
     block = make_block(dtype=policy)
     cache = block.make_cache(B, L)
@@ -103,6 +106,7 @@ def test_a_cache_has_the_dtype_of_the_policy_and_stays_close(policy):
     np.testing.assert_allclose(outputs, array(block(x)), atol=1e-5 if policy == "float32" else 0.1)
 
 
+@on_each_backend
 def test_padding_of_any_content_has_no_gradient_and_changes_nothing():
     block = make_block(cross_attention=True)
     mask = np.array([[True] * L, [False] * L])
@@ -210,7 +214,6 @@ def test_a_capacity_is_warned_of_where_later_tokens_take_the_room_of_earlier_one
     assert leaks == any(np.abs(one - early[0]).max() > 1e-4 for one in early)
 
 
-@pytest.mark.backends("torch")
 def test_a_capacity_in_evaluation_is_warned_of():
     limit = layers.Capacity(1.0, evaluation_factor=1.0)
     layer = moe(router=routers.TopKRouter(E, top_k=1), capacity_factor=limit)

@@ -9,7 +9,7 @@ import runpy
 import keras
 import numpy as np
 import pytest
-from backends import BACKEND, ROOT, run_python
+from backends import BACKEND, ROOT, on_each_backend, run_python
 from replicas_models import free_ports
 
 import keras_moe
@@ -21,7 +21,6 @@ pytestmark = [
     # Of KerasTuner.
     pytest.mark.filterwarnings("ignore:(currentThread|getName)\\(\\):DeprecationWarning"),
 ]
-on_each_backend = pytest.mark.backends("tensorflow", "jax", "torch")
 LINKS = runpy.run_path(str(ROOT / "docs" / "reference_links.py"))
 IDENTIFIERS = LINKS["identifiers"]()
 
@@ -163,10 +162,9 @@ def test_the_guide_to_replicas_trains_on_its_backends():
     run_python("-c", "".join([first, *of_backend]), **of_torchrun)
 
 
-def test_the_recipes_for_parts_of_ones_own_train_and_are_short(tmp_path):
+def test_the_recipes_for_parts_of_ones_own_train(tmp_path):
     names = run("docs/extending.md")
     assert names["layer"].expert_counts.shape == (8,)
-    assert max(len(recipe.splitlines()) for recipe in blocks("docs/extending.md")) <= 29
     mixture, bank = keras_moe.layers.MixtureOfExperts, names["CentredExperts"]
     assert bank.from_config(bank(num_experts=4).get_config()).num_experts == 4
     model = keras.Sequential(

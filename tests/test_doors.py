@@ -11,7 +11,7 @@ import json
 import keras
 import numpy as np
 import pytest
-from backends import BACKEND
+from backends import BACKEND, on_one_backend
 from keras import ops as kops
 from layer_checks import D, E, moe, normal
 
@@ -450,7 +450,7 @@ def evaluate(call):
     return eval(call, {**vars(keras_moe), **globals(), "tuner": tuner})
 
 
-@pytest.mark.backends("torch")
+@on_one_backend
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("call, words", REFUSED, ids=[call for call, _ in REFUSED])
 def test_refused(call, words, tmp_path, monkeypatch):
@@ -474,7 +474,7 @@ WARNED = [
 ]
 
 
-@pytest.mark.backends("torch")
+@on_one_backend
 @pytest.mark.parametrize("call, words", WARNED, ids=[call for call, _ in WARNED])
 def test_warned(call, words):
     with pytest.warns(UserWarning, match=words) as warned:
@@ -530,14 +530,14 @@ TAKEN = [
 ]
 
 
-@pytest.mark.backends("torch")
+@on_one_backend
 def test_top_k_is_the_default_routers():
     layer = moe(top_k=1)
     again = layers.MixtureOfExperts.from_config(layer.get_config())
     assert layer.router.top_k == again.router.top_k == again.top_k == 1
 
 
-@pytest.mark.backends("torch")
+@on_one_backend
 @pytest.mark.parametrize("call", TAKEN)
 def test_taken(call):
     made = evaluate(call)

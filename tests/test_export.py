@@ -3,7 +3,7 @@
 import keras
 import numpy as np
 import pytest
-from backends import BACKEND, ROOT, assert_close, run_python, to_numpy
+from backends import BACKEND, ROOT, assert_close, on_one_backend, run_python, to_numpy
 from layer_checks import OF_LAYERS
 from test_own_experts import BANKS as OWN_BANKS
 
@@ -101,7 +101,7 @@ def assert_serves(model, program, tmp_path, more=()):
             assert_close(outputs[size], expected[size])
 
 
-@pytest.mark.backends("torch")
+@on_one_backend
 def test_a_program_serves_sequences_of_lengths_not_seen_at_export():
     import torch
 
@@ -129,7 +129,7 @@ def test_a_program_of_jax_serves_sequences_of_any_length():
         assert_close(to_numpy(program.call(inputs)), to_numpy(model(inputs)))
 
 
-@pytest.mark.backends("torch")
+@on_one_backend
 def test_torch_compile_computes_the_same():
     import torch
 

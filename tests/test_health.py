@@ -6,7 +6,7 @@ import warnings
 import keras
 import numpy as np
 import pytest
-from backends import QUICK_JIT
+from backends import QUICK_JIT, on_one_backend
 from layer_checks import D, E, array, moe, one_hot_router
 
 from keras_moe import health, layers, losses, routers
@@ -14,8 +14,6 @@ from keras_moe.callbacks import ExpertHealth, ExpertMonitor
 from keras_moe.routers.fixed import ForcedRouter
 
 EXPERTS, STEPS, BATCH = 8, 60, 16
-# Findings come from counts alone. Whether these arrive is tested on each backend.
-of_counts = pytest.mark.backends("torch")
 
 
 def clustered(seed, size=STEPS * BATCH):
@@ -64,7 +62,7 @@ def watched(model, x, y, *callbacks, **kwargs):
     return watchdog.findings, len(batches)
 
 
-@of_counts
+@on_one_backend
 def test_healthy_runs_are_never_flagged():
     for seed in range(2):
         random.seed(seed)  # not by Keras, which would load TensorFlow
@@ -83,7 +81,7 @@ def test_a_collapsed_run_is_flagged_within_fifty_steps():
         assert finding.text == "The experts have collapsed: 100% of the work goes to 2 of 8."
 
 
-@of_counts
+@on_one_backend
 def test_short_epochs_change_nothing():
     model = model_of(collapsed_layer())
     callbacks, options = (ExpertMonitor(), ExpertHealth()), {"epochs": 6, "batch_size": 32}
@@ -128,7 +126,7 @@ REBALANCED = [
 ]
 
 
-@of_counts
+@on_one_backend
 @pytest.mark.parametrize("loss, weight, after, advice", REBALANCED)
 def test_a_loss_is_rebalanced_unless_it_is_off_or_large(loss, weight, after, advice):
     layer = collapsed_layer([loss])
@@ -138,7 +136,7 @@ def test_a_loss_is_rebalanced_unless_it_is_off_or_large(loss, weight, after, adv
     assert layer.loss_weights_in_force == [after]
 
 
-@of_counts
+@on_one_backend
 def test_dead_experts_are_reported_after_a_while_and_when_others_join_them():
     experts = layers.LayerExperts([keras.layers.Identity() for _ in range(E)])
     layer = moe(experts, router=one_hot_router(), router_losses=(), name="moe")
@@ -152,7 +150,7 @@ def test_dead_experts_are_reported_after_a_while_and_when_others_join_them():
     ]
 
 
-@of_counts
+@on_one_backend
 def test_experts_that_die_in_a_short_training_are_reported_at_its_end():
     experts = layers.LayerExperts([keras.layers.Identity() for _ in range(E)])
     layer = moe(experts, router=one_hot_router(), name="moe")
@@ -165,7 +163,7 @@ def test_experts_that_die_in_a_short_training_are_reported_at_its_end():
     assert layer.loss_weights_in_force[0] == pytest.approx(layer.router_losses[0].weight)
 
 
-@of_counts
+@on_one_backend
 @pytest.mark.parametrize("with_monitor", [False, True])
 def test_a_collapse_in_a_short_training_is_reported_at_its_end(with_monitor):
     x, y = clustered(0, 10)
@@ -177,7 +175,7 @@ def test_a_collapse_in_a_short_training_is_reported_at_its_end(with_monitor):
     assert not watched(model_of(expert_layer()), x, y, ExpertHealth(), **options)[0]
 
 
-@of_counts
+@on_one_backend
 @pytest.mark.parametrize("callbacks", [(ExpertHealth,), (ExpertMonitor, ExpertHealth)])
 def test_a_capacity_that_drops_most_is_reported_after_a_short_training(callbacks):
     x, y = clustered(0, size=64)
@@ -186,7 +184,7 @@ def test_a_capacity_that_drops_most_is_reported_after_a_short_training(callbacks
     assert sum("no slot" in finding.text for _, _, finding in findings) == 1
 
 
-@of_counts
+@on_one_backend
 def test_a_capacity_that_drops_most_is_reported_once():
     layer = expert_layer()
     layer = layers.MixtureOfExperts(layer.experts, capacity_factor=0.25, name="moe")
@@ -195,6 +193,7 @@ def test_a_capacity_that_drops_most_is_reported_once():
     assert step <= 50 and "Raise `capacity_factor`" in finding.fix
 
 
+@on_one_backend
 def test_a_router_of_nan_and_exploding_logits_are_found():
     x, y = clustered(0, 40 * BATCH)
     model = model_of(expert_layer(router_losses=()), keras.optimizers.Adam(5.0))
@@ -212,6 +211,7 @@ WEIGHTS = {
 }
 
 
+@on_one_backend
 @pytest.mark.parametrize("weight, text", WEIGHTS.items())
 def test_a_useless_weight_is_found_beside_a_monitor(weight, text):
     model = model_of(expert_layer(router_losses=[losses.LoadBalance(weight)]))
@@ -220,7 +220,7 @@ def test_a_useless_weight_is_found_beside_a_monitor(weight, text):
     assert text in found.text
 
 
-@of_counts
+@on_one_backend
 def test_counts_from_before_a_training_and_even_loads_make_no_loss_heavy():
     layer = expert_layer(router_losses=[losses.LoadBalance(1.0)])
     model = model_of(layer)
@@ -233,7 +233,7 @@ def test_counts_from_before_a_training_and_even_loads_make_no_loss_heavy():
     assert not findings
 
 
-@of_counts
+@on_one_backend
 def test_a_loss_is_heavy_by_what_it_adds_to_an_even_load():
     heavy = health.heavy_losses
     found = [losses.LoadBalance(1.0), losses.RouterZ()]
@@ -272,7 +272,7 @@ TEXTS = {
 }
 
 
-@of_counts
+@on_one_backend
 def test_verdicts_of_numbers():
     for (counts, top_k), expected in SPREADS.items():
         assert health.spread(counts, top_k) == pytest.approx(expected)
@@ -300,7 +300,7 @@ ADVICE = {
 }
 
 
-@of_counts
+@on_one_backend
 def test_the_advice_names_what_balances():
     assert "The loss of the router balances" in health.balance_advice(moe(router="relu"))
     for text, balancing in ADVICE.items():

@@ -4,7 +4,7 @@ import ast
 import sys
 
 import pytest
-from backends import BACKEND, ROOT, run_python
+from backends import BACKEND, ROOT, on_one_backend, run_python
 
 PACKAGE = ROOT / "keras_moe"
 FILES = sorted(PACKAGE.rglob("*.py"))
@@ -15,7 +15,7 @@ FRAMEWORKS = {"tensorflow", "jax", "jaxlib", "torch", "tensorflow_probability", 
 PARTS = [
     ("checks", "keras_internals", "plain_text", "Tensor"),
     ("backend", "initializers", "serialization"),
-    ("lora", "ops"),
+    ("base_layer", "lora", "ops"),
     ("activations", "losses", "metrics", "optimizers", "routers"),
     ("layers",),
     ("health", "inspection"),
@@ -49,7 +49,7 @@ def test_the_package_imports_nothing_but_itself_and_the_backend_of_keras():
     assert {name.partition("_")[0] for name in backends} == {*SHARED, BACKEND}
 
 
-@pytest.mark.backends("torch")
+@on_one_backend
 def test_another_backend_is_refused_with_the_way_out():
     call = ("-m", "keras_moe", "inspect", "model.keras")
     (called,) = run_python(*call, fails=True, KERAS_BACKEND="foo").splitlines()
@@ -76,7 +76,7 @@ def part(names):
     return names[1] if names[0] == "_internal" and len(names) > 1 else names[0]
 
 
-@pytest.mark.backends("torch")
+@on_one_backend
 def test_a_part_imports_from_lower_parts_and_no_framework():
     for path in FILES:
         names = path.relative_to(PACKAGE).with_suffix("").parts

@@ -3,13 +3,15 @@
 import keras
 import numpy as np
 import pytest
-from backends import QUICK_JIT
+from backends import QUICK_JIT, on_each_backend, on_one_backend
 from layer_checks import D, E, array, moe, normal, one_hot_router
 
 import keras_moe
 from keras_moe import inspection, layers, routers
 from keras_moe.callbacks import ExpertMonitor
 from keras_moe.routers.fixed import ForcedRouter
+
+pytestmark = on_one_backend
 
 EXPERT = 2 * D * 16 + 16 + D
 
@@ -49,7 +51,6 @@ def test_routings_are_those_the_layer_returns():
     assert not layer._observers
 
 
-@pytest.mark.backends("torch")
 def test_batches_that_would_be_silently_wrong_are_refused():
     x = normal(2, 5, 8)
     with pytest.raises(ValueError, match="2 arrays for 1 inputs"):  # targets as inputs
@@ -60,6 +61,7 @@ def test_batches_that_would_be_silently_wrong_are_refused():
         inspection.record_routings(model, [normal(2, 3)])
 
 
+@on_each_backend
 def test_compiled_functions_count_in_the_context_alone():
     model = keras.Sequential([keras.Input((8,)), moe(name="moe")])
     model.compile("sgd", "mse")
@@ -95,7 +97,6 @@ SERVING = {
 }
 
 
-@pytest.mark.backends("torch")
 @pytest.mark.parametrize("router, serving", SERVING.values(), ids=SERVING)
 def test_active_parameters_are_those_of_the_experts_that_serve_a_token(router, serving):
     model = keras.Sequential([keras.Input((5, D)), moe(router=router), keras.layers.Dense(2)])
@@ -111,7 +112,6 @@ def test_active_parameters_are_those_of_the_experts_that_serve_a_token(router, s
 
 
 @pytest.mark.filterwarnings("ignore:.*they share its weights")
-@pytest.mark.backends("torch")
 @pytest.mark.parametrize("is_wrapped", [False, True])
 @pytest.mark.parametrize("top_k", [1, 3])
 def test_experts_and_routers_that_layers_share_count_once(top_k, is_wrapped):
@@ -131,7 +131,6 @@ def test_experts_and_routers_that_layers_share_count_once(top_k, is_wrapped):
     assert [row.shared_parameters for row in rows] == [rows[0].parameters] * 3
 
 
-@pytest.mark.backends("torch")
 def test_the_summary_of_tasks_marks_the_bank_that_they_share():
     experts = layers.FeedForwardExperts(E, 16)
     inputs = keras.Input((D,))

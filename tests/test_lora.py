@@ -3,7 +3,7 @@
 import keras
 import numpy as np
 import pytest
-from backends import assert_close, saved_and_loaded, to_numpy
+from backends import assert_close, on_one_backend, saved_and_loaded, to_numpy, unless_compiled
 from layer_checks import D, normal
 
 import keras_moe
@@ -36,7 +36,7 @@ def named(weights, ending):
     return [weight for weight in weights if weight.name.endswith(ending)]
 
 
-@pytest.mark.parametrize("case", MODELS)
+@pytest.mark.parametrize("case", unless_compiled(MODELS, ["biased, top-k"]))
 def test_only_factors_train_and_a_file_has_the_corrected_kernels(case, tmp_path):
     model, x = model_of(case), normal(8, D)
     before = to_numpy(model(x))
@@ -71,6 +71,7 @@ def test_only_factors_train_and_a_file_has_the_corrected_kernels(case, tmp_path)
     assert_close(to_numpy(model(x)), outputs)
 
 
+@on_one_backend
 def test_kernels_stay_frozen_when_a_model_is_thawed():
     model = model_of("gated, cosine")
     for part in parts(model):
@@ -82,6 +83,7 @@ def test_kernels_stay_frozen_when_a_model_is_thawed():
     assert [weight.path for weight in model.trainable_variables] == trained_paths
 
 
+@on_one_backend
 def test_of_frozen_layers_the_factors_alone_train():
     model = model_of("gated, cosine")
     model.get_layer("moe").trainable = False

@@ -4,12 +4,22 @@ import keras
 import numpy as np
 import pytest
 import reference
-from backends import FAST_MODE, assert_close, compiled, differentiated, to_numpy
+from backends import (
+    FAST_MODE,
+    assert_close,
+    compiled,
+    differentiated,
+    on_each_backend,
+    on_one_backend,
+    to_numpy,
+)
 from keras import ops
 from layer_checks import D, array, moe, normal
 
 from keras_moe import losses, routers
 from keras_moe.ops import top_k_routing
+
+pytestmark = on_one_backend
 
 T, E, S = 12, 4, 4
 
@@ -68,6 +78,7 @@ def values_of(logits, mask):
     }
 
 
+@on_each_backend
 def test_losses_equal_their_formulas_whatever_padding_holds(mode):
     logits, mask = draw()
     padded = np.where(mask[:, None], logits, np.nan).astype("float32")
@@ -141,6 +152,7 @@ def test_the_last_of_several_accumulated_batches_sees_the_shares_of_all():
             assert_close(value, expected)
 
 
+@on_each_backend
 @pytest.mark.parametrize("name", ["noisy_top_k", "v_moe"])
 def test_the_load_of_a_noisy_router_can_be_evened_out_by_its_gradient(name):
     router = routers.get(name, num_experts=E)

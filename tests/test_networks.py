@@ -17,6 +17,7 @@ from backends import (
     differentiated,
     forget,
     gradients,
+    on_one_backend,
     to_tensors,
 )
 from drawn import MASKS, SKEWS, draw_mask
@@ -150,6 +151,13 @@ NETWORKS = {
 }
 
 
+def by_platform(name, cases, few):
+    """All cases on the first platform, and on the others those that contain the rest."""
+    pairs = [("platform", name), [(PLATFORMS[0], case) for case in cases]]
+    pairs[1] += [(platform, case) for platform in PLATFORMS[1:] for case in few]
+    return pytest.mark.parametrize(*pairs, indirect=["platform"])
+
+
 @pytest.fixture(params=PLATFORMS)
 def platform(request, small_tiles):
     with ops.platform(request.param):
@@ -160,9 +168,9 @@ def mode_on(platform):
     return "xla" if BACKEND == "tensorflow" and platform == "gpu" else FAST_MODE
 
 
-@pytest.mark.parametrize("case", NETWORKS.values(), ids=list(NETWORKS))
+@by_platform("case", NETWORKS, ["gated, low rank", "gate of gpt-oss", "residual"])
 def test_gradients_of_any_network_equal_a_formula(case, platform):
-    network, names, options = case
+    network, names, options = NETWORKS[case]
     computed, inputs, formula = problem(network, names, **options)
     actual = gradients(computed, inputs, mode_on(platform))
     for gradient, expected in zip(actual, gradients(formula, inputs)):
@@ -246,15 +254,16 @@ def gradients_in_float32():
     return gradients(*problem(feed_forward(), ["up", "down"], biases=True)[:2])
 
 
-@pytest.mark.parametrize(
-    ("activation", "dtype", "stored"),
-    [
-        (in_float32, "bfloat16", None),
-        (keras_ops.gelu, "float16", "float32"),
-        (keras.activations.gelu, "bfloat16", "float32"),
-    ],
-)
-def test_half_precision_is_near_float32(activation, dtype, stored, platform):
+HALF = [
+    (in_float32, "bfloat16", None),
+    (keras_ops.gelu, "float16", "float32"),
+    (keras.activations.gelu, "bfloat16", "float32"),
+]
+
+
+@by_platform("case", HALF, HALF[:2])
+def test_half_precision_is_near_float32(case, platform):
+    activation, dtype, stored = case
     computed, inputs, _ = problem(
         feed_forward(activation), ["up", "down"], dtype=dtype, stored=stored, biases=True
     )
@@ -346,7 +355,7 @@ def test_second_derivatives_of_both_products_equal_a_formula(platform):
         assert_close(actual, expected)
 
 
-@pytest.mark.backends("torch")
+@on_one_backend
 def test_grouped_mm_serves_new_gpus_where_it_is_one_kernel(monkeypatch):
     import torch
 
@@ -365,7 +374,7 @@ def test_grouped_mm_serves_new_gpus_where_it_is_one_kernel(monkeypatch):
     assert not served((9, 0), width=100)
 
 
-@pytest.mark.backends("torch")
+@on_one_backend
 def test_grouped_mm_computes_what_the_loop_computes_and_reads_no_size(monkeypatch):
     import torch
 
@@ -395,7 +404,7 @@ def test_grouped_mm_computes_what_the_loop_computes_and_reads_no_size(monkeypatc
     assert not read
 
 
-@pytest.mark.backends("torch")
+@on_one_backend
 def test_a_backward_pass_may_be_in_another_kind_of_program_than_its_forward_pass(monkeypatch):
     """As where Dynamo compiles parts of a layer only."""
     import torch
@@ -480,7 +489,7 @@ def scaled(factor):
     return lambda x: x * factor
 
 
-@pytest.mark.backends("torch")
+@on_one_backend
 def test_layers_are_alike_if_only_their_weights_differ():
     dense, normal = keras.layers.Dense, keras.initializers.HeNormal
 
@@ -691,7 +700,7 @@ def test_a_forward_pass_keeps_no_pre_activations():
     assert buffer in traced(jax.grad(loss), weights)
 
 
-@pytest.mark.backends("torch")
+@on_one_backend
 def test_what_is_saved_for_the_gradient_is_freed_with_it():
     function, inputs, _ = problem(feed_forward(), ["up", "down"])
     loss = function(*(keras_ops.convert_to_tensor(array).requires_grad_() for array in inputs))

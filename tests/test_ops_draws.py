@@ -3,9 +3,11 @@
 import keras
 import numpy as np
 import pytest
-from backends import BACKEND, FAST_MODE, compiled
+from backends import BACKEND, FAST_MODE, compiled, on_each_backend, on_one_backend
 
 from keras_moe.ops import draws
+
+pytestmark = on_one_backend
 
 MODE = "xla" if BACKEND == "tensorflow" else FAST_MODE
 R, C = 500, 400
@@ -30,6 +32,7 @@ MEAN_AND_DEVIATION = {draws.uniform: (0.5, 12**-0.5), draws.normal: (0.0, 1.0)}
 by_kind = pytest.mark.parametrize("kind", MEAN_AND_DEVIATION)
 
 
+@on_each_backend
 @by_kind
 def test_draws_have_the_mean_and_deviation_of_their_distribution(kind):
     (values,) = draw(kind, 0)

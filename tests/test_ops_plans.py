@@ -4,7 +4,15 @@ import keras
 import numpy as np
 import pytest
 import reference
-from backends import EXAMPLES, FAST_MODE, assert_close, compiled, differentiated
+from backends import (
+    EXAMPLES,
+    FAST_MODE,
+    assert_close,
+    compiled,
+    differentiated,
+    on_each_backend,
+    on_one_backend,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from keras import ops
@@ -12,6 +20,8 @@ from layer_checks import E, array, moe, one_hot, one_hot_router
 
 from keras_moe import layers
 from keras_moe.ops import Routing, expert_capacity, plan_groups, top_k_routing
+
+pytestmark = on_one_backend
 
 
 def make_routing(indices, weights, mask, num_experts):
@@ -38,6 +48,7 @@ def decisions(draw):
     return np.array(indices, "int32"), mask, num_experts, rng
 
 
+@on_each_backend
 def test_a_plan_equals_the_oracle_and_so_do_its_verbs_and_their_gradients(mode):
     def weigh(inputs, indices, mask, capacity, upstream, num_experts):
         tokens, weights = inputs
@@ -93,6 +104,7 @@ def test_combine_reads_no_padded_row():
         np.testing.assert_array_equal(outputs, [[served], [0.0], [0.0]])
 
 
+@on_each_backend
 def test_the_capacity_is_exact_where_the_number_of_tokens_is_a_tensor(mode):
     cases = [(1, 1, 1.1), (3, 1, 0.3), (7, 3, 1.0), (64, 2, 1.25), (6, 4, 4 / 3), (4, 1, 1e-5)]
 
@@ -212,6 +224,7 @@ def test_padding_takes_no_room():
     assert is_served.tolist() == [[False, True, True, True], [True] * 4]
 
 
+@on_each_backend
 def test_random_priority_serves_as_many_and_not_always_the_same():
     capacity = layers.Capacity(1.0, priority="random")
     layer = moe(router=one_hot_router(), router_losses=(), capacity_factor=capacity)

@@ -4,7 +4,15 @@ import keras
 import numpy as np
 import pytest
 import reference
-from backends import EXAMPLES, FAST_MODE, assert_close, compiled, differentiated
+from backends import (
+    EXAMPLES,
+    FAST_MODE,
+    assert_close,
+    compiled,
+    differentiated,
+    on_each_backend,
+    on_one_backend,
+)
 from drawn import MASKS, SKEWS, draw_logits, draw_mask
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
@@ -13,6 +21,8 @@ from keras import ops
 from keras_moe import losses
 from keras_moe.ops import top_k_indices, top_k_routing
 from keras_moe.ops.selection import take_scores
+
+pytestmark = on_one_backend
 
 load_balance, router_z = losses.LoadBalance(1.0), losses.RouterZ(1.0)
 
@@ -30,6 +40,7 @@ def routings(draw):
     return logits, top_k, mask
 
 
+@on_each_backend
 def test_a_routing_and_its_losses_and_their_gradients_equal_the_oracle(mode):
     def weighted_sum(inputs, mask, d_weights, d_probs, top_k):
         routing = top_k_routing(inputs[0], top_k, mask)
@@ -88,6 +99,7 @@ TIES = [
 ]
 
 
+@on_each_backend
 def test_a_tie_goes_to_the_lower_index_and_nan_ranks_last(mode):
     scores, expected = zip(*TIES)
     indices = compiled(lambda scores: top_k_indices(scores, 3), mode)(np.array(scores, "float32"))
@@ -108,6 +120,7 @@ def test_nan_logits_of_a_token_reach_its_own_weights_only(top_k, mode):
     assert set(spoilt.indices[2]) <= {0, 1, 2, 3} and len(set(spoilt.indices[2])) == top_k
 
 
+@on_each_backend
 @pytest.mark.parametrize("top_k", [1, 2])
 def test_extreme_logits_give_finite_weights_and_gradients(top_k, mode):
     def function(inputs):

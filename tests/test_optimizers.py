@@ -3,10 +3,19 @@
 import keras
 import numpy as np
 import pytest
-from backends import assert_close, saved_and_loaded, to_numpy
+from backends import (
+    assert_close,
+    on_each_backend,
+    on_one_backend,
+    saved_and_loaded,
+    to_numpy,
+    unless_compiled,
+)
 from layer_checks import D, normal
 
 from keras_moe import layers, optimizers
+
+pytestmark = on_one_backend
 
 E, H, RANK = 3, 12, 2
 
@@ -18,7 +27,10 @@ def stepped(optimizer, variables, gradients):
     return list(map(to_numpy, variables))
 
 
-@pytest.mark.parametrize("options", [{}, {"rms_rate": None, "nesterov": False}])
+@on_each_backend
+@pytest.mark.parametrize(
+    "options", unless_compiled([{}, {"rms_rate": None, "nesterov": False}], [{}])
+)
 def test_a_stack_is_trained_as_single_kernels(options):
     bank = layers.GatedExperts(E, H)
     bank.build((None, D))

@@ -9,9 +9,11 @@ from backends import (
     assert_close,
     compiled,
     gradients,
+    on_one_backend,
     saved_and_loaded,
     to_numpy,
     to_tensors,
+    unless_compiled,
 )
 from keras import ops
 from layer_checks import normal
@@ -86,7 +88,7 @@ def mixture_of(bank, router="top_k"):
     return layer
 
 
-@pytest.fixture(params=BANKS)
+@pytest.fixture(params=unless_compiled(BANKS, ["normalised"]))
 def layer(request):
     return mixture_of(BANKS[request.param]())
 
@@ -178,7 +180,7 @@ def gated():
 
 
 SECOND = [
-    *((make, "top_k", FAST_MODE) for make in BANKS.values()),
+    *((make, "top_k", FAST_MODE) for make in unless_compiled(BANKS.values(), [BANKS["branched"]])),
     *((gated, "top_k", mode) for mode in KERNEL_MODES),
     (lambda: layers.FeedForwardExperts(E, H, "tanh"), "dense", FAST_MODE),
 ]
@@ -245,6 +247,7 @@ class DroppedOnes(layers.StackedExperts):
         return linear.dropout(0.0 * linear("zero", rows) + 1.0, 0.25)
 
 
+@on_one_backend
 def test_dropout_drops_its_share_of_every_row_and_column():
     bank = DroppedOnes(E)
     layer = layers.MixtureOfExperts(
@@ -256,7 +259,7 @@ def test_dropout_drops_its_share_of_every_row_and_column():
         assert abs((outputs == 0).mean(axis) - 0.25).max() < 0.12  # six deviations
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", unless_compiled(KINDS, ["low rank"]))
 def test_a_model_is_saved_and_loaded(kind, tmp_path):
     inputs = outputs = keras.Input((3, D))
     for make in BANKS.values():
@@ -270,7 +273,7 @@ def test_a_model_is_saved_and_loaded(kind, tmp_path):
     assert_close(to_numpy(loaded(x)), to_numpy(model(x)))
 
 
-@pytest.mark.backends("torch")
+@on_one_backend
 def test_surgery_cuts_experts_and_does_not_merge_them(layer):
     model, x = keras.Sequential([keras.Input((D,)), layer]), normal(T, D)
     with pytest.raises(ValueError, match="hidden features cannot be matched"):
@@ -283,6 +286,7 @@ def test_surgery_cuts_experts_and_does_not_merge_them(layer):
     assert to_numpy(model(x)).shape == (T, D)
 
 
+@on_one_backend
 def test_tools_know_vectors():
     layer = mixture_of(BANKS["normalised"]())
     model = keras.Sequential([keras.Input((D,)), layer])

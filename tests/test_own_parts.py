@@ -3,11 +3,13 @@
 import keras
 import numpy as np
 import pytest
-from backends import BACKEND, FAST_MODE, compiled, saved_and_loaded
+from backends import BACKEND, FAST_MODE, compiled, on_each_backend, on_one_backend, saved_and_loaded
 from layer_checks import D, E, array, moe, normal
 
 from keras_moe import layers, losses, ops, routers
 from keras_moe.ops.expert_choice import expert_choice_routing
+
+pytestmark = on_one_backend
 
 X = normal(6, D)
 
@@ -130,6 +132,7 @@ def test_a_router_has_a_kernel_of_any_shape_and_a_bank_no_weights():
         assert moe(bank, router_losses=())(X[:, :width]).shape == (6, width)
 
 
+@on_each_backend
 def test_padding_is_left_out_where_a_router_does_not_pass_its_mask_on():
     layer = moe(router=NearestRouter())
     mask = np.array([True, True, False, True, False, False])
@@ -208,6 +211,7 @@ def test_a_regularizer_returns_a_number_an_expert_or_none_of_its_own():
     assert array(sum(other.losses)) == 0
 
 
+@on_each_backend
 def test_a_sequence_length_is_a_tensor():
     mask = keras.ops.ones((6,), "bool")
     # What is compiled takes it for an unknown number.

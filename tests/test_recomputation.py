@@ -5,7 +5,7 @@ import functools
 import keras
 import numpy as np
 import pytest
-from backends import QUICK_JIT, assert_close, gradients, to_numpy
+from backends import QUICK_JIT, assert_close, gradients, on_one_backend, to_numpy
 from layer_checks import normal
 
 from keras_moe import layers, routers
@@ -109,7 +109,7 @@ def checkpointed(layer, inputs, **kwargs):
     return checkpoint(layer, inputs, use_reentrant=False, **kwargs)
 
 
-@pytest.mark.backends("torch")
+@on_one_backend
 @pytest.mark.parametrize("make", [mixture, block])
 def test_checkpoint_of_torch(make):
     import torch
@@ -131,7 +131,7 @@ def test_checkpoint_of_torch(make):
         assert_close(again, each, scale=max(1.0, np.max(np.abs(each), initial=0.0)))
 
 
-@pytest.mark.backends("torch")
+@on_one_backend
 @pytest.mark.parametrize("make", [mixture, block])
 @pytest.mark.parametrize("told", [{}, {"training": False}], ids=["not told", "told"])
 def test_checkpoint_of_torch_without_training(make, told):

@@ -7,6 +7,7 @@ import re
 import keras
 import numpy as np
 import pytest
+from backends import on_one_backend
 from browser import run_in_page
 from layer_checks import E, moe, one_hot, one_hot_router, wide_identity
 
@@ -15,7 +16,7 @@ import keras_moe.__main__
 from keras_moe import layers, routers
 
 # Pages are made of NumPy arrays, whichever backend computes them.
-pytestmark = pytest.mark.backends("torch")
+pytestmark = on_one_backend
 EVIL = "<script>window.broken = true</script>"
 
 

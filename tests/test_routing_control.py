@@ -4,16 +4,28 @@ import keras
 import numpy as np
 import pytest
 import reference_routers as oracle
-from backends import FAST_MODE, assert_close, compiled, gradients, saved_and_loaded, to_numpy
+from backends import (
+    FAST_MODE,
+    assert_close,
+    compiled,
+    gradients,
+    on_each_backend,
+    on_one_backend,
+    saved_and_loaded,
+    to_numpy,
+)
 from keras import ops
 from layer_checks import D, E, array, moe, normal
 
 from keras_moe import callbacks, inspection, layers, losses, routers
 from keras_moe.ops.transport import balanced_assignment, sinkhorn_plan
 
+pytestmark = on_one_backend
+
 X = normal(3, 5, D)
 
 
+@on_each_backend
 def test_replayed_experts_are_weighed_by_live_scores_with_their_gradient():
     router = routers.TopKRouter(E, 2)
     router.build((None, D))
@@ -56,6 +68,7 @@ def test_a_hash_router_takes_another_table_and_saves_it(tmp_path):
     assert array(layer.router.table).ravel().tolist() == [3, 3, 1, 0]
 
 
+@on_each_backend
 def test_masks_are_found_in_compiled_calls_with_several_tensors():
     ids = keras.Input((5,), dtype="int32")
     embedded = keras.layers.Embedding(10, D, mask_zero=True)(ids)
@@ -70,7 +83,6 @@ def test_masks_are_found_in_compiled_calls_with_several_tensors():
         assert array(layer.expert_counts).sum() == 5 * 2
 
 
-@pytest.mark.backends("tensorflow", "torch")  # JAX would compile each operation
 def test_gshard_visits_the_second_expert_as_often_as_its_weight_deserves():
     router = routers.GShardRouter(
         2, threshold=0.5, kernel_initializer=keras.initializers.Identity(), seed=3
@@ -165,6 +177,7 @@ def test_experts_without_computation_do_what_they_are_named_for():
     np.testing.assert_array_equal(array(routing.counts), counts)
 
 
+@on_each_backend
 def test_the_weight_of_a_loss_changes_in_training_and_nothing_is_compiled_again():
     traces = []
 

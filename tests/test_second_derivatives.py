@@ -5,7 +5,16 @@
 
 import numpy as np
 import pytest
-from backends import BACKEND, FAST_MODE, MODES, assert_close, compiled, to_numpy
+from backends import (
+    BACKEND,
+    FAST_MODE,
+    MODES,
+    assert_close,
+    compiled,
+    on_one_backend,
+    to_numpy,
+    unless_compiled,
+)
 from keras import ops
 from layer_checks import normal
 
@@ -61,7 +70,9 @@ def drawn_inputs(layer):
     return [normal(*shape, seed=number) for number, shape in enumerate(shapes)]
 
 
-@pytest.mark.parametrize("kind", ["int8", "low rank", "layers"])
+@pytest.mark.parametrize(
+    "kind", unless_compiled(["int8", "low rank", "layers"], ["int8", "layers"])
+)
 def test_they_are_differences_of_gradients(kind):
     layer = mixture()
     if kind == "int8":
@@ -116,8 +127,8 @@ def test_transformations_of_jax():
     assert_close(slope, np.vdot(gradients[0], direction), tolerance=1e-4)
 
 
-@pytest.mark.backends("torch")
-@pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")
+@on_one_backend
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script.*")
 def test_transformations_of_torch():
     import torch
 

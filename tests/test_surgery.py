@@ -4,14 +4,13 @@ import keras
 import numpy as np
 import pytest
 import reference
-from backends import QUICK_JIT, saved_and_loaded, unless_compiled
+from backends import QUICK_JIT, on_one_backend, saved_and_loaded, unless_compiled
 from layer_checks import array, normal
 
 from keras_moe import layers, losses, routers, surgery
 from keras_moe.surgery.cutting import merge
 from keras_moe.surgery.measuring import importance
 
-on_one_backend = pytest.mark.backends("torch")
 D, H, E = 4, 8, 8
 X = normal(32, D)  # One batch of `fit`: another size would be compiled again.
 
@@ -125,6 +124,7 @@ def test_layers_may_end_with_different_numbers_of_experts():
     assert tuple(model.predict(X, verbose=0).shape) == X.shape
 
 
+@on_one_backend
 def test_scores_are_counts_and_contributions():
     layer, weights = single()
     run = reference.moe(X, weights, "gelu", top_k=2)

@@ -5,13 +5,13 @@ import io
 import matplotlib.image
 import numpy as np
 import pytest
-from backends import run_python
+from backends import on_one_backend, run_python
 from test_callbacks import fit, model_of, routed
 
 from keras_moe.callbacks import ExpertMonitor
 
 # What is written are the arrays and floats of the history, which is tested on each backend.
-pytestmark = pytest.mark.backends("torch")
+pytestmark = on_one_backend
 
 
 def read(folder):

@@ -5,14 +5,20 @@ import functools
 import keras
 import numpy as np
 import pytest
-from backends import BACKEND, QUICK_JIT, run_python, saved_and_loaded, unless_compiled
+from backends import (
+    BACKEND,
+    QUICK_JIT,
+    on_one_backend,
+    run_python,
+    saved_and_loaded,
+    unless_compiled,
+)
 from layer_checks import array, normal
 
 import keras_moe
 from keras_moe import inspection, layers
 from keras_moe._internal.keras_internals import parameters_of
 
-on_one_backend = pytest.mark.backends("torch")
 VOCABULARY, D, H = 12, 4, 8
 IDS = np.random.default_rng(0).integers(1, VOCABULARY, (4, 6))
 TARGETS = np.roll(IDS, -1, axis=1)
@@ -140,6 +146,7 @@ def with_statistics():
     return keras.Model(ids, hidden)
 
 
+@on_one_backend
 def test_experts_come_from_several_models_and_other_weights_are_averaged():
     models = several(with_statistics, 3)
     weights = [{weight.path: array(weight) for weight in model.weights} for model in models]
@@ -182,7 +189,8 @@ def test_models_with_lora_are_not_mixed():
         keras_moe.upcycle(models, select="up_0")
 
 
-@pytest.mark.parametrize("make", unless_compiled([block_model, graph_model], [block_model]))
+@on_one_backend
+@pytest.mark.parametrize("make", [block_model, graph_model])
 def test_a_mixture_of_several_models_trains_saves_and_loads(make, tmp_path):
     models = several(make)
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
@@ -393,6 +401,7 @@ def test_layers_are_chosen_by_name_and_number():
     assert names_after(select=lambda name: name > "up_1", every=2) == ["up_3"]
 
 
+@on_one_backend
 def test_a_share_of_the_hidden_features_is_drawn_again_by_the_seed_of_keras():
     kernels = []
     for _ in range(2):
@@ -414,6 +423,7 @@ FROZEN = {
 }
 
 
+@on_one_backend
 @pytest.mark.parametrize("make", FROZEN.values(), ids=FROZEN)
 def test_of_frozen_layers_only_the_new_routers_train(make, tmp_path):
     model = make()

@@ -4,6 +4,7 @@ import io
 
 import numpy as np
 import pytest
+from backends import on_one_backend
 from layer_checks import moe, normal, one_hot, one_hot_router
 from matplotlib.colors import to_rgba
 from test_inspection import two_block_model
@@ -12,7 +13,7 @@ from keras_moe import inspection, visualization
 from keras_moe.visualization import MAX_ROWS
 
 # Arrays are drawn by NumPy. Routings are recorded on each backend in `test_inspection.py`.
-pytestmark = pytest.mark.backends("torch")
+pytestmark = on_one_backend
 
 
 def draws(num_experts, seed=0, tokens=60, top_k=2):

@@ -154,6 +154,8 @@ class CalledExperts(RelaidExperts):
 class BareMixture(MixtureOfExperts):
     """A mixture that saves its layers and the random state of its router, but no counters."""
 
+    has_own_config = False
+
     def save_own_variables(self, store):
         save_draws(self.router, store)
 

@@ -93,6 +93,8 @@ class Gate(Recomputable):
             weights, in float32, for a router that is `counted_by_weight`.
     """
 
+    # Whether the config of this layer, rather than of a block around it, has its arguments.
+    has_own_config = True
     router: Any
     router_losses: tuple
     capacity: Capacity | None

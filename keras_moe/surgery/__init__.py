@@ -16,7 +16,6 @@ from keras import ops
 from keras_moe._internal import Tensor
 from keras_moe._internal.checks import check_choice, check_integer, check_number, shortened
 from keras_moe._internal.keras_internals import forget_compiled, forget_old_weights
-from keras_moe.convert.keras_hub_blocks import BareMixture
 from keras_moe.inspection import moe_layers
 from keras_moe.inspection.recording import check_list_of_batches
 from keras_moe.layers.replacement import backbones
@@ -330,9 +329,7 @@ def _plan(model, given, data, operation="cut"):
 def _check_converted(model, changed, number_of):
     """Refuse different numbers of converted layers: the config of KerasHub's model has one."""
     every = moe_layers(model).items()
-    numbers = {
-        n: changed.get(n, number_of(each)) for n, each in every if isinstance(each, BareMixture)
-    }
+    numbers = {n: changed.get(n, number_of(each)) for n, each in every if not each.has_own_config}
     differ = len(set(numbers.values())) > 1 or not backbones(model)
     if differ and numbers.keys() & changed.keys():
         rule = "Layers made by `convert.use_sparse_experts` must keep one number in a whole model"
@@ -341,7 +338,7 @@ def _check_converted(model, changed, number_of):
 
 def _write_to_backbones(model, layers, number_of, *names):
     """Set the number of converted layers in KerasHub's own, whose configs have it by a name."""
-    for number in {number_of(layer) for layer in layers.values() if isinstance(layer, BareMixture)}:
+    for number in {number_of(layer) for layer in layers.values() if not layer.has_own_config}:
         for backbone in backbones(model):
             for layer in backbone._flatten_layers():
                 is_theirs = layer is backbone or type(layer).__module__.startswith("keras_hub.")

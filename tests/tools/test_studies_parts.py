@@ -11,14 +11,14 @@ import numpy as np
 import pytest
 import resuming
 import translation
-from backends import to_numpy
+from backends import on_one_backend, to_numpy
 from datasets import downloads, manual_pages
 from id_batches import Batches
 from made_up_text import made_up_pairs
 from sentence_batches import SentenceBatches, Shapes
 from subwords import END, PADDING, START, Subwords, pad
 
-pytestmark = pytest.mark.backends("torch")
+pytestmark = on_one_backend
 
 
 def test_a_file_is_whole_or_the_old_one(tmp_path):

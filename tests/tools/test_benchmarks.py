@@ -6,7 +6,7 @@ import json
 import keras
 import numpy as np
 import pytest
-from backends import BACKEND, ROOT
+from backends import BACKEND, ROOT, on_one_backend
 
 from benchmarks import (
     batch_sizes,
@@ -28,10 +28,6 @@ from benchmarks.observed import in_observed_process
 from benchmarks.rivals import ANY, RIVALS, Rival
 
 T, D, H, E, K = 64, 8, 16, 4, 2
-
-# `test_layers_are_compared` times a compiled step on every backend. These programs time others in
-# the same way, and would take half a minute each.
-where_nothing_is_compiled = pytest.mark.backends("torch")
 
 
 @pytest.fixture(autouse=True)
@@ -70,7 +66,7 @@ def assert_timed(rows):
             assert 0 < row["ratio_low"] <= row["ratio"] <= row["ratio_high"]
 
 
-@where_nothing_is_compiled
+@on_one_backend
 def test_first_calls_are_timed():
     twin, mixture = run(first_step)
     assert [twin["name"], mixture["name"]] == ["dense twin, 1 blocks", "E=4, 1 blocks"]
@@ -85,7 +81,7 @@ def test_lines_of_a_compiled_layer_are_counted():
     assert 500 < lines < 5000
 
 
-@where_nothing_is_compiled
+@on_one_backend
 @pytest.mark.filterwarnings("ignore")  # of Keras, about layers without kernels and `x.T`
 def test_generation_is_timed_and_starts_as_the_dense_model():
     rows = run(generation, "--models", "4 halves", "--modes", "float32", "int8")
@@ -107,7 +103,7 @@ def test_layers_are_compared(capsys):
     assert "E=4 zipf" in capsys.readouterr().out
 
 
-@where_nothing_is_compiled
+@on_one_backend
 @pytest.mark.filterwarnings("ignore:`shuffle=True` was passed:UserWarning")
 @pytest.mark.parametrize(
     "program, arguments, names",
@@ -142,7 +138,7 @@ def test_exported_programs_with_more_experts_are_timed_against_those_with_few():
     assert rows[0]["ratio"] == 1.0
 
 
-@where_nothing_is_compiled
+@on_one_backend
 def test_layers_of_many_tasks_are_timed_against_the_same_by_hand():
     rows = run(tasks)
     assert [row["name"] for row in rows] == [
@@ -194,7 +190,7 @@ def missing(mixture):
     import a_package_nobody_has  # noqa: F401
 
 
-@where_nothing_is_compiled
+@on_one_backend
 def test_peers_agree_or_say_why_they_are_not_timed(monkeypatch):
     rivals = {**RIVALS, "wrong": (ANY, wrong), "missing": (ANY, missing)}
     monkeypatch.setattr(peers, "RIVALS", rivals)
@@ -221,7 +217,7 @@ def test_ragged_dot_agrees():
     assert difference <= 1e-5
 
 
-@where_nothing_is_compiled
+@on_one_backend
 def test_counts_of_a_step(monkeypatch, tmp_path):
     monkeypatch.setattr(counts, "in_observed_process", lambda run, *rest: run(*rest, tmp_path))
     twin, mixture = run(counts)
@@ -242,7 +238,7 @@ def test_executed_flops_count_every_product_once():
     assert counts.executed_flops(mixture, inputs) == products + router
 
 
-@where_nothing_is_compiled
+@on_one_backend
 def test_endurance_watches_numbers_experts_and_memory():
     mixture, twin = run(endurance)
     assert (mixture["name"], twin["name"]) == ("mixture", "dense twin")
@@ -255,7 +251,7 @@ def test_endurance_watches_numbers_experts_and_memory():
     assert endurance.not_finite(numbers) == 2
 
 
-@where_nothing_is_compiled
+@on_one_backend
 def test_batches_of_all_sizes_are_counted_with_and_without_buckets():
     rows = run(batch_sizes, "--calls", "train", "layer")
     assert [(row["name"], row["lengths"]) for row in rows] == [
@@ -264,7 +260,7 @@ def test_batches_of_all_sizes_are_counted_with_and_without_buckets():
     assert all(row["ms"] > 0 for row in rows)
 
 
-@where_nothing_is_compiled
+@on_one_backend
 def test_peak_memory_sees_what_a_step_holds():
     megabytes = 64
     rise = counts.peak_mb(lambda: np.ones(megabytes * 10**6, "uint8"))

@@ -1,0 +1,537 @@
+"""What every `Backend` promises, and what the package takes for granted of `keras.ops`.
+
+Everything outside of `keras_moe/backend` is written in these two, so most of its tests run on one
+backend. Products of groups on other platforms, and whole networks, are in `test_networks.py`.
+"""
+
+import contextlib
+
+import keras
+import numpy as np
+import pytest
+from backends import BACKEND, FAST_MODE, MODES, assert_close, compiled, differentiated, gradients
+from keras import ops
+
+from keras_moe.backend import backend
+from keras_moe.backend.base import Backend
+
+RNG = np.random.default_rng(0)
+NAN, INF = np.nan, np.inf
+
+
+def normal(*shape):
+    return np.random.default_rng(sum(shape)).normal(size=shape).astype("float32")
+
+
+def ints(*values, dtype="int32"):
+    return np.array(values, dtype)
+
+
+def assert_same(actual, expected):
+    """Equal numbers, dtype and shape: what is compiled next depends on all three."""
+    for one, other in zip(keras.tree.flatten(actual), keras.tree.flatten(expected), strict=True):
+        other = np.asarray(other)
+        assert one.dtype == other.dtype and one.shape == other.shape
+        np.testing.assert_array_equal(one, other)
+
+
+every_mode = pytest.mark.parametrize("mode", MODES)
+
+# From a function and its arguments to what NumPy says.
+ROWS = normal(4, 3)
+SCORES = np.array([[1, 3, 3], [-INF, -INF, -INF], [0, 0, -1], [-1, -INF, 0]], "float32")
+COLUMNS = ints([0, 2], [-1, 1], [3, 0], [2, 2])
+EXPERTS = ints(2, 0, 2, 1, 0, 2, 5, -1)
+METHODS = {
+    "rows of a vector of indices": (
+        backend.gather_rows,
+        (ROWS, ints(3, 0, 3)),
+        ROWS[[3, 0, 3]],
+    ),
+    "rows of a matrix of indices": (
+        backend.gather_rows,
+        (ROWS, ints([3, 0], [1, 1])),
+        ROWS[[[3, 0], [1, 1]]],
+    ),
+    "no rows of a tensor": (
+        backend.gather_rows,
+        (ROWS, np.zeros((0, 2), "int32")),
+        np.zeros((0, 2, 3), "float32"),
+    ),
+    "the first of equal entries is the largest": (
+        lambda x: ops.cast(backend.argmax(x), "int32"),
+        (SCORES,),
+        ints(1, 0, 0, 2),
+    ),
+    "entries of columns, and 0 where there is none": (
+        backend.take_columns,
+        (np.where(ROWS > 1, NAN, ROWS), COLUMNS),
+        np.stack(
+            [
+                [r[c] if 0 <= c < 3 else 0 for c in cs]
+                for r, cs in zip(np.where(ROWS > 1, NAN, ROWS), COLUMNS)
+            ]
+        ).astype("float32"),
+    ),
+    "counts of integers, others are not counted": (
+        lambda x: backend.count_integers(x, 4),
+        (EXPERTS,),
+        ints(2, 1, 3, 0),
+    ),
+    "counts of more integers than are compared": (
+        lambda x: backend.count_integers(ops.tile(x, 5000), 4),
+        (EXPERTS,),
+        ints(10000, 5000, 15000, 0),
+    ),
+    "counts of none": (
+        lambda x: backend.count_integers(x, 4),
+        (np.zeros(0, "int32"),),
+        np.zeros(4, "int32"),
+    ),
+    "counts of small integers": (
+        lambda x: backend.count_integers(ops.cast(x, "int8"), 3),
+        (EXPERTS,),
+        ints(2, 1, 3),
+    ),
+    "a stable order": (
+        lambda x: backend.argsort(x, 4),
+        (ints(2, 0, 2, 1, 0, 3, 2),),
+        ints(1, 4, 3, 0, 2, 6, 5),
+    ),
+    "a stable order of integers too large to be packed": (
+        lambda x: backend.argsort(x, 2**31 - 1),
+        (ints(2**31 - 2, 7, 2**31 - 2, 0),),
+        ints(3, 1, 0, 2),
+    ),
+    "the larger size": (lambda n: backend.larger_size(1, n), (np.int32(0),), np.int32(1)),
+    "a value that waits for a tensor": (backend.control_dependency, (ROWS, ints(3)), ints(3)),
+    "a sum over one replica": (backend.sum_over_replicas, (ROWS,), ROWS),
+    "rows of one replica": (backend.gather_over_replicas, (ROWS,), ROWS),
+    "counts of one replica": (
+        lambda *x: list(backend.sum_of_counts(list(x))),
+        (ints(1, 2), ints([3], [4])),
+        [ints(1, 2), ints([3], [4])],
+    ),
+}
+if BACKEND != "torch":  # which has no shapes that are static
+    METHODS |= {
+        "a slice at a place": (
+            lambda x, i: backend.slice_at(x, [i, 0], (2, 3)),
+            (ROWS, np.int32(1)),
+            ROWS[1:3],
+        ),
+        "a slice that is written at a place": (
+            lambda x, part, i: backend.update_at(x, [i, 0], part),
+            (ROWS, 7 * ROWS[:2], np.int32(2)),
+            np.concatenate([ROWS[:2], 7 * ROWS[:2]]),
+        ),
+    }
+
+
+@every_mode
+def test_methods_equal_numpy(mode):
+    functions, arguments, expected = zip(*METHODS.values())
+
+    def every(*arguments):
+        return [function(*each) for function, each in zip(functions, arguments)]
+
+    for name, actual, wanted in zip(METHODS, compiled(every, mode)(*arguments), expected):
+        for one, other in zip(keras.tree.flatten(actual), keras.tree.flatten(wanted), strict=True):
+            assert (one.dtype, np.shape(one)) == (other.dtype, other.shape), name
+            np.testing.assert_array_equal(one, other, err_msg=name)
+
+
+def test_gradients_of_gathered_and_taken_entries_are_sums_over_their_places():
+    indices, weights = ints([3, 0], [3, 3]), normal(2, 2, 3)
+
+    def objective(rows):
+        gathered = backend.gather_rows(rows, ops.convert_to_tensor(indices))
+        taken = backend.take_columns(rows, ops.convert_to_tensor(COLUMNS))
+        return ops.sum(gathered * ops.convert_to_tensor(weights)) + ops.sum(
+            taken * ops.convert_to_tensor(ROWS[:, :2])
+        )
+
+    expected = np.zeros_like(ROWS)
+    for place in np.ndindex(2, 2):
+        expected[indices[place]] += weights[place]
+    for row, k in np.ndindex(4, 2):
+        if 0 <= COLUMNS[row, k] < 3:
+            expected[row, COLUMNS[row, k]] += ROWS[row, k]
+    assert_close(gradients(objective, [ROWS])[0], expected)
+
+
+@pytest.mark.backends("tensorflow", "jax")
+@every_mode
+def test_a_loop_carries_stacks_and_has_a_gradient(mode):
+    def objective(inputs):
+        def step(carry, xs):
+            carry = carry * xs[0] + ops.sum(xs[1])
+            return carry, ops.tanh(carry) * xs[1]
+
+        last, stacked = backend.scan(step, ops.ones(()), inputs)
+        return ops.sum(stacked**2) + last, (last, stacked)
+
+    numbers, rows = normal(4), ROWS
+    _, (last, stacked), actual = differentiated(objective, mode)([numbers, rows])
+
+    def oracle(numbers, rows):
+        carry, outputs = 1.0, []
+        for number, row in zip(numbers, rows):
+            carry = carry * number + row.sum()
+            outputs.append(np.tanh(carry) * row)
+        return carry, np.stack(outputs)
+
+    assert_close(last, oracle(numbers, rows)[0])
+    assert_close(stacked, oracle(numbers, rows)[1])
+    flat = np.concatenate([numbers, rows.ravel()]).astype("float64")
+
+    def value(flat):
+        last, stacked = oracle(flat[:4], flat[4:].reshape(4, 3))
+        return np.sum(stacked**2) + last
+
+    step = 1e-6 * np.eye(16)
+    differences = [(value(flat + each) - value(flat - each)) / 2e-6 for each in step]
+    assert_close(np.concatenate([each.ravel() for each in actual]), differences, tolerance=1e-4)
+
+
+SIZES = ([2, 0, 1, 1], [0, 0, 5, 0], [0, 0, 0, 0])
+
+
+@every_mode
+def test_groups_are_split_multiplied_and_joined(mode):
+    """Each by hand; rows past the last group are left out."""
+    kernels, other, bias = normal(4, 3, 2), normal(5, 2), normal(4, 2)
+    rows = normal(5, 3)
+    platform = backend.current_platform()
+
+    def function(rows, other, kernels, bias, sizes):
+        layout = backend.layout(sizes, 5, platform)
+        through = ops.zeros((5, 2))
+        if layout is not None:
+            parts = layout.gather(rows, ops.arange(5, dtype="int32"))
+            parts = [part.product(x, kernels, bias) for part, x in zip(layout.parts, parts)]
+            through = layout.join(parts, 2, "float32")
+        return (
+            backend.product(rows, kernels, sizes, False, platform),
+            backend.product(other, kernels, sizes, True, platform),
+            backend.outer(rows, other, sizes, "float32", platform),
+            through if layout is not None else None,
+        )
+
+    function = compiled(function, mode)
+    for sizes in SIZES:
+        forward, transposed, outer, through = function(rows, other, kernels, bias, ints(*sizes))
+        expert, served = np.repeat(np.arange(4), sizes), sum(sizes)
+        expected = np.einsum("rd,rdh->rh", rows[:served], kernels[expert])
+        assert_close(forward[:served], expected)
+        assert_close(transposed[:served], np.einsum("rh,rdh->rd", other[:served], kernels[expert]))
+        chosen = np.eye(4)[expert]
+        assert_close(outer, np.einsum("re,rd,rh->edh", chosen, rows[:served], other[:served]))
+        if through is not None:
+            assert_close(through[:served], expected + bias[expert])
+
+
+def test_groups_are_split_with_the_rest():
+    if backend.needs_static_shapes():
+        with pytest.raises(NotImplementedError):
+            backend.split_groups(ROWS, ints(2, 0, 1))
+        return
+    parts, sizes = backend.split_groups(*map(ops.convert_to_tensor, (ROWS, ints(2, 0, 1))))
+    assert [int(size) for size in sizes] == [2, 0, 1, 1]
+    for part, expected in zip(parts, np.split(ROWS, [2, 2, 3]), strict=True):
+        np.testing.assert_array_equal(ops.convert_to_numpy(part), expected)
+
+
+# Gradients
+
+
+def square(inputs, context, save):
+    x, scale = inputs["x"][0], inputs["scale"]
+    saved = (x,) if save else ()
+    return scale * x**2 + (0 if context is None else context[0]), saved
+
+
+def backward(inputs, context, saved, gradient):
+    """Three times the gradient of `square`, so that one sees which is taken."""
+    x, scale = saved[0], inputs["scale"]
+    of_scale = ops.sum(gradient * x**2)
+    return {"x": [3 * 2 * scale * x * gradient], "scale": 3 * of_scale}
+
+
+@every_mode
+@pytest.mark.parametrize("has_context", [True, False])
+def test_the_given_backward_pass_computes_the_gradient(mode, has_context):
+    def objective(inputs, context):
+        structure = {"x": [inputs[0]], "scale": inputs[1]}
+        context = (context,) if has_context else None
+        output = backend.differentiable(square, backward, structure, context)
+        return ops.sum(output * ops.arange(1, 5, dtype="float32")), output
+
+    x, scale, context = normal(4), np.float32(2), normal(4)
+    _, output, actual = differentiated(objective, mode)([x, scale], context)
+    assert_close(output, 2 * x**2 + has_context * context)
+    assert_close(actual[0], 3 * 4 * x * [1, 2, 3, 4])
+    assert_close(actual[1], 3 * np.sum(x**2 * [1, 2, 3, 4]))
+
+
+def test_second_derivatives_are_those_of_the_reference():
+    def output(x):
+        return backend.differentiable(
+            lambda inputs, context, save: (inputs[0] ** 3, (inputs[0],)),
+            lambda inputs, context, saved, gradient: (3 * saved[0] ** 2 * gradient,),
+            (x,),
+            None,
+            reference=lambda inputs, context: inputs[0] ** 3,
+        )
+
+    def gradient_of_sum(x):
+        if BACKEND == "tensorflow":
+            import tensorflow as tf
+
+            with tf.GradientTape() as tape:
+                tape.watch(x)
+                value = ops.sum(output(x))
+            return tape.gradient(value, x)
+        if BACKEND == "jax":
+            import jax
+
+            return jax.grad(lambda x: ops.sum(output(x)))(x)
+        import torch
+
+        return torch.autograd.grad(output(x).sum(), x, create_graph=True)[0]
+
+    x = normal(4)
+    (second,) = gradients(lambda x: ops.sum(gradient_of_sum(x) ** 2), [x])
+    assert_close(second, 2 * 3 * x**2 * 6 * x)
+
+
+@every_mode
+def test_a_gradient_is_attached_to_a_value(mode):
+    def objective(inputs):
+        value, other = inputs
+        attached = backend.attach_gradient(value, other, lambda gradient: 5 * gradient)
+        return ops.sum(attached * ops.arange(1, 5, dtype="float32")), attached
+
+    value, other = normal(4), normal(4) + 1
+    _, attached, actual = differentiated(objective, mode)([value, other])
+    assert_close(attached, value)
+    assert_close(actual[0], [1, 2, 3, 4])
+    assert_close(actual[1], [5, 10, 15, 20])
+
+
+@every_mode
+def test_a_pullback_is_the_gradient_times_a_vector_and_zero_for_what_is_unused(mode):
+    def function(x, kernel, cotangent):
+        others, pullback = backend.vjp(
+            lambda x, kernel, unused: (ops.tanh(x @ kernel), ops.exp(x)), [x, kernel, kernel]
+        )
+        return others, pullback(cotangent)
+
+    x, kernel, cotangent = normal(4, 3), normal(3, 2), normal(4, 2)
+    others, (of_x, of_kernel, unused) = compiled(function, mode)(x, kernel, cotangent)
+    inner = cotangent * (1 - np.tanh(x @ kernel) ** 2)
+    assert_close(others, np.exp(x))
+    assert_close(of_x, inner @ kernel.T)
+    assert_close(of_kernel, x.T @ inner)
+    assert not np.any(unused)
+
+
+# Programs and places
+
+
+def test_programs_compute_what_their_functions_do():
+    """Also with other shapes, plain values and scalars."""
+
+    def function(x, scale=1, *, negative=False):
+        assert isinstance(negative, bool)
+        return (-x if negative else x) * scale
+
+    program = backend.jit_when_eager(function)
+    for x in (ROWS, ROWS[:2]):
+        tensor = ops.convert_to_tensor(x)
+        assert_close(ops.convert_to_numpy(program(tensor)), x)
+        assert_close(ops.convert_to_numpy(program(tensor, 2, negative=True)), -2 * x)
+        assert_close(ops.convert_to_numpy(program(tensor, ops.convert_to_tensor(3.0))), 3 * x)
+    # True equals 1, and is another value.
+    shown = backend.jit_when_eager(lambda x, value: x + (10 if value is True else 20))
+    results = [ops.convert_to_numpy(shown(ops.zeros((1,)), value)) for value in (1, True)]
+    assert [float(each[0]) for each in results] == [20, 10]
+    once = backend.compile_once(lambda factor, x: factor * x)
+    for factor, x in ((2, ROWS), (3, ROWS[:1])):
+        assert_close(ops.convert_to_numpy(once(factor, ops.convert_to_tensor(x))), factor * x)
+
+
+@every_mode
+def test_a_program_says_what_it_is(mode):
+    seen = []
+
+    def function(x):
+        seen.append((backend.needs_static_shapes(), backend.is_exporting()))
+        with backend.without_autocast(x):
+            return backend.on_its_platform(lambda platform, x: x + 1, x)
+
+    assert_close(compiled(function, mode)(ROWS), ROWS + 1)
+    assert seen[-1] == (BACKEND == "jax" or mode == "xla", False)
+    assert backend.current_platform() in ("cpu", "gpu", "tpu")
+    assert backend.recomputation() == ("possible" if BACKEND == "torch" else None)
+
+
+def test_one_device_has_no_others():
+    assert backend.num_replicas() == 1
+    assert backend.expert_processes() is None and backend.token_shards() is None
+    layer = keras.layers.Dense(1)
+    backend.separate_losses(layer)
+    layer.add_loss(ops.ones(()))
+    assert len(layer._losses[:]) == 1
+    refused = contextlib.nullcontext() if BACKEND == "torch" else pytest.raises(NotImplementedError)
+    if BACKEND != "torch":  # There `test_replicas.py` has it.
+        with refused:
+            backend.split_experts(None, None, None)
+
+
+def test_every_method_is_named_here():
+    """A method that is added has no contract until it is."""
+    with open(__file__, encoding="utf-8") as file:
+        text = file.read()
+    public = [name for name in dir(Backend) if not name.startswith("_")]
+    assert len(public) > 25
+    assert not [name for name in public if f"backend.{name}" not in text]
+
+
+# `keras.ops`
+
+OPS = {
+    "NaN is the largest of all": (lambda x: ops.max(x, axis=-1), ([1, NAN, 2],), np.float32(NAN)),
+    "NaN is no number": (ops.isfinite, ([1, NAN, INF, -INF],), [True, False, False, False]),
+    "NaN compares as false": (lambda x: x >= x, ([1, NAN],), [True, False]),
+    "a choice leaves NaN out": (lambda x: ops.where(x > 0, x, 0.0), ([1, NAN, -1],), [1.0, 0, 0]),
+    "NaN is larger than a bound": (lambda x: ops.maximum(x, 0.0), ([NAN, -1],), [NAN, 0.0]),
+    "a sign of zero": (ops.sign, ([-2, 0, 3],), [-1.0, 0, 1]),
+    "halves are rounded to even numbers": (ops.round, ([0.5, 1.5, 2.5, -0.5],), [0.0, 2, 2, -0.0]),
+    "integers of floats are cut off": (
+        lambda x: ops.cast(x, "int32"),
+        ([1.9, -1.9, 2.0],),
+        ints(1, -1, 2),
+    ),
+    "sums of no entries": (lambda x: ops.sum(x, axis=0), (np.zeros((0, 2)),), [0.0, 0]),
+    "logarithms of sums of nothing": (
+        lambda x: ops.logsumexp(x, axis=-1),
+        ([[-INF, 0.0], [0, 0]],),
+        [0.0, np.log(2)],
+    ),
+    "a softmax of what is out of reach": (ops.softmax, ([0.0, -INF, 0.0],), [0.5, 0, 0.5]),
+    "a softmax of large numbers": (ops.softmax, ([3e38, 0.0],), [1.0, 0]),
+    "no rows of a product": (
+        ops.matmul,
+        (np.zeros((0, 3)), np.ones((3, 2))),
+        np.zeros((0, 2), "float32"),
+    ),
+    "a product over nothing": (
+        ops.matmul,
+        (np.zeros((2, 0)), np.zeros((0, 3))),
+        np.zeros((2, 3), "float32"),
+    ),
+    "no one-hot row of what is no class": (
+        lambda x: ops.one_hot(x, 3),
+        (ints(2, -1),),
+        [[0.0, 0, 1], [0, 0, 0]],
+    ),
+    "a stable order of ties": (
+        lambda x: ops.cast(ops.argsort(x), "int32"),
+        (ints(1, 0, 1, 0, 1),),
+        ints(1, 3, 0, 2, 4),
+    ),
+    "an order of booleans": (
+        lambda x: ops.cast(ops.argsort(x > 0), "int32"),
+        (ints(1, 0, 1, 0),),
+        ints(1, 3, 0, 2),
+    ),
+    "an order with infinite numbers": (
+        lambda x: ops.cast(ops.argsort(-x), "int32"),
+        ([0, INF, -INF, 1],),
+        ints(1, 3, 0, 2),
+    ),
+    "int32 stays int32": (
+        lambda x: [ops.sum(x), ops.cumsum(x), x // 2, x % 3, ops.max(x), ops.maximum(x, 1)],
+        (ints(5, -5),),
+        [ints(0)[0], ints(5, 0), ints(2, -3), ints(2, 1), ints(5)[0], ints(5, 1)],
+    ),
+    "sums of booleans that are cast": (
+        lambda x: ops.sum(ops.cast(x > 0, "int32")),
+        (ints(1, 0, 1),),
+        ints(2)[0],
+    ),
+    "bits": (
+        lambda x: [ops.bitwise_and(x, 6), ops.bitwise_xor(x, 5), ops.right_shift(x, 1)],
+        (ints(5, 12),),
+        [ints(4, 4), ints(0, 9), ints(2, 6)],
+    ),
+    "sums of segments, also of empty ones": (
+        lambda x, i: ops.segment_sum(x, i, 4),
+        ([1, 2, 3], ints(2, 0, 2)),
+        [2.0, 0, 4, 0],
+    ),
+    "rows of repeated indices": (
+        lambda x, i: ops.take(x, i, axis=0),
+        ([[1], [2]], ints(1, 1, 0)),
+        [[2.0], [2], [1]],
+    ),
+    "the largest entries in their order, of equal ones the first": (
+        lambda x: ops.cast(ops.argmax(x, axis=-1), "int32"),
+        ([[0, 2, 2], [1, 1, 0]],),
+        ints(1, 0),
+    ),
+    "a loop of no steps": (
+        lambda x: ops.fori_loop(0, 0, lambda _, y: y + 1, x),
+        ([1, 2],),
+        [1.0, 2],
+    ),
+    "a loop that stops by a number of its own": (
+        lambda x: ops.while_loop(
+            lambda i, y: i < 3, lambda i, y: (i + 1, 2 * y), (ops.zeros((), "int32"), x)
+        )[1],
+        ([1, 2],),
+        [8.0, 16],
+    ),
+}
+
+
+@every_mode
+def test_keras_does_what_is_taken_for_granted(mode):
+    functions, arguments, expected = zip(*OPS.values())
+    as_float = lambda x: x if getattr(x, "dtype", None) == "int32" else np.asarray(x, "float32")  # noqa: E731
+    arguments = [tuple(map(as_float, each)) for each in arguments]
+
+    def every(*arguments):
+        return [function(*each) for function, each in zip(functions, arguments)]
+
+    for name, actual, wanted in zip(OPS, compiled(every, mode)(*arguments), expected):
+        wanted = wanted if isinstance(wanted, list) and hasattr(wanted[0], "dtype") else [wanted]
+        actual = actual if isinstance(actual, (list, tuple)) else [actual]
+        for one, other in zip(actual, wanted, strict=True):
+            other = np.asarray(other)
+            other = other.astype("float32") if other.dtype == "float64" else other
+            assert (one.dtype, np.shape(one)) == (other.dtype, other.shape), name
+            np.testing.assert_allclose(one, other, rtol=1e-6, err_msg=name)
+
+
+def test_gradients_of_what_is_not_chosen_are_zero_and_finite():
+    """A choice passes no gradient to the other side, a softmax none to what is out of reach."""
+    x = np.array([1.0, 0.0, 4.0], "float32")
+
+    def objective(x):
+        safe = ops.sqrt(ops.where(x > 0, x, 1.0))
+        logits = ops.where(ops.convert_to_tensor([True, False, True]), x, -np.inf)
+        return ops.sum(ops.where(x > 0, safe, 0.0)) + ops.softmax(logits)[0]
+
+    (gradient,) = gradients(objective, [x])
+    p = np.exp([1.0, 4.0]) / np.exp([1.0, 4.0]).sum()
+    assert_close(gradient, [0.5 + p[0] * p[1], 0, 0.25 - p[0] * p[1]])
+
+
+def test_no_gradient_passes_a_stop_and_ties_of_a_maximum_share_none_twice():
+    def objective(x):
+        return ops.sum(ops.stop_gradient(x) * x) + ops.max(x)
+
+    (gradient,) = gradients(objective, [np.array([2.0, 1.0], "float32")], FAST_MODE)
+    assert_close(gradient, [3, 1])
