@@ -14,6 +14,7 @@ from keras import ops
 
 from keras_moe.backend import backend
 from keras_moe.backend.base import Backend
+from keras_moe.ops.linears import Kernel
 
 RNG = np.random.default_rng(0)
 NAN, INF = np.nan, np.inf
@@ -104,6 +105,24 @@ METHODS = {
         ints(3, 1, 0, 2),
     ),
     "the larger size": (lambda n: backend.larger_size(1, n), (np.int32(0),), np.int32(1)),
+    "rows times a kernel": (
+        lambda rows, kernel, bias: backend.multiply(Kernel(kernel), rows, bias),
+        (
+            ints([1, 2], dtype="float32"),
+            ints([3, 0], [1, 1], dtype="int8"),
+            ints(4, 5, dtype="float32"),
+        ),
+        ints([9, 7], dtype="float32"),
+    ),
+    "rows times a transposed kernel of integers": (
+        lambda rows, kernel, scale: backend.multiply(Kernel(kernel, scale), rows, transposed=True),
+        (
+            ints([1, 2], dtype="float32"),
+            ints([3, 0], [1, 1], dtype="int8"),
+            ints([2, 4], dtype="float32"),
+        ),
+        ints([6, 10], dtype="float32"),
+    ),
     "a value that waits for a tensor": (backend.control_dependency, (ROWS, ints(3)), ints(3)),
     "a sum over one replica": (backend.sum_over_replicas, (ROWS,), ROWS),
     "rows of one replica": (backend.gather_over_replicas, (ROWS,), ROWS),
@@ -198,37 +217,28 @@ SIZES = ([2, 0, 1, 1], [0, 0, 5, 0], [0, 0, 0, 0])
 
 
 @every_mode
-def test_groups_are_split_multiplied_and_joined(mode):
-    """Each by hand; rows past the last group are left out."""
-    kernels, other, bias = normal(4, 3, 2), normal(5, 2), normal(4, 2)
+def test_both_products_of_groups_equal_numpy(mode):
+    """Rows past the last group are left out. `backend.layout` is tested with whole networks."""
+    kernels, other = normal(4, 3, 2), normal(5, 2)
     rows = normal(5, 3)
     platform = backend.current_platform()
 
-    def function(rows, other, kernels, bias, sizes):
-        layout = backend.layout(sizes, 5, platform)
-        through = ops.zeros((5, 2))
-        if layout is not None:
-            parts = layout.gather(rows, ops.arange(5, dtype="int32"))
-            parts = [part.product(x, kernels, bias) for part, x in zip(layout.parts, parts)]
-            through = layout.join(parts, 2, "float32")
+    def function(rows, other, kernels, sizes):
         return (
-            backend.product(rows, kernels, sizes, False, platform),
-            backend.product(other, kernels, sizes, True, platform),
+            backend.product(rows, Kernel(kernels), sizes, False, platform),
+            backend.product(other, Kernel(kernels), sizes, True, platform),
             backend.outer(rows, other, sizes, "float32", platform),
-            through if layout is not None else None,
         )
 
     function = compiled(function, mode)
     for sizes in SIZES:
-        forward, transposed, outer, through = function(rows, other, kernels, bias, ints(*sizes))
+        forward, transposed, outer = function(rows, other, kernels, ints(*sizes))
         expert, served = np.repeat(np.arange(4), sizes), sum(sizes)
         expected = np.einsum("rd,rdh->rh", rows[:served], kernels[expert])
         assert_close(forward[:served], expected)
         assert_close(transposed[:served], np.einsum("rh,rdh->rd", other[:served], kernels[expert]))
         chosen = np.eye(4)[expert]
         assert_close(outer, np.einsum("re,rd,rh->edh", chosen, rows[:served], other[:served]))
-        if through is not None:
-            assert_close(through[:served], expected + bias[expert])
 
 
 def test_groups_are_split_with_the_rest():
