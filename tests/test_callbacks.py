@@ -216,6 +216,15 @@ def test_monitors_do_not_change_what_others_report():
         assert logs == about({"load_imbalance": 2.0, "dead_experts": 2})
 
 
+@pytest.mark.backends("torch")
+def test_a_monitor_is_in_one_call_at_a_time():
+    model, monitor = model_of(routed()), ExpertMonitor()
+    with pytest.raises(ValueError, match="in one call at a time"):
+        fit(model, evaluates(model, monitor), monitor, validation=False)
+    # What was interrupted is over.
+    assert usage(fit(model, monitor, evaluates(model, monitor), epochs=2)) == about(BOTH)
+
+
 def test_two_layers_of_one_name_inside_other_models_have_logs_of_their_own():
     inputs = keras.Input((E,))
     first = keras.Sequential([inputs, routed()], name="first")

@@ -142,6 +142,14 @@ def test_the_summary_of_tasks_marks_the_bank_that_they_share():
     assert lines[0].split(": ")[1].startswith(f"{model.count_params():,} parameters")
 
 
+def test_the_first_evaluation_after_compile_counts():
+    model = keras.Sequential([keras.Input((D,)), moe(name="moe")])
+    model.compile("sgd", "mse", jit_compile=QUICK_JIT)
+    with inspection.count_in_evaluation(model):
+        model.evaluate(normal(3, D), normal(3, D), verbose=0)
+    assert sum(inspection.summarize(model)[0].counts) == 3 * 2
+
+
 def test_summary_counts_all_of_a_training_and_without_one_the_evaluations(tmp_path):
     model = keras.Sequential([keras.Input((D,)), moe(name="moe"), keras.layers.Dense(1)])
     model.compile("sgd", "mse", jit_compile=QUICK_JIT)

@@ -17,8 +17,13 @@ from keras.src.backend.common.masking import set_keras_mask as set_keras_mask
 
 def drops_losses():
     """Whether Keras drops added losses, as in a `stateless_call` that does not return them."""
-    scope, symbolic = map(get_global_attribute, ("stateless_scope", "symbolic_scope"))
-    return scope is not None and symbolic is None and not scope.collect_losses
+    scope = get_global_attribute("stateless_scope")
+    return scope is not None and not in_symbolic_scope() and not scope.collect_losses
+
+
+def in_symbolic_scope():
+    """Whether Keras only finds out shapes, on PyTorch with tensors that have no values."""
+    return get_global_attribute("symbolic_scope") is not None
 
 
 def current_model():

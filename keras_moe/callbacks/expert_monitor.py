@@ -63,7 +63,7 @@ class ExpertMonitor(keras.callbacks.Callback):
 
     Raises:
         ValueError: If `metrics` are not functions of different names, or the model has no
-            `MixtureOfExperts` layer.
+            `MixtureOfExperts` layer, or `fit` and an evaluation within it share the monitor.
         ImportError: If there is a `log_dir`, but no TensorBoard or no matplotlib.
 
     Example:
@@ -149,6 +149,9 @@ class ExpertMonitor(keras.callbacks.Callback):
         self._add_logs(logs, self._test[0])
 
     def on_epoch_end(self, epoch, logs=None):
+        if self._epoch_began is None:
+            rule = "An `ExpertMonitor` must be in one call at a time"
+            raise ValueError(f"{rule}. Received: an evaluation with it within `fit`")
         training = self._training or self._numbers_since(self._epoch_began)
         test: tuple = self._test or ({}, {})
         self._add_logs(logs, training[0])
@@ -156,7 +159,7 @@ class ExpertMonitor(keras.callbacks.Callback):
         if unused:
             warnings.warn(
                 f"{unused} served no token in training. In a model of your own, `call` needs the "
-                "argument `training`: without it Keras does not say that this is training.",
+                "argument `training` and must pass it on: `self.moe(x, training=training)`.",
                 stacklevel=2,
             )
         losses = [

@@ -23,7 +23,8 @@ def record_routings(
     Args:
         model: A Keras model with MoE layers.
         batches: Iterable of inputs, each as `model(...)` takes them.
-        training: Boolean. Whether the model is called as in training, with the noise of routers.
+        training: Boolean. Whether the model is called as in training: with the noise of routers,
+            and with counters and selection biases that change.
 
     Returns:
         Dict from the name of each MoE layer to a list of its `ops.Routing`, of NumPy arrays: one a

@@ -18,6 +18,7 @@ from keras_moe._internal import Tensor
 from keras_moe._internal.checks import check_number, shortened
 from keras_moe._internal.keras_internals import (
     drops_losses,
+    in_symbolic_scope,
     names_below,
     set_state,
     unlocked,
@@ -208,7 +209,8 @@ class Gate(Recomputable):
             routing = self.capacity.admit(
                 routing, tokens.sequence_length, training, self._capacity_seed, limited
             )
-        if training or any(observer.counts for observer in observers):
+        counts = not in_symbolic_scope() and any(observer.counts for observer in observers)
+        if training or counts:
             if isinstance(routing.shares, tuple):
                 routing = routing._replace(shares=token_shares(routing.mask))
             self._add_losses_and_count(routing, tokens.sequence_length, training)
