@@ -368,6 +368,7 @@ REFUSED = [
     ("balanced(measure=lambda *_: t(1))", "`balancer.measure(...)` must have"),
     # Functions.
     ("ops.top_k_routing(t(T, E), 2, true(5))", "`mask` must have"),
+    ("layers.Capacity(True)", "`capacity_factor` must be a finite number"),
     ("ops.top_k_routing(t(T, E), 5)", "`top_k` must be at most"),
     ("ops.top_k_routing(t(T, E), 2, score='x')", "`score` must be one of"),
     ("ops.make_routing(ints(T, 1) + E, t(T, 1), t(T, E), t(T, E), true(T))", "from 0 to 3"),

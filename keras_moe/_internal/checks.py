@@ -29,7 +29,7 @@ def check_integer(name, value, minimum=1):
 def check_number(name, value, minimum=0.0, above=None, below=None):
     """Return a finite number, at least `minimum` or greater than `above`, as a Python float."""
     try:
-        number = math.nan if isinstance(value, str) else float(value)
+        number = math.nan if isinstance(value, (str, bool)) else float(value)
     except (TypeError, ValueError):
         number = math.nan
     is_inside = number >= minimum if above is None else number > above

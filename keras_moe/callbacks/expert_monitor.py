@@ -18,7 +18,7 @@ from keras_moe._internal.keras_internals import forget_compiled, renew_test_func
 from keras_moe.inspection import moe_layers
 from keras_moe.layers.gate import Observer
 
-# Lets layers count an evaluation. One for all monitors: each ends what another left behind.
+# Lets layers count an evaluation. Shared, so that any monitor can remove it after an interruption.
 _EVALUATION = Observer(counts=True)
 # Test functions that were traced while layers counted.
 _counting: weakref.WeakSet = weakref.WeakSet()

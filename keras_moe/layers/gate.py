@@ -38,7 +38,7 @@ _EVALUATION = "evaluation_"
 
 
 class Observer:
-    """A view of the routings of gates, which may also change what they do.
+    """Watches gates. It may also replay choices, or have inference counted.
 
     - `saw`: function of a routing and its tokens (T, D), called after each choice, or None.
     - `indices` (T, K): experts to replay instead of choosing, or None.
@@ -89,8 +89,8 @@ def _difference(now, earlier):
 class Gate(Recomputable):
     """Abstract: a layer with a router that chooses experts, its losses and its counters.
 
-    The counters only grow: whoever reports them keeps a reading and takes the difference to the
-    next. Evaluation is counted where an observer asks for it, by counters of its own.
+    The counters only grow: a report is the difference of two readings. Evaluation is counted where
+    an observer asks for it, by counters of its own.
 
     Attributes:
         router: The `routers.Router`.

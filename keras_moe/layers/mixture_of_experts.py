@@ -162,7 +162,9 @@ class MixtureOfExperts(Gate):
             if shared_expert is None:
                 raise ValueError("`gated_shared_expert=True` needs a `shared_expert`")
             policy = expert_bank.in_floats(self.dtype_policy)
-            self.shared_gate = _Gate(1, "sigmoid", use_bias=False, dtype=policy, name="shared_gate")
+            self.shared_gate = _SharedGate(
+                1, "sigmoid", use_bias=False, dtype=policy, name="shared_gate"
+            )
         self.token_axes = None if token_axes is None else check_integer("token_axes", token_axes)
         sublayers.freeze_parts(self)
 
@@ -331,7 +333,7 @@ class MixtureOfExperts(Gate):
         }
 
 
-class _Gate(keras.layers.Dense):
+class _SharedGate(keras.layers.Dense):
     def quantize(self, mode, type_check=True, config=None):
         """Do nothing: it has one column. Keras calls this for every layer."""
 

@@ -35,7 +35,7 @@ class Tokens(NamedTuple):
 
     @property
     def sequence_length(self):
-        """Tokens of a sequence, all axes but the first; None where each token is by itself."""
+        """Tokens of a sequence, all axes but the first; None if there is one axis."""
         return at_least(1, math.prod(self.sizes[1:])) if len(self.sizes) > 1 else None
 
     def vectors(self, inputs=None):

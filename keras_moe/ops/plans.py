@@ -27,8 +27,8 @@ class GroupedPlan(NamedTuple):
     - `sizes` (E,) int32: the number of rows of each expert.
     - `places` (B, E, C) int32: the place of each token in its sequence; None where tokens choose.
     - `mask` (T,) bool: False for padding; None where tokens choose.
-    - `order` (N,) int32: the assignment of each row. Rows are sorted by expert, inside one in the
-      order of the assignments. Rows past the last group are padding and are not computed.
+    - `order` (N,) int32: the assignment of each row. Rows are sorted by expert; rows of one expert
+      keep the order of their assignments. Rows past the last group are padding, not computed.
     - `rows` (T, K) or (N,) int32: the row of each assignment, -1 where there is none.
 
     `order` and `rows` are None before each device of a distribution has sorted its own.

@@ -18,8 +18,8 @@ from keras_moe.ops.selection import check_top_k, mask_invalid, take_scores, top_
 class Routing(NamedTuple):
     """The decision of a router, before any token moves.
 
-    - `indices` (T, K) int32: the experts of each token, best first, or in their order where K is E;
-      -1 in a place that is not used. Entries of padding are arbitrary; their weight is 0.
+    - `indices` (T, K) int32: the experts of each token, best first; where K is E, place e is expert
+      e. -1 in a place that is not used. Entries of padding are arbitrary; their weight is 0.
     - `weights` (T, K) float32: their combine weights, zero for padding and unused places.
     - `probs` (T, E) float32: scores of all experts, a distribution over E.
     - `logits` (T, E) float32: what the scores were computed from.
