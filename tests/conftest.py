@@ -39,6 +39,8 @@ def pytest_configure(config):
     for exception in (
         # Keras's own `convert_to_numpy` on PyTorch with NumPy 2.
         "ignore:__array__ implementation doesn't accept a copy keyword:DeprecationWarning",
+        # Keras's own import of ONNX, in 3.13.
+        "ignore:In the future `np.object` will be defined:FutureWarning",
         # Keras's own `fit` on JAX 0.12 with labels of int64.
         "ignore:Explicitly requested dtype int64 requested in ShapeDtypeStruct:UserWarning",
         # Small tests of routers whose experts choose among the tokens of a batch.
