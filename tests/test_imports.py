@@ -26,7 +26,7 @@ PARTS = [
 LEVELS = {name: level for level, names in enumerate(PARTS) for name in names}
 TOOLS = PARTS.index(())
 # Modules of `backend/` that every framework uses.
-SHARED = {"base", "devices", "layouts", "padded"}
+SHARED = {"base", "devices", "layouts", "padded", "tiles"}
 
 
 IMPORTED = """
