@@ -10,7 +10,7 @@ import numpy as np
 from keras.src.backend import compute_output_spec as compute_output_spec
 from keras.src.backend.common.global_state import get_global_attribute, set_global_attribute
 
-# On JAX only these find the masks of traced tensors. Here from Keras 3.10 on.
+# On JAX only these find the masks of traced tensors.
 from keras.src.backend.common.masking import get_keras_mask as get_keras_mask
 from keras.src.backend.common.masking import set_keras_mask as set_keras_mask
 
@@ -141,7 +141,7 @@ def quantization(layer, mode, config):
     """The mode and the config to quantize a layer by. After 3.15 Keras leaves that to the layer."""
     mode = getattr(config, "mode", mode)
     name = f"{str(mode).capitalize()}QuantizationConfig"
-    if config is None and hasattr(keras.quantizers, name):  # Keras 3.10 has none.
+    if config is None and hasattr(keras.quantizers, name):
         config = getattr(keras.quantizers, name)()
     layer._check_quantize_args(mode, layer.compute_dtype)
     return mode, config
