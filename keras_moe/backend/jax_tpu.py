@@ -85,7 +85,7 @@ def outer(left, right, sizes, *, dtype, interpret=False):
 
 
 def _call(kernel, grid, operands, tiles, result, interpret, name):
-    """`tiles` are those of both operands and of the result: a shape, and the index of a program."""
+    """`tiles` has, for both operands and the result, a shape and the index of a program."""
     *read, written = (pl.BlockSpec(*tile) for tile in tiles)
     arrays = (*operands[1:], result)
     return pl.pallas_call(

@@ -31,7 +31,7 @@ class Parts:
         Args:
             function: `function(part, maps, *rows)` returns a list of rows (n, W), and factors
                 (left, right) of the gradients of `trained`, see `networks.backward_part`.
-            maps: the `Linear` maps of all experts. The function may get those of one expert.
+            maps: the `Linear` maps of all experts. A part may pass the maps of one expert.
             by_token: tensors (T, D), of which the function gets a copy for each row, and of
             by_row: buffers, of which it gets the part's rows.
             widths: W of each buffer that is returned.

@@ -73,7 +73,7 @@ class Counts(NamedTuple):
         return np.where(self.numbers > 0, self.totals / np.maximum(self.numbers, 1), without)
 
     def since(self, earlier: "Counts") -> "Counts":
-        """What was counted after an earlier reading; all, if earlier weights were loaded since."""
+        """Counts after an earlier reading; all of them, if earlier weights were loaded since."""
         difference = Counts(*(_difference(*each) for each in zip(self, earlier)))
         is_older = min(np.min(difference.assignments), np.min(difference.numbers)) < 0
         return self if is_older else difference
