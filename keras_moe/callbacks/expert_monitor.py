@@ -222,9 +222,9 @@ class ExpertMonitor(keras.callbacks.Callback):
 
     def _numbers_since(self, earlier, evaluation=False):
         """The numbers and the shares of each layer since readings of its counters."""
-        numbers, shares = {}, {}
+        numbers, shares, layers = {}, {}, moe_layers(self.model)
         for name, counted in self._read(evaluation).items():
-            layer = moe_layers(self.model)[name]
+            layer = layers[name]
             if name in earlier:
                 counted = counted.since(earlier[name])
             counts = counted.assignments.astype("float32")

@@ -40,7 +40,7 @@ def network_of(function: Callable, features: int, widths: dict) -> Network:
 
 
 class Problem(NamedTuple):
-    """What a network is run on."""
+    """The inputs of a network: tokens, linear maps, a plan and a key of random draws."""
 
     tokens: Any  # (T, D)
     maps: dict  # the `Linear` maps of all experts, by name

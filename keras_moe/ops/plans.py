@@ -11,7 +11,7 @@ from keras import ops
 from keras_moe._internal import Tensor
 from keras_moe._internal.checks import check_tensors
 from keras_moe.backend import backend
-from keras_moe.ops.routing import Routing, count_assignments, served_and_counts
+from keras_moe.ops.routing import Routing, count_assignments, counted, served_and_counts
 from keras_moe.ops.sorting import at_least, sort_by_expert
 
 
@@ -291,8 +291,7 @@ def complete(routing, mask, is_full):
     # Planned here, whatever the router returns: nothing is read or written out of range.
     plan = routing.plan or plan_routing(routing)
     counts = plan.sizes if routing.counts is None else routing.counts
-    load = ops.cast(counts, "float32") if routing.load is None else routing.load
-    return routing._replace(plan=plan, counts=counts, load=load)
+    return counted(routing._replace(plan=plan, counts=counts))
 
 
 def _without_padding(routing, mask):

@@ -122,7 +122,7 @@ def make_routing(
     given = [name for name in _FIELDS if getattr(routing, name) is not None]
     indices, weights, probs, logits, mask, counts, _, load, *_ = check_routing(routing, *given)
     check_indices("indices", routing.indices, probs.shape[-1])
-    return _counted(_make_routing(indices, weights, probs, logits, mask, counts, load))
+    return counted(_make_routing(indices, weights, probs, logits, mask, counts, load))
 
 
 def _make_routing(indices, weights, probs, logits, mask, counts=None, load=None, plan=()):
@@ -132,7 +132,8 @@ def _make_routing(indices, weights, probs, logits, mask, counts=None, load=None,
     return Routing(indices, weights, probs, logits, mask, counts, nothing, load, plan=plan)
 
 
-def _counted(routing):
+def counted(routing):
+    """The routing with counts and a load, from its indices unless they are there."""
     counts, load = routing.counts, routing.load
     if counts is None:
         counts = count_assignments(routing.indices, routing.mask, routing.logits.shape[-1])
@@ -195,7 +196,7 @@ def top_k_routing(
     check_choice("score", score, SCORES)
     top_k = check_top_k(top_k, logits.shape[-1])
     scale = check_number("scale", scale, above=0)
-    return _counted(_top_k_routing(logits, top_k, mask, score, renormalize, scale, select))
+    return counted(_top_k_routing(logits, top_k, mask, score, renormalize, scale, select))
 
 
 def _top_k_routing(logits, top_k, mask, score="softmax", renormalize=None, scale=1.0, select=None):

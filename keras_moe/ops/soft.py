@@ -112,10 +112,6 @@ class SoftPlan(NamedTuple):
         sequences, length, _ = ops.shape(self.back)
         return ops.ones((sequences * length,), "bool")
 
-    def dropped_fraction(self, counts: Tensor) -> Tensor:
-        """0, a float32 scalar: every token is a part of every slot."""
-        return ops.zeros((), "float32")
-
 
 def _order():
     """The axes of slots, by expert; on a mesh of devices by sequence, which lie on one device."""
