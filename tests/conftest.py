@@ -105,7 +105,7 @@ def small_tiles(monkeypatch):
     from backends import BACKEND
 
     from keras_moe.backend import backend
-    from keras_moe.ops import experts
+    from keras_moe.ops import networks
 
     for place in ("tiles", "padded"):
         monkeypatch.setattr(f"keras_moe.backend.{place}.tile_length", lambda *_: 4)
@@ -113,8 +113,10 @@ def small_tiles(monkeypatch):
         monkeypatch.setattr("keras_moe.backend.torch_groups.CPU_RUN_ROWS", 8)
     if BACKEND == "jax":
         # It keeps what it traced by the function: this one has traced no other tiles.
-        compute = experts._run.__wrapped__
-        monkeypatch.setattr(experts, "_run", backend.compile_once(lambda *inputs: compute(*inputs)))
+        compute = networks._run.__wrapped__
+        monkeypatch.setattr(
+            networks, "_run", backend.compile_once(lambda *inputs: compute(*inputs))
+        )
 
 
 @pytest.fixture(scope="module")

@@ -285,7 +285,6 @@ CASES = {
         )
     ),
     metrics.UsageMetric: _usage_metric({"function": metrics.load_imbalance}),
-    metrics.DeadExpertsOverWindow: _usage_metric(window=3),
     metrics.DroppedFraction: _usage_metric(),
     callbacks.ExpertHealth: Case(
         options=lambda: {"every": 5, "patience": 2, "stop": True, "rebalance": True}

@@ -240,7 +240,6 @@ ARGUMENTS = [
     ("losses.LoadBalance({})", "weight=-1", "weight=NAN", "weight='0.1'", "scope='device'"),
     ("losses.MixtureNegativeLogLikelihood({})", "distribution='x'", "scale=0", "dtype='bfloat16'"),
     ("metrics.UsageMetric(metrics.expert_share, {})", "num_experts=0"),
-    ("metrics.DeadExpertsOverWindow(E, {})", "window=0"),
     ("callbacks.ExpertHealth({})", "every=0", "patience=1.5"),
     ("callbacks.RouterLossSchedule({})", "schedule=0.1"),
     ("upcycle(plain(), {})", "num_experts=0", "every=0", "reinitialized=1.0"),

@@ -28,9 +28,8 @@ from keras_moe import layers, ops
 from keras_moe.activations import quick_gelu
 from keras_moe.backend import backend, tiles
 from keras_moe.ops import plan_groups, top_k_routing
-from keras_moe.ops.experts import run_network
 from keras_moe.ops.linears import Kernel, Linear
-from keras_moe.ops.networks import Problem, network_of
+from keras_moe.ops.networks import Problem, network_of, run_network
 from keras_moe.ops.platforms import named_platform
 
 T, D, H, E, K = 13, 8, 16, 3, 2

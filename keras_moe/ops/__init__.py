@@ -22,6 +22,4 @@ __all__ = [
     "top_k_routing",
 ]
 
-
-def __dir__():
-    return __all__
+__dir__ = __all__.copy

@@ -7,9 +7,9 @@ import keras
 from keras import ops
 
 from keras_moe._internal import Tensor
+from keras_moe._internal.base_layer import Adaptable, factors_for
 from keras_moe._internal.checks import check_integer, check_number, check_tensors
 from keras_moe._internal.keras_internals import own_variables
-from keras_moe._internal.lora import Adaptable, factors_for
 from keras_moe._internal.serialization import load_draws, save_draws
 from keras_moe.ops import draws
 from keras_moe.routers.router import Router
