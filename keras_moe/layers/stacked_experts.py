@@ -165,7 +165,7 @@ class StackedExperts(Adaptable, ExpertBank):
         return _SharedNetwork(owner, names, tuple(_IN_PROGRAMS.get(each, each) for each in values))
 
     def call(self, tokens: Tensor, plan: GroupedPlan, training: bool | None = None) -> Tensor:
-        tokens, key = ops.cast(tokens, self.compute_dtype), None
+        tokens, key = self._compute(tokens), None
         network = self._network._replace(function=self._function())
         if self._dropout_seed is not None and training:
             key = draws.key(self._dropout_seed)

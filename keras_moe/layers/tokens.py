@@ -11,7 +11,7 @@ from keras import ops
 from keras_moe._internal.checks import check_tensors
 from keras_moe._internal.keras_internals import get_keras_mask, set_keras_mask
 from keras_moe.ops.routing import Routing
-from keras_moe.ops.sorting import at_least
+from keras_moe.ops.sorting import as_dtype, at_least
 
 
 class Tokens(NamedTuple):
@@ -49,7 +49,7 @@ class Tokens(NamedTuple):
 
     def unflatten(self, values, dtype):
         """Values (T, ...) with the leading axes of the inputs, in a dtype."""
-        return ops.cast(ops.reshape(values, (*self.sizes, *values.shape[1:])), dtype)
+        return as_dtype(ops.reshape(values, (*self.sizes, *values.shape[1:])), dtype)
 
 
 def _flatten(inputs, mask, num_axes):

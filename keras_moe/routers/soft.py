@@ -8,8 +8,14 @@ from keras import ops
 from keras_moe._internal.checks import check_integer, check_number
 from keras_moe._internal.initializers import reseeded
 from keras_moe._internal.serialization import register
-from keras_moe.ops.routing import _make_routing
-from keras_moe.ops.scores import cosine_logits, l2_normalize, selector_scores, smooth_step, softmax
+from keras_moe.ops.routing import Routing
+from keras_moe.ops.selection import (
+    cosine_logits,
+    l2_normalize,
+    selector_scores,
+    smooth_step,
+    softmax,
+)
 from keras_moe.ops.soft import soft_routing
 from keras_moe.routers.logit_router import LogitRouter
 from keras_moe.routers.router import Router
@@ -38,11 +44,11 @@ class DenseRouter(LogitRouter):
         return self.num_experts
 
     def route(self, tokens, mask, training, **context):
-        logits, mask = self.logits(tokens, mask, training)
+        logits = self.logits(tokens, training)
         probs = softmax(logits)
         experts = ops.arange(self.num_experts, dtype="int32")
         indices = ops.broadcast_to(experts, ops.shape(probs))
-        return _make_routing(indices, probs, probs, logits, mask)
+        return Routing(indices, probs, probs, logits, mask)
 
 
 @register
@@ -92,7 +98,7 @@ class SoftRouter(LogitRouter):
         return cosine_logits(tokens, self.scale * l2_normalize(self.kernel, axis=0))
 
     def route(self, tokens, mask, training, sequence_length=None, **context):
-        logits, mask = self.logits(tokens, mask, training)
+        logits = self.logits(tokens, training)
         return soft_routing(logits, self.num_experts, mask, sequence_length)
 
 
@@ -185,8 +191,7 @@ class DSelectKRouter(Router):
         # `not <=` instead of `>`: a NaN weight stays visible.
         serves = ops.logical_not(weights <= 0)
         indices = ops.where(serves, ops.arange(self.num_experts, dtype="int32"), -1)
-        routing = _make_routing(indices, weights, weights, weights, mask)
-        return routing._replace(selectors=selectors)
+        return Routing(indices, weights, weights, weights, mask, selectors=selectors)
 
     def compute_output_spec(self, tokens, *args, **kwargs):
         selectors = keras.KerasTensor((tokens.shape[0], self.top_k, self.num_experts), "float32")
