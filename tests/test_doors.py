@@ -331,6 +331,7 @@ REFUSED = [
     ("moe(shared_expert=bank())(t())", "`shared_expert` must not be a bank"),
     ("tasks(task_names=['a'])", "one for each task"),
     ("tasks(task_names=['a', 'a'])", "must differ"),
+    ("tasks(router=routers.TopKRouter(E + 1))", "same number of experts"),
     ("tasks(router='soft')", "must choose experts"),
     ("tasks(router=routers.HashRouter(E, vocabulary_size=9))", "must choose experts"),
     ("tasks(task_experts=[bank(output_dim=3), bank()])([t()] * 3)", "same number of features"),

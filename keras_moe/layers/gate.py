@@ -113,6 +113,12 @@ class Gate(Recomputable):
     def _set_gate(self, router, num_experts, router_losses=None, capacity_factor=None, **arguments):
         """Set the router for a number of experts, with its losses and capacity."""
         self.router = routers.get(router, num_experts, **arguments)
+        if self.router.num_experts != num_experts:
+            raise ValueError(
+                "`router` and `experts` must have the same number of experts. Received: "
+                f"router.num_experts={self.router.num_experts}, experts.num_experts={num_experts}. "
+                "How many experts serve a token is the router's `top_k`."
+            )
         if router_losses is None:
             router_losses = self.router.default_losses
         self.router_losses = losses.get_list(router_losses)

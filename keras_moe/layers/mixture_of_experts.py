@@ -47,10 +47,8 @@ class MixtureOfExperts(Gate):
     where the mask is False, runs no expert, is not counted, changes no loss, and its output is 0.
 
     Args:
-        experts: Bank of experts, such as `FeedForwardExperts`, `GatedExperts`, `LayerExperts` or a
-            subclass of `StackedExperts`. Required.
-        router: Router, or a name for `routers.get`. A router without a number of experts gets the
-            number of the bank.
+        experts: Bank of experts, such as `FeedForwardExperts` or `LayerExperts`. Required.
+        router: Router, or a name for `routers.get`. Its number of experts is the bank's by default.
         router_losses: List of losses of the routing, objects or names for `losses.get`. None: the
             `default_losses` of the router, for most `("load_balance", "router_z")`.
         shared_expert: Keras layer that serves every token, its output added to the chosen experts'
@@ -70,7 +68,6 @@ class MixtureOfExperts(Gate):
     Raises:
         ValueError: If an argument is out of its range, or router and bank disagree on the number
             of experts.
-        TypeError: If an argument is of another type.
 
     Call arguments:
         inputs: (batch, ..., D) float tensor with any number of leading axes. The axes between the
@@ -137,12 +134,6 @@ class MixtureOfExperts(Gate):
                 f"top_k={top_k}, router.top_k={self.router.top_k}"
             )
         self._names_top_k = top_k is not None
-        if self.router.num_experts != number:
-            raise ValueError(
-                "`router` and `experts` must have the same number of experts. Received: "
-                f"router.num_experts={self.router.num_experts}, experts.num_experts={number}. "
-                "How many experts serve a token is the router's `top_k`."
-            )
         self.shared_expert: Any = shared_expert
         if shared_expert is not None:
             self.shared_expert = resolve("shared_expert", shared_expert, keras.Layer)
@@ -186,9 +177,9 @@ class MixtureOfExperts(Gate):
         """Number of the leading axes, which count tokens."""
         return self.token_axes or len(inputs_shape) - 1
 
-    def tokens_of(self, inputs: Tensor, mask: Tensor | None = None) -> Tokens:
-        """The `Tokens` of inputs (batch, ..., D) with a bool mask (batch, ...)."""
-        return Tokens.of(inputs, mask, self._num_axes(inputs.shape))
+    def tokens_of(self, inputs: Tensor, mask: Tensor | None = None, **others: Any) -> Tokens:
+        """The `Tokens` of inputs (batch, ..., D), after a check of all tensors of a call."""
+        return Tokens.of(inputs, mask, self.token_axes, **others)
 
     def __call__(self, *args, **kwargs):
         if "indices" in kwargs:  # Keras turns arrays into tensors, whose numbers are not looked at.
@@ -229,8 +220,7 @@ class MixtureOfExperts(Gate):
         return_expert_outputs: bool = False,
     ) -> Tensor | tuple:
         # Flatten: inputs (batch, ..., D) are T = batch * ... tokens. Padding becomes zero.
-        mask = check_call(inputs, mask, self.token_axes, router_inputs, token_ids)
-        tokens = self.tokens_of(inputs, mask)
+        tokens = self.tokens_of(inputs, mask, router_inputs=router_inputs, token_ids=token_ids)
 
         # Choose: the router picks K experts for each token. In training it is counted, too.
         routing = self.choose(tokens, training, router_inputs, token_ids, indices)
@@ -243,7 +233,7 @@ class MixtureOfExperts(Gate):
             outputs = self.experts(tokens.values, routing.plan)
         outputs = tokens.unflatten(outputs, self.compute_dtype)
         if self.shared_expert is not None:
-            outputs = outputs + sublayers.compute_shared_expert(self, tokens, mask)
+            outputs = outputs + sublayers.compute_shared_expert(self, tokens)
 
         returned = [outputs]
         if return_routing:

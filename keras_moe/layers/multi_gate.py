@@ -17,7 +17,7 @@ from keras_moe.layers import expert_bank, sublayers
 from keras_moe.layers.expert_bank import ExpertBank
 from keras_moe.layers.gate import TaskGate
 from keras_moe.layers.recomputation import Recomputable
-from keras_moe.layers.tokens import Tokens, check_call
+from keras_moe.layers.tokens import Tokens
 from keras_moe.ops.plans import plan_experts
 from keras_moe.ops.selection import mask_invalid, take_scores, without_repeats
 from keras_moe.routers.router import Router
@@ -139,8 +139,7 @@ class MultiGateMixtureOfExperts(Recomputable):
         inputs = self._of_each_task(inputs)
         axes = "abcdefghij"[: len(inputs[0].shape)]
         check_tensors(**{f"inputs[{n}]": (each, axes, "float") for n, each in enumerate(inputs)})
-        masks = [check_call(*each) for each in zip(inputs, masks)]
-        flat = [Tokens.of(each, mask, len(axes) - 1) for each, mask in zip(inputs, masks)]
+        flat = [Tokens.of(each, mask) for each, mask in zip(inputs, masks)]
 
         # Choose: the gate of each task picks experts among the shared ones and its own.
         routings = [task.choose(tokens, training) for task, tokens in zip(self.tasks, flat)]

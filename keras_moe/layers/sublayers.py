@@ -106,8 +106,9 @@ def build_shared_expert(mixture, inputs_shape):
             mixture.shared_gate.build(inputs_shape)
 
 
-def compute_shared_expert(mixture, tokens, mask):
-    """The output of a shared expert, times its gate, zero where a mask or None is False."""
+def compute_shared_expert(mixture, tokens):
+    """The output of a shared expert for `Tokens`, times its gate; zero where they are padding."""
+    mask = tokens.mask_of_inputs
     inputs = keras.ops.reshape(tokens.values, (*tokens.sizes, *tokens.values.shape[1:]))
     layer, arguments = mixture.shared_expert, {}
     if mask is not None and accepted_arguments(layer, ("mask",)):

@@ -3,7 +3,6 @@
 import numpy as np
 from keras import ops
 
-from keras_moe._internal import Tensor
 from keras_moe.backend import backend
 
 # The second lowest float: below all other scores and above minus infinity. TensorFlow's argmax
@@ -88,17 +87,10 @@ def _inverse_length(vectors, axis):
 
 
 @backend.jit_when_eager
-def top_k_indices(scores: Tensor, top_k: int) -> Tensor:
-    """The `top_k` experts of each token, best first; a tie goes to the lower index.
+def top_k_indices(scores, top_k):
+    """The `top_k` experts (T, K), int32, of scores (T, E), best first; ties go to the lower index.
 
     NaN scores choose valid experts too: the output is NaN then, and nothing is read out of range.
-
-    Args:
-        scores: Float tensor (T, E).
-        top_k: Integer. Experts per token.
-
-    Returns:
-        Tensor (T, K) of int32.
     """
     # K rounds of argmax agree on ties and NaN on every backend, where top_k does not, as fast.
     num_tokens, num_experts = scores.shape

@@ -73,10 +73,8 @@ class BalancedAssignmentRouter(MatchingRouter):
     """In training every expert has the same number of tokens, assigned by preference.
 
     One expert per token, its weight the sigmoid of its logit. In evaluation a token goes to its
-    best expert. In training a token's expert depends on the whole batch. The assignment is stable
-    rather than optimal: no token and expert both prefer each other to their assignment. BASE layers
-    also add the input times one minus the weight, as the residual connection around the layer does
-    here.
+    best expert. In training its expert depends on the whole batch. The assignment is stable rather
+    than optimal: no token and expert both prefer each other to their assignment.
 
     Arguments, errors, call arguments and returns: as for `LogitRouter`, without `indices`.
 

@@ -108,18 +108,13 @@ class DSelectKRouter(Router):
 
     A selector encodes the number of its expert in about log2 E bits. Each bit is a smooth step of a
     number that is learned: between 0 and 1 at first, so that all experts serve, and exactly 0 or 1
-    in the end. The weights of the selectors come from a softmax. Nothing is discontinuous, unlike
-    the choice of a `TopKRouter`.
-
-    Experts whose weight is exactly 0 are not computed, in training and in inference, and neither
-    the outputs nor a gradient change by that. `losses.SelectorEntropy`, the loss by default, makes
-    the selectors choose; raise its weight if, at the end, more than `top_k` experts have weights.
+    in the end; `losses.SelectorEntropy`, the loss by default, makes the selectors choose. Experts
+    whose weight is exactly 0 are not computed, which changes no output and no gradient.
 
     Args:
         top_k: Integer. Number of selectors, K, at most E. Two may select the same expert.
         per_example: Boolean. Whether a token has a choice of its own. False: all tokens have the
-            same experts and weights, as where each task of a
-            `layers.MultiGateMixtureOfExperts` should find its experts.
+            same experts and weights, as for the tasks of a `layers.MultiGateMixtureOfExperts`.
         gamma: Float above 0. Width of the smooth step. A bit is exact when its number leaves the
             interval from `-gamma / 2` to `gamma / 2`.
         seed: Integer seed of the initial weights, or None.

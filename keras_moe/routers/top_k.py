@@ -28,9 +28,9 @@ from keras_moe.routers.logit_router import LogitRouter
 class TopKRouter(LogitRouter):
     """Each token goes to the `top_k` experts with the highest scores.
 
-    With softmax scores and `top_k=1` the combine weight is the probability itself, so that the
-    router learns from the task (Switch Transformer, Fedus et al. 2021, arXiv:2101.03961). With
-    more, the chosen scores are divided by their sum (Mixtral, Jiang et al. 2024, arXiv:2401.04088).
+    With `top_k=1` the combine weight is the score itself, as in Switch Transformer
+    (arXiv:2101.03961). With more, the chosen scores are divided by their sum, as in Mixtral
+    (arXiv:2401.04088).
 
     A subclass may override `project(tokens)` for other logits, or `select(scores)` for another
     choice.
