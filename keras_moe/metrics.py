@@ -16,7 +16,6 @@ from keras_moe._internal import Tensor
 from keras_moe._internal.checks import check_indices, check_integer, check_tensors, host_values
 from keras_moe._internal.serialization import register
 from keras_moe.ops import balance
-from keras_moe.ops.balance import masked_mean
 from keras_moe.ops.plans import GroupedPlan, plan_routing
 from keras_moe.ops.routing import Routing, count_assignments
 from keras_moe.ops.selection import chosen_experts, mask_invalid
@@ -95,8 +94,8 @@ def unserved_fraction(routing: Routing, plan: GroupedPlan | SoftPlan) -> Tensor:
 
     Of an `ops.Routing` and its plan, such as `ops.plan_groups(routing)`; float32 scalar.
     """
-    unserved = ops.logical_not(plan.served())
-    return masked_mean(ops.cast(unserved, "float32"), routing.mask)
+    unserved = ops.expand_dims(ops.logical_not(plan.served()), 1)
+    return routing.mean(ops.cast(unserved, "float32"))[0]
 
 
 def router_saturation(before: Routing, after: Routing) -> Tensor:

@@ -21,6 +21,7 @@ from keras import ops
 from keras_moe import convert, inspection, surgery, upcycle
 from keras_moe._internal.keras_internals import parameters_of
 from keras_moe.surgery.cutting import merge
+from keras_moe.surgery.measuring import importance
 
 pytestmark = [
     # `compile` of KerasHub's models is their own, which Keras does not call while it loads.
@@ -293,6 +294,16 @@ def test_equal_experts_of_a_converted_model_merge_without_loss(family):
     assert_close(logits_of(model, inputs), whole)
     surgery.merge_experts(model, keep=3, data=[inputs])
     assert np.isfinite(logits_of(model, inputs)).all()
+
+
+@on_one_backend
+def test_measures_of_converted_experts_include_the_scale_of_their_outputs():
+    model, data = convert.use_sparse_experts(causal_lm("gemma4")), [prompts((6, 4), "gemma4")]
+    mixtures = inspection.moe_layers(model)
+    name, layer = list(mixtures.items())[-1]
+    before = importance("contribution", model, mixtures, data)[name]
+    layer.experts.output_scale.assign(2 * layer.experts.output_scale)
+    assert_close(importance("contribution", model, mixtures, data)[name], 2 * before)
 
 
 @on_one_backend

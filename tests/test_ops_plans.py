@@ -19,7 +19,8 @@ from keras import ops
 from layer_checks import E, array, moe, one_hot, one_hot_router
 
 from keras_moe import layers
-from keras_moe.ops import Routing, expert_capacity, plan_groups, top_k_routing
+from keras_moe.ops import Routing, plan_groups, top_k_routing
+from keras_moe.ops.capacity import slots_of_expert
 
 pytestmark = on_one_backend
 
@@ -110,11 +111,11 @@ def test_the_capacity_is_exact_where_the_number_of_tokens_is_a_tensor(mode):
     cases = [(1, 1, 1.1), (3, 1, 0.3), (7, 3, 1.0), (64, 2, 1.25), (6, 4, 4 / 3), (4, 1, 1e-5)]
 
     def capacities(num_tokens):
-        return [expert_capacity(num_tokens, *case) for case in cases]
+        return [slots_of_expert(num_tokens, *case) for case in cases]
 
     num_tokens = np.arange(1, 5001, dtype="int32")
     for case, actual in zip(cases, compiled(capacities, mode)(num_tokens)):
-        expected = [expert_capacity(int(number), *case) for number in num_tokens]
+        expected = [slots_of_expert(int(number), *case) for number in num_tokens]
         np.testing.assert_array_equal(actual, expected)
 
 
@@ -122,12 +123,12 @@ def test_the_capacity_is_exact_where_the_number_of_tokens_is_a_tensor(mode):
 def test_the_capacity_equals_that_of_exact_arithmetic(num_tokens, num_experts, top_k, percent):
     factor, top_k = percent / 100, min(top_k, num_experts)
     expected = reference.expert_capacity(num_tokens, num_experts, top_k, factor)
-    assert expert_capacity(num_tokens, num_experts, top_k, factor) == expected
+    assert slots_of_expert(num_tokens, num_experts, top_k, factor) == expected
 
 
 def test_the_capacity_of_many_tokens_does_not_pass_32_bits():
-    expected = expert_capacity(200_000, 64, 7, 1.999)
-    actual = compiled(lambda n: expert_capacity(n, 64, 7, 1.999), FAST_MODE)(np.int32(200_000))
+    expected = slots_of_expert(200_000, 64, 7, 1.999)
+    actual = compiled(lambda n: slots_of_expert(n, 64, 7, 1.999), FAST_MODE)(np.int32(200_000))
     assert actual == expected == 43_729
 
 

@@ -19,8 +19,8 @@ from hypothesis import strategies as st
 from keras import ops
 
 from keras_moe import losses
-from keras_moe.ops import top_k_indices, top_k_routing
-from keras_moe.ops.selection import take_scores
+from keras_moe.ops import top_k_routing
+from keras_moe.ops.selection import take_scores, top_k_indices
 
 pytestmark = on_one_backend
 

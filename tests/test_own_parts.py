@@ -7,7 +7,7 @@ from backends import BACKEND, FAST_MODE, compiled, on_each_backend, on_one_backe
 from layer_checks import D, E, array, moe, normal
 
 from keras_moe import layers, losses, ops, routers
-from keras_moe.ops.expert_choice import expert_choice_routing
+from keras_moe.ops.matching import expert_choice_routing
 
 pytestmark = on_one_backend
 
@@ -38,7 +38,7 @@ class PairRouter(routers.LogitRouter):
         return features, 2 * self.num_experts
 
     def route(self, tokens, mask, training, **context):
-        logits, mask = self.logits(tokens, mask, training)
+        logits = self.logits(tokens, training)
         pairs = keras.ops.reshape(logits, (-1, self.num_experts, 2))
         return ops.top_k_routing(keras.ops.max(pairs, -1), 2, mask=mask)
 

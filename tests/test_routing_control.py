@@ -18,7 +18,7 @@ from keras import ops
 from layer_checks import D, E, array, moe, normal
 
 from keras_moe import callbacks, inspection, layers, losses, routers
-from keras_moe.ops.transport import balanced_assignment, sinkhorn_plan
+from keras_moe.ops.matching import balanced_assignment, sinkhorn_plan
 
 pytestmark = on_one_backend
 

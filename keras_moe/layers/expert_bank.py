@@ -11,6 +11,8 @@ from keras_moe._internal.base_layer import BaseLayer
 from keras_moe._internal.checks import check_integer
 from keras_moe._internal.serialization import resolve
 from keras_moe.ops.plans import GroupedPlan, plan_experts
+from keras_moe.ops.soft import SoftPlan
+from keras_moe.ops.sorting import as_dtype
 
 
 class ExpertBank(BaseLayer):
@@ -44,6 +46,9 @@ class ExpertBank(BaseLayer):
         if plan is None:
             rule = "A bank is called with the plan of a router: use `MixtureOfExperts(bank)`"
             raise TypeError(f"{rule}. Received: no plan")
+        if isinstance(plan, SoftPlan):  # Slots are tokens of the bank.
+            slots, plan_of_slots = plan.dispatch(tokens, self.num_experts)
+            return plan.combine(self(slots, plan_of_slots, **kwargs))
         # A plan of fewer experts or tokens would leave the others out.
         given = self.num_experts, tokens.shape[0]
         planned = plan.num_experts, plan.num_tokens
@@ -97,7 +102,7 @@ class ExpertBank(BaseLayer):
         return self.num_experts
 
     def _compute(self, tensor):
-        return ops.cast(tensor, self.compute_dtype)
+        return as_dtype(tensor, self.compute_dtype)
 
     def _fix_shape(self, tokens_shape):
         """Let Keras refuse tokens of another shape, as from a second layer that shares the bank."""
