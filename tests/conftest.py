@@ -90,13 +90,17 @@ def runs_elsewhere(item):
 
 
 def pytest_generate_tests(metafunc):
-    """A test of a `mode` runs in each of `KERNEL_MODES`, unless its file sets others."""
-    from backends import KERNEL_MODES
+    """A test of a `mode` runs in each of `KERNEL_MODES`, of a `place` in each of `PLACES`."""
+    from backends import KERNEL_MODES, PLACES
 
     names = [mark.args[0] for mark in metafunc.definition.iter_markers("parametrize")]
-    is_set = hasattr(metafunc.module, "mode") or any("mode" in name for name in names)
-    if "mode" in metafunc.fixturenames and not is_set:
-        metafunc.parametrize("mode", KERNEL_MODES)
+    for name, values in (("mode", KERNEL_MODES), ("place", PLACES)):
+        if name in metafunc.fixturenames and not any(name in each for each in names):
+            metafunc.parametrize(name, values, indirect=name == "place", ids=_id_of)
+
+
+def _id_of(value):
+    return value if isinstance(value, str) else "-".join(value)
 
 
 @pytest.fixture
@@ -115,6 +119,15 @@ def small_tiles(monkeypatch):
         # It keeps what it traced by the function: this one has traced no other tiles.
         compute = experts._run.__wrapped__
         monkeypatch.setattr(experts, "_run", backend.compile_once(lambda *inputs: compute(*inputs)))
+
+
+@pytest.fixture
+def place(request, small_tiles):
+    """A platform to compute for, and a mode to do it in: of `PLACES`, unless a test sets others."""
+    from keras_moe import ops
+
+    with ops.platform(request.param[0]):
+        yield request.param
 
 
 @pytest.fixture(scope="module")

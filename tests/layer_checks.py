@@ -427,7 +427,7 @@ def array(tensor):
     return keras.ops.convert_to_numpy(tensor)
 
 
-def gradients(layer, inputs, **kwargs):
+def gradients(layer, inputs, mode=backends.FAST_MODE, **kwargs):
     """Gradients of a weighted sum of a layer's outputs and of its losses: inputs, then weights.
 
     None where a gradient does not exist.
@@ -435,13 +435,16 @@ def gradients(layer, inputs, **kwargs):
     state = [variable.value for variable in layer.non_trainable_variables]
 
     def objective(inputs, *weights):
+        weights = [keras.ops.cast(w, v.dtype) for w, v in zip(weights, layer.trainable_variables)]
         outputs, _, losses = layer.stateless_call(
-            list(weights), state, inputs, **kwargs, return_losses=True
+            weights, state, inputs, **kwargs, return_losses=True
         )
+        outputs = keras.ops.cast(outputs, "float32")
         ramp = keras.ops.linspace(0.5, 1.5, int(np.prod(outputs.shape)))
         ramp = keras.ops.reshape(ramp, outputs.shape)
         return keras.ops.sum(outputs * ramp) + sum(losses, 0.0)
 
     weights = layer.trainable_variables
-    values = backends.gradients(objective, [inputs, *(array(weight) for weight in weights)])
+    values = [inputs, *(array(weight) for weight in weights)]
+    values = backends.gradients(objective, values, mode)
     return dict(zip(["inputs", *(weight.path for weight in weights)], values))

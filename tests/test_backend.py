@@ -1,7 +1,8 @@
 """What every `Backend` promises, and what the package takes for granted of `keras.ops`.
 
 Everything outside of `keras_moe/backend` is written in these two, so most of its tests run on one
-backend. Products of groups on other platforms, and whole networks, are in `test_networks.py`.
+backend. `test_networks.py` has `backend.product` and `backend.outer` on each platform,
+`test_own_experts.py` `backend.layout`, with whole networks.
 """
 
 import contextlib
@@ -211,34 +212,6 @@ def test_a_loop_carries_stacks_and_has_a_gradient(mode):
     step = 1e-6 * np.eye(16)
     differences = [(value(flat + each) - value(flat - each)) / 2e-6 for each in step]
     assert_close(np.concatenate([each.ravel() for each in actual]), differences, tolerance=1e-4)
-
-
-SIZES = ([2, 0, 1, 1], [0, 0, 5, 0], [0, 0, 0, 0])
-
-
-@every_mode
-def test_both_products_of_groups_equal_numpy(mode):
-    """Rows past the last group are left out. `backend.layout` is tested with whole networks."""
-    kernels, other = normal(4, 3, 2), normal(5, 2)
-    rows = normal(5, 3)
-    platform = backend.current_platform()
-
-    def function(rows, other, kernels, sizes):
-        return (
-            backend.product(rows, Kernel(kernels), sizes, False, platform),
-            backend.product(other, Kernel(kernels), sizes, True, platform),
-            backend.outer(rows, other, sizes, "float32", platform),
-        )
-
-    function = compiled(function, mode)
-    for sizes in SIZES:
-        forward, transposed, outer = function(rows, other, kernels, ints(*sizes))
-        expert, served = np.repeat(np.arange(4), sizes), sum(sizes)
-        expected = np.einsum("rd,rdh->rh", rows[:served], kernels[expert])
-        assert_close(forward[:served], expected)
-        assert_close(transposed[:served], np.einsum("rh,rdh->rd", other[:served], kernels[expert]))
-        chosen = np.eye(4)[expert]
-        assert_close(outer, np.einsum("re,rd,rh->edh", chosen, rows[:served], other[:served]))
 
 
 def test_groups_are_split_with_the_rest():

@@ -176,15 +176,6 @@ def test_a_collapse_in_a_short_training_is_reported_at_its_end(with_monitor):
 
 
 @on_one_backend
-@pytest.mark.parametrize("callbacks", [(ExpertHealth,), (ExpertMonitor, ExpertHealth)])
-def test_a_capacity_that_drops_most_is_reported_after_a_short_training(callbacks):
-    x, y = clustered(0, size=64)
-    layer = layers.MixtureOfExperts(expert_layer().experts, capacity_factor=0.1, name="moe")
-    findings, _ = watched(model_of(layer), x, y, *(callback() for callback in callbacks))
-    assert sum("no slot" in finding.text for _, _, finding in findings) == 1
-
-
-@on_one_backend
 def test_a_capacity_that_drops_most_is_reported_once():
     layer = expert_layer()
     layer = layers.MixtureOfExperts(layer.experts, capacity_factor=0.25, name="moe")

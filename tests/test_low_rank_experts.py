@@ -81,6 +81,7 @@ def test_equal_to_copies_with_lora(case, mode):
     assert_equal_results(*pair(case), mode, normal(T, D))
 
 
+@on_one_backend
 @pytest.mark.filterwarnings("ignore:.* is in two layers:UserWarning")
 @pytest.mark.parametrize(
     ("router", "arguments"),
@@ -101,7 +102,8 @@ def test_equal_to_copies_with_padding_and_any_plan(router, arguments):
         assert_close(to_numpy(one_base(x, **more)), to_numpy(one_base(np.nan_to_num(x), **more)))
 
 
-@pytest.mark.parametrize("mode", unless_compiled(["int8", "int4"], ["int4"]))
+@on_one_backend
+@pytest.mark.parametrize("mode", ["int8", "int4"])
 def test_a_quantized_base_is_saved_and_trains_as_its_floats(mode, tmp_path):
     keras.utils.set_random_seed(0)
     base = layers.GatedExperts(1, H, use_bias=True, bias_initializer="normal")

@@ -4,9 +4,7 @@ import keras
 import numpy as np
 import pytest
 import reference
-from backends import EXAMPLES, assert_close, differentiated
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from backends import assert_close, differentiated
 from keras import ops
 
 from keras_moe.backend import tiles
@@ -51,25 +49,6 @@ def test_groups_of_all_kinds_equal_the_oracle(mode, small_tiles):
     function = differentiated(weighted_sum, mode)
     for sizes in GROUP_SIZES:
         check_against_oracle(function, np.random.default_rng(0), 40, sizes)
-
-
-def test_drawn_groups_and_shapes_equal_the_oracle(mode, small_tiles):
-    @settings(max_examples=EXAMPLES[mode] // 2)
-    @given(
-        st.lists(st.integers(0, 20), min_size=1, max_size=5),
-        st.tuples(st.integers(1, 5), st.integers(1, 5)),
-        st.integers(0, 9),
-        st.randoms(use_true_random=False),
-    )
-    def check(sizes, shape, num_padding, shuffler):
-        num_rows = max(sum(sizes) + num_padding, 1)
-        function = differentiated(weighted_sum, mode)
-        for _ in range(3):
-            rng = np.random.default_rng(shuffler.randrange(2**32))
-            shuffler.shuffle(sizes)
-            check_against_oracle(function, rng, num_rows, sizes, shape)
-
-    check()
 
 
 def test_groups_around_the_real_length_of_a_tile_equal_the_oracle(mode):

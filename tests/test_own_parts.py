@@ -243,6 +243,14 @@ def test_losses_and_counts_are_of_the_tokens_that_a_router_of_ones_own_takes_for
     np.testing.assert_allclose(layer.read_counts().means[0], expected, rtol=1e-6)
 
 
+def test_a_loss_that_is_not_finite_counts_in_no_mean():
+    layer = moe(router_losses=["router_z"])
+    for scale in (1.0, np.nan, 2.0):
+        layer(scale * X, training=True)
+    values = [array(losses.RouterZ(1.0)(layer.router(scale * X))) for scale in (1.0, 2.0)]
+    np.testing.assert_allclose(layer.read_counts().means[0], np.mean(values), rtol=1e-5)
+
+
 @pytest.mark.backends("torch")
 def test_counters_stay_exact_beyond_the_integers_of_float32_and_the_end_of_int32():
     layer = moe(router_losses=())

@@ -50,8 +50,9 @@ def model_with_everything():
 def trained():
     keras.utils.set_random_seed(0)
     model = model_with_everything()
-    model.compile("adam", "mse", run_eagerly=BACKEND == "tensorflow")  # which traces for long
-    model.fit(TOKENS, normal(2, 3), epochs=2, verbose=0)
+    model.compile("adam", "mse")
+    for number, weight in enumerate(model.trainable_weights):
+        weight.assign_add(0.1 * normal(*weight.shape, seed=number))
     return model
 
 

@@ -70,9 +70,7 @@ def drawn_inputs(layer):
     return [normal(*shape, seed=number) for number, shape in enumerate(shapes)]
 
 
-@pytest.mark.parametrize(
-    "kind", unless_compiled(["int8", "low rank", "layers"], ["int8", "layers"])
-)
+@pytest.mark.parametrize("kind", unless_compiled(["int8", "low rank", "layers"], ["layers"]))
 def test_they_are_differences_of_gradients(kind):
     layer = mixture()
     if kind == "int8":

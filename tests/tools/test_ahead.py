@@ -38,15 +38,6 @@ def product(line, *operands):
     return found[0] if found else None
 
 
-def test_metadata_of_a_kernel_goes_over_several_lines():
-    metadata = 'kernel_metadata={\n"a":"(b) {}",\n"c":"d"\n}}, metadata={}'
-    kernel = f"%k = f32[2] custom-call(%a), frontend_attributes={{{metadata}"
-    text = whole("%a = f32[2] parameter(0)", kernel, "ROOT %r = f32[2] negate(%k)")
-    computations, entry = program.read(text)
-    assert list(computations[entry]) == ["a", "k", "r"]
-    assert computations[entry]["k"].attributes.endswith("metadata={}")
-
-
 def test_products_of_all_compilers():
     dot = "ROOT %p = f32[3,7,4] dot(%a, %b), lhs_batch_dims={0}, lhs_contracting_dims={2}"
     expected = Product(2 * 3 * 7 * 4 * 5, "bf16", (3, 7, 4, 5), exact=False)
