@@ -3,15 +3,26 @@
 import keras
 import numpy as np
 import pytest
-from backends import BACKEND, ROOT, assert_close, on_one_backend, run_python, to_numpy
+from backends import (
+    BACKEND,
+    FAST_MODE,
+    ROOT,
+    assert_close,
+    compiled,
+    on_one_backend,
+    run_python,
+    to_numpy,
+)
 from layer_checks import OF_LAYERS
 from test_own_experts import OWN_BANKS
 
 from benchmarks.exported import PROGRAMS
 from keras_moe import layers, routers
 
-S, D, E = 3, 8, 3
-BATCHES = (1, 5, 32)
+S, D = 3, 8
+# Dynamo takes long for each expert.
+E = 2 if BACKEND == "torch" else 3
+BATCHES = (1, 9)
 
 # What exporters and their runtimes warn of is not about this package.
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -89,7 +100,12 @@ def test_a_capacity_computed_at_inference_is_exported_to_onnx(tmp_path):
 
 def assert_serves(model, program, tmp_path, more=()):
     inputs = {str(len(each)): each for each in (*map(batch, BATCHES), *more)}
-    expected = {size: to_numpy(model(value)) for size, value in inputs.items()}
+    if BACKEND == "jax":  # which compiles each size
+        whole = compiled(model, FAST_MODE)(np.concatenate(list(inputs.values())))
+        parts = np.split(whole, np.cumsum(list(map(len, inputs.values())))[:-1])
+        expected = dict(zip(inputs, parts))
+    else:
+        expected = {size: to_numpy(model(value)) for size, value in inputs.items()}
     path = tmp_path / f"model{program.ending}"
     program.export(model, str(path))
     np.savez(tmp_path / "inputs.npz", **inputs)
@@ -136,7 +152,5 @@ def test_torch_compile_computes_the_same():
     keras.utils.set_random_seed(0)
     model = layers.MixtureOfExperts(layers.GatedExperts(E, 16))
     model.build((None, S, D))
-    compiled = torch.compile(model, backend="eager", dynamic=True)
-    for size in BATCHES[1:]:
-        outputs = compiled(torch.tensor(batch(size)))
-        assert_close(to_numpy(outputs), to_numpy(model(batch(size))))
+    outputs = torch.compile(model, backend="eager", dynamic=True)(torch.tensor(batch(9)))
+    assert_close(to_numpy(outputs), to_numpy(model(batch(9))))

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from keras import ops
 from layer_checks import D, E, array, moe, normal
 
-from keras_moe import callbacks, inspection, layers, losses, routers
+from keras_moe import inspection, layers, losses, routers
 from keras_moe._internal.keras_internals import get_keras_mask
 
 WIDE = keras.initializers.RandomNormal(stddev=1.0, seed=0)
@@ -323,31 +323,6 @@ def test_layered_extraction_is_that_of_a_plain_model(router):
         experts = np.concatenate(bank, axis=1)
         taken = np.take_along_axis(experts, array(routing.indices)[..., None], axis=1)
         assert_close(array(output), (array(routing.weights)[..., None] * taken).sum(1))
-
-
-@on_one_backend
-def test_blocks_of_layered_extraction_are_stacked_trained_and_logged():
-    def block(name, shared_output):
-        return layers.MultiGateMixtureOfExperts(
-            layers.FeedForwardExperts(2, 6),
-            2,
-            task_experts=[layers.FeedForwardExperts(1, 6) for _ in range(2)],
-            shared_output=shared_output,
-            task_names=["like", "rating"],
-            name=name,
-        )
-
-    inputs = keras.Input((D,))
-    like, rating = block("second", False)(block("first", True)(inputs))
-    heads = [keras.layers.Dense(1, name=f"head_{n}")(each) for n, each in enumerate((like, rating))]
-    model = keras.Model(inputs, heads)
-    model.compile("adam", "mse")
-    x, y = normal(32, D), normal(32, 1)
-    monitor = callbacks.ExpertMonitor()
-    model.fit(x, [y, y], verbose=0, callbacks=[monitor])
-    assert {"first_like_load_imbalance", "second_rating_load_entropy"} <= set(monitor.history)
-    names = "first_like first_rating first_shared second_like second_rating"
-    assert list(inspection.moe_layers(model)) == names.split()
 
 
 @on_one_backend

@@ -1,6 +1,5 @@
 """What studies share: data, batches, translators, resuming, and whole files."""
 
-import gzip
 import pathlib
 import subprocess
 
@@ -12,7 +11,7 @@ import pytest
 import resuming
 import translation
 from backends import on_one_backend, to_numpy
-from datasets import downloads, manual_pages
+from datasets import downloads
 from id_batches import Batches
 from made_up_text import made_up_pairs
 from sentence_batches import SentenceBatches, Shapes
@@ -142,24 +141,6 @@ def test_writing_with_a_cache_equals_writing_without(translator):
         target[:, position + 1] = np.where(over, PADDING, token)
     np.testing.assert_array_equal(written, target[:, 1:])
     assert len(np.unique(written, axis=0)) > 1, "the source matters"
-
-
-def test_manual_pages_are_labelled_and_a_page_is_in_one_split(monkeypatch, tmp_path):
-    page = gzip.compress(b".TH A 1\n.SH NAME\n" + b"some words of it " * 40)
-    members = {
-        f"./usr/share/man/{folder}man1/{name}.1.gz": page
-        for folder in ("", "de/", "pt_BR/")
-        for name in map(str, range(40))
-    }
-    members["./usr/share/doc/manpages/changelog.gz"] = page
-    members["./usr/share/man/de/man1/short.1.gz"] = gzip.compress(b".so man1/other.1")
-    monkeypatch.setattr(manual_pages, "fetch_packages", lambda names, folder: ["all"])
-    monkeypatch.setattr(manual_pages, "read_members", lambda package, suffix: members)
-    splits = manual_pages.ManualPages(data_dir=str(tmp_path)).read(tmp_path)
-    pages = [{key.split("/")[1] for key in rows} for rows in splits.values()]
-    assert sum(map(len, pages)) == 40, "no page is in two splits"
-    labels = [row["label"] for rows in splits.values() for row in rows.values()]
-    assert set(labels) == {"en", "de", "pt"} and len(labels) == 120
 
 
 @pytest.fixture
