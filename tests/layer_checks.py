@@ -48,6 +48,13 @@ def moe(experts=None, **kwargs):
     return layers.MixtureOfExperts(experts or layers.FeedForwardExperts(E, 16), **kwargs)
 
 
+def model_of(*parts, shape=(D,), optimizer="sgd", **options):
+    """A sequential model that learns by a mean squared error."""
+    model = keras.Sequential([keras.Input(shape), *parts])
+    model.compile(optimizer, "mse", **{"jit_compile": backends.QUICK_JIT, **options})
+    return model
+
+
 def one_hot_router(top_k=1, **kwargs):
     """A router that sends a token to the expert of its largest feature: counts are known."""
     return routers.TopKRouter(E, top_k, kernel_initializer=wide_identity, **kwargs)

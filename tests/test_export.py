@@ -36,7 +36,7 @@ BLOCKS = {layers.TransformerDecoderBlock, layers.TransformerEncoderBlock}
 def with_every_layer(blocks, own_banks):
     """A model of sequences that has each exported layer once, and user-defined experts."""
     inputs = keras.Input((S, D))
-    router = routers.TopKRouter(E, 2, score="sigmoid", balancer="loss_free")
+    router = routers.TopKRouter(E, 1, score="sigmoid", balancer="loss_free")
     gated = layers.GatedExperts(E, 16, "gelu", use_bias=True)
     x = layers.MixtureOfExperts(gated, router, shared_expert=layers.GatedFeedForward(4))(inputs)
     x = layers.MixtureOfExperts(layers.FeedForwardExperts(E, 16))(x)

@@ -6,7 +6,7 @@ import keras
 import numpy as np
 import pytest
 from backends import EVERY_JIT, QUICK_JIT, on_one_backend, unless_compiled
-from layer_checks import D, E, array, moe, normal, one_hot, one_hot_router
+from layer_checks import D, E, array, model_of, moe, normal, one_hot, one_hot_router
 
 import keras_moe
 from keras_moe import layers, routers
@@ -142,8 +142,7 @@ class WithMetric(keras.layers.Dense):
     ],
 )
 def test_metrics_of_a_layer_inside_are_updated(host):
-    model = keras.Sequential([keras.Input((3, D)), host()])
-    model.compile("sgd", "mse", jit_compile=False)
+    model = model_of(host(), shape=(3, D), jit_compile=False)
     history = model.fit(normal(4, 3, D), normal(4, 3, D), batch_size=2, verbose=0).history
     assert history["seen"] == [2.0]
 
@@ -242,8 +241,7 @@ def test_experts_without_a_derivative_at_zero_are_trained(jit_compile):
         for _ in range(E)
     ]
     layer = moe(layers.LayerExperts(experts), router=one_hot_router())  # two of them are idle
-    model = keras.Sequential([keras.Input((E,)), layer])
-    model.compile("sgd", "mse", jit_compile=jit_compile)
+    model = model_of(layer, shape=(E,), jit_compile=jit_compile)
     model.fit(one_hot(0, 2, 2), normal(3, D), verbose=0)
     assert all(np.isfinite(array(weight)).all() for weight in layer.weights)
 

@@ -12,7 +12,7 @@ from backends import (
     to_numpy,
     unless_compiled,
 )
-from layer_checks import D, normal
+from layer_checks import D, model_of, normal
 
 from keras_moe import inspection, layers, routers
 
@@ -147,8 +147,7 @@ def test_only_factors_train_and_the_base_stays_frozen():
     trained = {weight.name for weight in mixture.experts.trainable_weights}
     assert trained == {f"{name}_lora_{x}" for name in ("gate", "up", "down") for x in "ab"}
     base = [to_numpy(weight.value) for weight in mixture.experts.base.weights]
-    model = keras.Sequential([keras.Input((D,)), mixture])
-    model.compile("adam", "mse")
+    model = model_of(mixture, optimizer="adam")
     model.fit(normal(T, D), normal(T, D), verbose=0)
     for weight, before in zip(mixture.experts.base.weights, base, strict=True):
         np.testing.assert_array_equal(to_numpy(weight.value), before)

@@ -16,7 +16,7 @@ from backends import (
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from keras import ops
-from layer_checks import D, E, array, moe, normal
+from layer_checks import D, E, array, model_of, moe, normal
 
 from keras_moe import inspection, layers, losses, routers
 from keras_moe._internal.keras_internals import get_keras_mask
@@ -350,8 +350,7 @@ def test_a_gate_may_have_a_hidden_layer_and_a_temperature():
 
 
 def test_replay_reaches_compiled_functions_and_ends_with_its_context():
-    model = keras.Sequential([keras.Input((D,)), moe(name="a")])
-    model.compile(keras.optimizers.SGD(0.0), "mse")
+    model = model_of(moe(name="a"), optimizer=keras.optimizers.SGD(0.0))
     x, first = normal(4, D), np.tile([[0, 1]], (4, 1))
 
     def computed():

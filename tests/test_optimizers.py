@@ -11,7 +11,7 @@ from backends import (
     to_numpy,
     unless_compiled,
 )
-from layer_checks import D, normal
+from layer_checks import D, model_of, normal
 
 from keras_moe import layers, optimizers
 
@@ -96,8 +96,7 @@ def test_what_is_no_stack_is_trained_as_by_keras():
 
 def test_a_model_is_trained_and_resumed(tmp_path):
     bank = layers.GatedExperts(E, H)
-    model = keras.Sequential([keras.Input((D,)), layers.MixtureOfExperts(bank)])
-    model.compile(optimizers.Muon(0.01), "mse")
+    model = model_of(layers.MixtureOfExperts(bank), optimizer=optimizers.Muon(0.01))
     x, y = normal(16, D), normal(16, D)
     model.fit(x, y, epochs=2, verbose=0)
     loaded = saved_and_loaded(model, tmp_path)
