@@ -190,7 +190,7 @@ def test_symbolic_and_eager_calls_have_the_shape_and_dtype_of_the_policy(cls, po
         assert weight.dtype == ("float32" if kept else policy.variable_dtype), weight.path
 
 
-@by_name(unless_compiled(LAYERS, [*MIXTURES, *BLOCKS]))
+@by_name(unless_compiled(LAYERS, [layers.MixtureOfExperts, layers.TransformerDecoderBlock]))
 def test_padding_of_any_content_changes_no_real_token_and_its_mask_goes_on(cls):
     layer = CASES[cls].layer(plain(cls))
     x = normal(2, 5, D)

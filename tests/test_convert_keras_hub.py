@@ -132,7 +132,8 @@ def test_a_sparse_model_computes_generates_and_learns_as_before(family):
     assert not np.allclose(logits_of(dense, prompts((6, 4), family)), before, atol=1e-3)
 
 
-@pytest.mark.parametrize("family", unless_compiled(FAMILIES, ["gpt_oss"]))
+@on_one_backend
+@pytest.mark.parametrize("family", FAMILIES)
 def test_files_are_those_of_keras_hub_and_a_saved_model_is_sparse_again(family, tmp_path):
     model, blank = convert.use_sparse_experts(causal_lm(family)), causal_lm(family)
     model.save_weights(tmp_path / "sparse.weights.h5")
@@ -230,7 +231,8 @@ def test_a_model_is_converted_once_before_it_is_quantized_and_keeps_its_numbers(
         convert.use_sparse_experts(model)
 
 
-@pytest.mark.parametrize("family", unless_compiled(FAMILIES, ["mixtral"]))
+@on_one_backend
+@pytest.mark.parametrize("family", FAMILIES)
 def test_a_converted_model_is_pruned_saved_loaded_and_restored(family, tmp_path):
     model, inputs = convert.use_sparse_experts(causal_lm(family)), prompts((6, 4), family)
     frozen = next(iter(inspection.moe_layers(model).values())).router

@@ -3,7 +3,7 @@
 import keras
 import numpy as np
 import pytest
-from backends import EVERY_JIT, unless_compiled
+from backends import EVERY_JIT, on_one_backend, unless_compiled
 from layer_checks import D, E, array, moe, normal, one_hot, one_hot_router
 
 from keras_moe import layers, losses, routers
@@ -49,6 +49,7 @@ def test_a_model_trains_evaluates_and_predicts():
     assert losses[0] > losses[-1]
 
 
+@on_one_backend
 def test_router_losses_are_part_of_the_training_loss_and_not_of_the_validation_loss():
     model = compiled_model(functional(), keras.optimizers.SGD(0.0))
     x, y = X[:4], Y[:4]

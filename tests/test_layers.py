@@ -62,6 +62,7 @@ class Customary(keras.layers.Layer):
         return self.out(self.hidden(inputs))
 
 
+@pytest.mark.backends("jax", "torch")
 @pytest.mark.parametrize("is_functional", unless_compiled([True, False], [False]))
 def test_layers_that_only_have_a_call_are_built_and_trained(is_functional):
     hosts = [
@@ -174,20 +175,6 @@ def test_experts_that_were_alike_may_become_different(jit_compile):
     chosen, weights = array(routing.indices)[:, 0], array(routing.weights)
     expected = np.stack([array(dense[e](token[None]))[0] for e, token in zip(chosen, x)])
     np.testing.assert_allclose(outputs, weights * expected, rtol=1e-5, atol=1e-5)
-
-
-@on_one_backend
-@pytest.mark.parametrize("is_set", ["when made", "later"])
-def test_a_frozen_layer_moves_no_bias(is_set):
-    frozen = {"trainable": False} if is_set == "when made" else {}
-    router = routers.TopKRouter(E, balancer="loss_free")
-    layer = layers.MixtureOfExperts(layers.FeedForwardExperts(E, 4), router, **frozen)
-    if is_set == "later":
-        layer.trainable = False
-    layer(normal(8, D), training=True)
-    assert not array(router.selection_bias).any()
-    block = layers.TransformerEncoderBlock(2, keras.layers.Dense(D), **frozen)
-    assert block.feedforward.trainable == (not frozen)
 
 
 @compiled

@@ -132,7 +132,6 @@ def test_a_router_has_a_kernel_of_any_shape_and_a_bank_no_weights():
         assert moe(bank, router_losses=())(X[:, :width]).shape == (6, width)
 
 
-@on_each_backend
 def test_padding_is_left_out_where_a_router_does_not_pass_its_mask_on():
     layer = moe(router=NearestRouter())
     mask = np.array([True, True, False, True, False, False])
