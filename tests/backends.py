@@ -71,7 +71,7 @@ def by_place(cases, few):
 
 
 def _named(case):
-    return "-".join(map(str, case)) if isinstance(case, tuple) else None
+    return "-".join(getattr(each, "__name__", str(each)) for each in case)
 
 
 def unless_compiled(cases, kept):

@@ -96,11 +96,8 @@ def pytest_generate_tests(metafunc):
     names = [mark.args[0] for mark in metafunc.definition.iter_markers("parametrize")]
     for name, values in (("mode", KERNEL_MODES), ("place", PLACES)):
         if name in metafunc.fixturenames and not any(name in each for each in names):
-            metafunc.parametrize(name, values, indirect=name == "place", ids=_id_of)
-
-
-def _id_of(value):
-    return value if isinstance(value, str) else "-".join(value)
+            is_place = name == "place"
+            metafunc.parametrize(name, values, is_place, ids="-".join if is_place else None)
 
 
 @pytest.fixture

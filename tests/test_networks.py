@@ -1,6 +1,7 @@
 """Networks of experts: products, engines, dtypes, any network, no waste. Layers: test_ops_moe."""
 
 import contextlib
+import functools
 import re
 import sys
 
@@ -47,12 +48,19 @@ def test_a_slope_that_is_infinite_at_zero_spoils_no_gradient(place):
     assert all(np.isfinite(gradient).all() for gradient in found.values())
 
 
-def in_float32(values):
+def wide_gelu(values):
     return keras_ops.gelu(keras_ops.cast(values, "float32"))
 
 
+@functools.cache
+def in_float32():
+    """Tokens that half precision has as well, weights, and gradients for both."""
+    x, layer = np.round(8 * normal(T, D)) / 8, mixture()
+    return x, layer.get_weights(), gradients(layer, x).values()
+
+
 HALF = [
-    (in_float32, "bfloat16"),
+    (wide_gelu, "bfloat16"),
     ("gelu", "mixed_float16"),
     ("gelu", "mixed_bfloat16"),
 ]
@@ -60,10 +68,10 @@ HALF = [
 
 @by_place(HALF, HALF[:2])
 def test_half_precision_is_near_float32(place, case):
-    x = np.round(8 * normal(T, D)) / 8  # which half precision has as well
-    exact, low = mixture(), mixture(*case)
-    low.set_weights(exact.get_weights())
-    expected, actual = (gradients(each, x, mode=place[1]).values() for each in (exact, low))
+    x, weights, expected = in_float32()
+    layer = mixture(*case)
+    layer.set_weights(weights)
+    actual = gradients(layer, x, mode=place[1]).values()
     for gradient, wanted in zip(actual, expected, strict=True):
         assert_close(gradient, wanted, tolerance=0.1)
 

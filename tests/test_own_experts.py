@@ -15,7 +15,6 @@ from backends import (
     saved_and_loaded,
     to_numpy,
     to_tensors,
-    unless_compiled,
 )
 from keras import ops
 from layer_checks import normal
@@ -188,7 +187,8 @@ def second_derivatives(call, inputs, mode=FAST_MODE):
 SECOND = [*((name, "top_k") for name in BANKS), ("gated", "dense")]
 
 
-@pytest.mark.parametrize("bank, router", unless_compiled(SECOND, [("branched", "top_k")]))
+@on_one_backend
+@pytest.mark.parametrize("bank, router", SECOND)
 def test_second_derivatives_equal_a_formula(bank, router, mode, small_tiles):
     layer = mixture_of(BANKS[bank](), router)
     inputs = values_of(layer)
@@ -237,7 +237,8 @@ def test_dropout_draws_in_training_only_and_its_draws_are_saved(tmp_path):
     np.testing.assert_allclose(resumed, second, atol=1e-6)
 
 
-@pytest.mark.parametrize("kind", unless_compiled(KINDS, ["low rank"]))
+@on_one_backend
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_model_is_saved_and_loaded(kind, tmp_path):
     inputs = outputs = keras.Input((3, D))
     for make in OWN_BANKS:
