@@ -97,7 +97,8 @@ def pytest_generate_tests(metafunc):
     for name, values in (("mode", KERNEL_MODES), ("place", PLACES)):
         if name in metafunc.fixturenames and not any(name in each for each in names):
             is_place = name == "place"
-            metafunc.parametrize(name, values, is_place, ids="-".join if is_place else None)
+            ids = "-".join if is_place else None
+            metafunc.parametrize(name, values, indirect=is_place, ids=ids)
 
 
 @pytest.fixture
