@@ -12,6 +12,7 @@ from backends import (
     assert_close,
     compiled,
     on_one_backend,
+    to_numpy,
     unless_compiled,
 )
 from keras import ops
@@ -95,6 +96,14 @@ def test_they_are_differences_of_gradients(kind):
     actual = compiled(lambda inputs, ways: along(loss, ways)(inputs), mode)
     for each, high, low in zip(actual(inputs, directions), moved(1), moved(-1)):
         assert_close(each, (high - low) / (2 * step), tolerance=1e-2)
+
+
+@pytest.mark.backends("tensorflow", "torch")
+def test_vectorized_map():
+    call, inputs = mixture(), normal(2, T, D)
+    output = compiled(lambda inputs: ops.vectorized_map(call, inputs), FAST_MODE)(inputs)
+    for each, part in zip(output, inputs):
+        assert_close(each, to_numpy(call(part)))
 
 
 @pytest.mark.backends("jax")
