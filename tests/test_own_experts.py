@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from backends import (
     FAST_MODE,
+    PLACES,
     assert_close,
     by_place,
     compiled,
@@ -202,6 +203,7 @@ def dropping():
     return mixture_of(NormalisedExperts(E, rate=0.4, activation="tanh"))
 
 
+@pytest.mark.parametrize("place", sorted({PLACES[0], PLACES[-1]}), indirect=True, ids="-".join)
 def test_dropout_is_the_same_in_both_passes_and_in_second_derivatives(place):
     layer, mode, step = dropping(), place[1], 1e-3
     inputs, trained = values_of(layer), stateless(layer)
