@@ -182,40 +182,26 @@ def run(capacity, experts, training=True, mask=None):
 CROWDED = [[0, 0, 0, 0], [0, 1, 2, 3]]
 
 
-def test_a_number_limits_training_and_not_evaluation():
-    is_served, dropped = run(1.0, CROWDED)
-    assert is_served.tolist() == [[True, True, False, False], [False, True, True, True]]
-    assert dropped == 3 / 8
-    is_served, dropped = run(1.0, CROWDED, training=False)
-    assert is_served.all() and dropped == 0
-
-
-def test_evaluation_may_have_a_factor_of_its_own():
-    capacity = layers.Capacity(4.0, evaluation_factor=0.5)
-    assert run(capacity, CROWDED)[0].all()
-    is_served, _ = run(capacity, CROWDED, training=False)
-    assert is_served.tolist() == [[True, False, False, False], [False, True, True, True]]
-
-
 @pytest.mark.parametrize(
-    "options, room",
+    "capacity, experts, training, served",
     [
-        ({}, 1),
-        ({"minimum": 3}, 3),
-        ({"multiple_of": 2}, 2),
-        ({"minimum": 3, "multiple_of": 2}, 4),
-        ({"minimum": 9}, 5),
+        (1.0, CROWDED, True, "1100 0111"),
+        (1.0, CROWDED, False, "1111 1111"),
+        (layers.Capacity(4.0, evaluation_factor=0.5), CROWDED, True, "1111 1111"),
+        (layers.Capacity(4.0, evaluation_factor=0.5), CROWDED, False, "1000 0111"),
+        (layers.Capacity(0.5), CROWDED, True, "1000 0111"),
+        (layers.Capacity(0.5, minimum=3), CROWDED, True, "1110 0111"),
+        (layers.Capacity(0.5, multiple_of=2), CROWDED, True, "1100 0111"),
+        (layers.Capacity(0.5, minimum=3, multiple_of=2), CROWDED, True, "1111 0111"),
+        (layers.Capacity(0.5, minimum=9), CROWDED, True, "1111 1111"),
+        (layers.Capacity(1.0, per_sequence=True), [[0, 0, 1, 1], [0, 0, 0, 1]], True, "1010 1001"),
     ],
 )
-def test_room_is_rounded_up_and_has_a_minimum(options, room):
-    is_served, _ = run(layers.Capacity(0.5, **options), CROWDED)
-    assert is_served[0].sum() + is_served[1, 0] == room
-
-
-def test_sequences_compete_among_themselves_only():
-    capacity = layers.Capacity(1.0, per_sequence=True)
-    is_served, _ = run(capacity, [[0, 0, 1, 1], [0, 0, 0, 1]])
-    assert is_served.tolist() == [[True, False, True, False], [True, False, False, True]]
+def test_a_capacity_serves_the_first_tokens_of_each_expert(capacity, experts, training, served):
+    is_served, dropped = run(capacity, experts, training)
+    expected = np.array([[digit == "1" for digit in each] for each in served.split()])
+    np.testing.assert_array_equal(is_served, expected)
+    assert dropped == 1 - expected.mean()
 
 
 def test_padding_takes_no_room():
