@@ -4,11 +4,12 @@ from typing import Any
 
 import keras
 
+from keras_moe._internal.keras_internals import KeepsLosses
 from keras_moe._internal.serialization import arguments_of, load_draws, save_draws
 from keras_moe.backend import backend
 
 
-class BaseLayer(keras.layers.Layer):
+class BaseLayer(KeepsLosses, keras.layers.Layer):
     """Abstract: a layer whose config has the arguments of its constructors, kept as attributes."""
 
     # Arguments of a parent's constructor that the constructor of the class sets itself.

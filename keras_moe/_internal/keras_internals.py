@@ -32,6 +32,27 @@ def current_model():
     return None if call is None else call.entry_layer
 
 
+def own_losses(layer):
+    """What a layer itself, without its sublayers, has added to the loss of the present pass."""
+    return layer._get_own_losses()
+
+
+class KeepsLosses:
+    """A layer that is called several times in a pass, all of whose losses count; before `Layer`.
+
+    On JAX a pass is a stateless scope, in which Keras takes the call of a layer for the whole pass,
+    and would remove the losses of its earlier calls.
+    """
+
+    def _clear_losses(self):
+        scope = get_global_attribute("stateless_scope")
+        if scope is None:
+            return super()._clear_losses()
+        self._loss_ids &= {id(loss) for loss in scope.losses}
+        for layer in self._layers:
+            layer._clear_losses()
+
+
 def current_call():
     """A function that returns a context with the `training` and dtypes of the present call."""
     present = {name: get_global_attribute(name) for name in ("current_call_ctx", "autocast_scope")}

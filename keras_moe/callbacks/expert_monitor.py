@@ -33,7 +33,7 @@ class ExpertMonitor(keras.callbacks.Callback):
       balance, in the least even layer
     - `dead_experts`: number of experts with less than a thousandth of the mean of their layer
     - `dropped_fraction`, with a capacity: largest share of assignments that found no slot
-    - `router_loss`, with router losses: their sum, each times its weight
+    - `router_loss`, with router losses: their part of `loss`, the mean of all passes of the model
 
     `history`, a dict of lists by epoch as in `keras.callbacks.History`, has the first three, and
     more, of each layer, such as `moe_load_imbalance` and in validation `val_moe_load_imbalance`.
@@ -50,7 +50,7 @@ class ExpertMonitor(keras.callbacks.Callback):
 
     `shares` and `validation_shares`, for `visualization.shares_over_time`, are dicts from layers to
     lists with the shares (E,) of each epoch, NaN for an epoch without the monitor or validation.
-    `fit` starts new ones, or with an `initial_epoch` continues those that are there.
+    `fit` starts new ones, or with an `initial_epoch` continues those of the same model.
 
     Args:
         expert_shares: Boolean. Whether the numbers of a layer include each expert's share.
@@ -112,11 +112,13 @@ class ExpertMonitor(keras.callbacks.Callback):
         if self.model is not None:  # An evaluation or a training was interrupted.
             self._stop_counting()
             self._forget_counting()
+        if self.model not in (None, model):
+            self.shares, self.validation_shares = {}, {}
         super().set_model(model)
         self._epoch_began = self._training = self._test = None
 
     def on_train_begin(self, logs=None):
-        self.history = {}
+        self.history, self._epoch_began = {}, None
 
     def on_train_end(self, logs=None):
         self._epoch_began = None
@@ -125,8 +127,10 @@ class ExpertMonitor(keras.callbacks.Callback):
             self._event_files.close()
 
     def on_epoch_begin(self, epoch, logs=None):
-        if self._epoch_began is None:
-            self._keep_shares_before(epoch)
+        if self._epoch_began is not None:
+            rule = "An `ExpertMonitor` must be in the list of callbacks once"
+            raise ValueError(f"{rule}. Received: a second one that is the same object")
+        self._keep_shares_before(epoch)
         self._training = self._test = None
         self._epoch_began = self._read()
 
@@ -162,14 +166,10 @@ class ExpertMonitor(keras.callbacks.Callback):
                 "argument `training` and must pass it on: `self.moe(x, training=training)`.",
                 stacklevel=2,
             )
-        losses = [
-            weight * training[0][name][key]
-            for name, layer in moe_layers(self.model).items()
-            if name in training[0]
-            for key, weight in zip(_loss_names(layer.router_losses), layer.loss_weights_in_force)
-        ]
+        losses = [each["router_loss"] for each in training[0].values() if "router_loss" in each]
         if losses:
-            logs["router_loss"] = float(sum(losses))
+            logs["router_loss"] = sum(losses)
+        self._epoch_began = None
         if test[0]:
             self._add_logs(logs, test[0], "val_")
         for key, value in {**_by_key(training[0]), **_by_key(test[0], "val_")}.items():
@@ -229,7 +229,7 @@ class ExpertMonitor(keras.callbacks.Callback):
                 counted = counted.since(earlier[name])
             counts = counted.assignments.astype("float32")
             shares[name] = ops.convert_to_numpy(metrics.expert_share(counts))
-            *losses, entropy = counted.means
+            *losses, entropy, added = counted.means
             found = {
                 "load_imbalance": metrics.load_imbalance(counts),
                 "load_entropy": metrics.load_entropy(counts),
@@ -240,6 +240,8 @@ class ExpertMonitor(keras.callbacks.Callback):
             for key, function in self._metrics.items():
                 found[key] = function(counts) if counts.any() else math.nan
             found.update(zip(_loss_names(layer.router_losses), losses))
+            if not evaluation and (losses or added):
+                found["router_loss"] = added
             if self.expert_shares:
                 found.update({f"expert_share_{e}": each for e, each in enumerate(shares[name])})
             numbers[name] = {key: float(value) for key, value in found.items()}

@@ -1,6 +1,7 @@
 """The gate of a mixture: a router with its losses, its capacity and its counters.
 
-Axes: T tokens, E experts, K experts per token, V values: the router losses, then the entropy.
+Axes: T tokens, E experts, K experts per token, V values: the router losses, the entropy, and what
+is added to the loss of the model.
 """
 
 import contextlib
@@ -20,6 +21,7 @@ from keras_moe._internal.keras_internals import (
     drops_losses,
     in_symbolic_scope,
     names_below,
+    own_losses,
     set_state,
     unlocked,
     untrack,
@@ -58,7 +60,8 @@ class Counts(NamedTuple):
 
     - `assignments` (E,): assignments of each expert.
     - `dropped`: number of assignments that found no slot.
-    - `totals` (V,) and `numbers` (V,): sums of the finite values, and how many they were.
+    - `totals` (V,) and `numbers` (V,): sums of the finite values, and how many they were: calls of
+      the layer, and passes of the model for what is added to its loss.
     """
 
     assignments: Any
@@ -157,9 +160,9 @@ class Gate(Recomputable):
             self._add_expert_counter(prefix)
             setattr(self, f"{prefix}dropped_count", _counter(f"{prefix}dropped_count", ()))
             # The sum of each value, and its error by rounding, by which the next is corrected.
-            totals = _counter(f"{prefix}value_totals", (2, number + 1), "float32")
+            totals = _counter(f"{prefix}value_totals", (2, number + 2), "float32")
             setattr(self, f"{prefix}value_totals", totals)
-            numbers = _counter(f"{prefix}value_numbers", (number + 1,))
+            numbers = _counter(f"{prefix}value_numbers", (number + 2,))
             setattr(self, f"{prefix}value_numbers", numbers)
         self._build_losses()
 
@@ -195,6 +198,8 @@ class Gate(Recomputable):
         observers = self._present_observers()
         for observer in observers:
             indices = observer.indices if indices is None else indices
+        earlier = own_losses(self.router)
+        is_first = not (earlier or own_losses(self))
         routing = self.router(
             tokens.vectors(router_inputs),
             mask=tokens.mask,
@@ -213,31 +218,39 @@ class Gate(Recomputable):
         if training or counts:
             if isinstance(routing.shares, tuple):
                 routing = routing._replace(shares=token_shares(routing.mask))
-            self._add_losses_and_count(routing, tokens.sequence_length, training)
+            added = own_losses(self.router)[len(earlier) :]
+            self._add_losses_and_count(routing, tokens.sequence_length, training, added, is_first)
         for observer in observers:
             if observer.saw is not None:
                 observer.saw(routing.without_plan(), tokens.values)
         return routing
 
-    def _add_losses_and_count(self, routing, sequence_length, training):
-        values = []
+    def _add_losses_and_count(self, routing, sequence_length, training, added, is_first):
+        """Add router losses to those that the router has `added`, and count this call."""
+        values: list = []
         for index in range(len(self.router_losses)):
             values.append(self._compute_loss(index, routing, sequence_length, training))
             if training:
                 weighted = self.router_loss_weights[index] * values[-1]
                 # Keras adds it to the other losses, which have this dtype.
                 self.add_loss(ops.cast(weighted, keras.config.floatx()))
+                added.append(weighted)
         if training and values and drops_losses():
             warnings.warn(
                 f"The router losses of `{self.name}` are dropped: in training call "
                 "`stateless_call` with `return_losses=True`, and add what it returns to the loss.",
                 stacklevel=2,
             )
-        self._count(routing, ops.stack([*values, router_entropy(routing)]), training)
+        total = sum((ops.cast(each, "float32") for each in added), ops.zeros((), "float32"))
+        # In the loss of the model is the sum of all calls of a pass.
+        numbers = [1] * (len(values) + 1) + [int(is_first)]
+        values = ops.stack([*values, router_entropy(routing), total])
+        self._count(routing, values, numbers, training)
 
-    def _count(self, routing, values, training):
+    def _count(self, routing, values, numbers, training):
         is_finite = ops.isfinite(values)
-        added = [routing.counts, ops.where(is_finite, values, 0.0), ops.cast(is_finite, "int32")]
+        numbers = ops.where(is_finite, ops.array(numbers, "int32"), 0)
+        added = [routing.counts, ops.where(is_finite, values, 0.0), numbers]
         if self.capacity is not None:
             dropped = routing.dropped * ops.cast(ops.sum(routing.counts), "float32")
             added.append(ops.cast(ops.round(dropped), "int32"))
