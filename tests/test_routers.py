@@ -12,6 +12,7 @@ from backends import (
     assert_close,
     compiled,
     differentiated,
+    on_each_backend,
     on_one_backend,
     to_numpy,
     to_tensors,
@@ -211,6 +212,17 @@ def test_a_router_of_any_size_equals_the_oracle_whatever_padding_holds(name, mod
         assert routing.indices.dtype == np.int32
         assert all(np.dtype(a.dtype) == "float32" for a in (routing.weights, routing.probs))
         assert not np.isnan(routing.weights).any()
+
+
+@on_each_backend
+@pytest.mark.parametrize("factor, has_nan", [(1.6, False), (2.0, True)])
+def test_experts_choose_a_token_of_nan_last(factor, has_nan, mode):
+    logits, mask = normal(6, 2), np.arange(6) < 5
+    logits[1] = np.nan
+    router, expected = make("ExpertChoice", 2, factor), oracle.expert_choice(factor, 6)
+    routing = compiled(lambda *given: routing_of(router, *given, 6, False), mode)(logits, mask)
+    assert_close(dense_weights(routing), expected(logits, mask)[0])
+    assert np.isnan(routing.weights[1]).all() == has_nan and not np.isnan(routing.weights[2:]).any()
 
 
 @pytest.mark.backends("tensorflow", "jax")

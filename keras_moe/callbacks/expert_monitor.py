@@ -91,9 +91,10 @@ class ExpertMonitor(keras.callbacks.Callback):
         self.history: dict = {}
         self.shares: dict = {}
         self.validation_shares: dict = {}
-        self._metrics = {getattr(function, "__name__", ""): function for function in metrics}
-        if len(self._metrics) < len(metrics) or not all(map(str.isidentifier, self._metrics)):
-            rule = "`metrics` must be functions of different names, which are theirs in the logs"
+        listed = metrics if isinstance(metrics, (list, tuple)) else [None]
+        self._metrics = {getattr(function, "__name__", ""): function for function in listed}
+        if len(self._metrics) < len(listed) or not all(map(str.isidentifier, self._metrics)):
+            rule = "`metrics` must be a list of functions of different names, theirs in the logs"
             raise ValueError(f"{rule}. Received: metrics={shortened(metrics)}")
         # Readings of the counters: when the epoch, None outside of training, and a test began.
         self._epoch_began: Any = None

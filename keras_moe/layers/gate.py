@@ -16,7 +16,7 @@ from keras import ops
 
 from keras_moe import losses, routers
 from keras_moe._internal import Tensor
-from keras_moe._internal.checks import check_number, shortened
+from keras_moe._internal.checks import check_number, fixed, shortened
 from keras_moe._internal.keras_internals import (
     drops_losses,
     in_symbolic_scope,
@@ -77,6 +77,10 @@ class Counts(NamedTuple):
 
     def since(self, earlier: "Counts") -> "Counts":
         """Counts after an earlier reading; all of them, if earlier weights were loaded since."""
+        shapes = [*map(np.shape, self)]
+        if not isinstance(earlier, Counts) or [*map(np.shape, earlier)] != shapes:
+            rule = "`earlier` must be a reading of the same layer"
+            raise ValueError(f"{rule}. Received: earlier={shortened(earlier)}")
         difference = Counts(*(_difference(*each) for each in zip(self, earlier)))
         is_older = min(np.min(difference.assignments), np.min(difference.numbers)) < 0
         return self if is_older else difference
@@ -105,7 +109,6 @@ class Gate(Recomputable):
     # Whether the config of this layer, rather than of a block around it, has its arguments.
     has_own_config = True
     router: Any
-    router_losses: tuple
     capacity: Capacity | None
     expert_counts: Any
     # Weights of the losses that were set before the layer was built.
@@ -116,7 +119,15 @@ class Gate(Recomputable):
         self.router = routers.get(router, num_experts, **arguments)
         if router_losses is None:
             router_losses = self.router.default_losses
-        self.router_losses = losses.get_list(router_losses)
+        self._router_losses = losses.get_list(router_losses)
+        for loss in self.router_losses:
+            if loss.needs_smooth_load and not self.router.has_smooth_load:
+                warnings.warn(
+                    f"`{loss.name}` of `{self.name}` has no effect with a "
+                    f"`{type(self.router).__name__}`, whose load has no gradient: use "
+                    "`LoadBalance`, or a router such as `NoisyTopKRouter`.",
+                    stacklevel=3,
+                )
         self.capacity = Capacity.get(capacity_factor)
         if self.capacity is not None and not self.router.tokens_choose:
             raise ValueError(
@@ -133,14 +144,18 @@ class Gate(Recomputable):
         """The banks that the router chooses experts from, in the order of their numbers."""
         raise NotImplementedError
 
-    @property
+    @fixed("`surgery.set_top_k(model, top_k)` changes it")
     def top_k(self):
         return self.router.top_k
 
-    @top_k.setter
-    def top_k(self, top_k):
-        rule = "`top_k` of a mixture is changed by `surgery.set_top_k(model, top_k)`"
-        raise AttributeError(f"{rule}. Received: layer.top_k = {top_k}")
+    @fixed("`layer.set_router_loss_weight(index, weight)` changes the weight of a loss")
+    def router_losses(self):
+        return self._router_losses
+
+    def quantize(self, *args: Any, **kwargs: Any) -> None:
+        """Raise: only the bank is quantized."""
+        rule = "The bank of a mixture is quantized: `layer.experts.quantize(mode)`"
+        raise NotImplementedError(f"{rule}. Received: the mixture `{self.name}`")
 
     def _build_gate(self, features):
         """Build the router, for tokens of so many features, and the counters."""
@@ -311,6 +326,9 @@ class Gate(Recomputable):
 
     def read_counts(self, evaluation: bool = False) -> Counts:
         """Return what a built layer has counted so far, in training or in evaluations."""
+        if not self.built:
+            rule = "A layer must be built before it has counts; call it on some data first"
+            raise ValueError(f"{rule}. Received: `{self.name}`, which is not built")
         assignments, dropped, (total, error), numbers = (
             array.view("uint32").astype("int64") if array.dtype == "int32" else array
             for array in map(ops.convert_to_numpy, self._counters(evaluation))

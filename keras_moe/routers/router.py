@@ -33,6 +33,7 @@ class Router(BaseLayer):
     between tokens, `update` if it has state, and `balance_advice` if it balances the load itself.
     Class attributes describe it:
 
+    - `has_smooth_load`: True if the `load` of its routings has a gradient in training.
     - `causal`: False if a token's experts depend on other tokens of the batch, which rules the
       router out for language models.
     - `default_losses`: names of the losses of a layer that is given none.
@@ -88,6 +89,7 @@ class Router(BaseLayer):
     """
 
     _top_k: Any = None
+    has_smooth_load = False
     causal = True
     default_losses: tuple = ("load_balance", "router_z")
     replays_indices = False
@@ -124,6 +126,9 @@ class Router(BaseLayer):
         """
         if self.num_experts is None:
             return
+        if self.max_top_k is None:
+            rule = "A router must set `top_k`, the number of experts per token"
+            raise TypeError(f"{rule}. Received: a `{type(self).__name__}` with top_k=None")
         if self.num_experts == 1 and max(self.top_k or 0, self.max_top_k) > 1:
             self.top_k = 1
         largest = max(self.top_k or 0, self.max_top_k)
@@ -194,7 +199,7 @@ class Router(BaseLayer):
 
     def route(self, tokens: Tensor, mask: Tensor, training: bool | None, **context: Any) -> Routing:
         """Return the routing of tokens (T, D), zeros where the mask (T,) is False."""
-        raise NotImplementedError
+        raise NotImplementedError(f"`{type(self).__name__}` must implement `route`")
 
     def update(self, routing: Routing) -> None:
         """Update the state of the router, in training, by a routing that was not replayed."""
@@ -206,7 +211,8 @@ class Router(BaseLayer):
 
     @top_k.setter
     def top_k(self, top_k):
-        if self.built:  # A compiled function has read it, and would keep the old one.
+        # A compiled function has read it, and would keep the old one.
+        if getattr(self, "built", False):
             rule = "`top_k` of a built router is changed by `surgery.set_top_k(model, top_k)`"
             raise AttributeError(f"{rule}. Received: router.top_k = {top_k}")
         self._top_k = top_k
