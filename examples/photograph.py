@@ -2,13 +2,13 @@
 
 Learns the colour of each pixel of a photograph from its place, (x, y), with dense layers and with a
 mixture of 64 experts that does about as much work for a pixel. The sky, a roof and a tree are
-different functions: after as many steps the mixture was a decibel better, after as many seconds 0.2
-on a busy machine, about as much as seeds differ.
+different functions: in the mean of five seeds the mixture was 1.1 decibels better after as many
+steps, and 0.3 after as many seconds.
 
     pip install ".[jax,visualization]" scikit-learn
 
 In a clone of the repository of keras_moe; with `tensorflow` or `torch` in place of `jax`, set
-`KERAS_BACKEND` to that name. `--image FILE` takes another photograph, `--seeds 3` three seeds.
+`KERAS_BACKEND` to that name. `--image FILE` takes another photograph, `--seeds 5` five seeds.
 """
 
 import argparse

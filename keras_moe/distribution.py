@@ -28,10 +28,9 @@ def expert_parallel(
 
     On JAX the devices form a grid of `data` by `experts`. Each holds E / `experts` of the E experts
     of every bank, and its share of each batch, whose size must be a multiple of `data * experts`.
-    Tokens are sent to the devices of their experts, within a row of the grid, and back. Models
-    train, predict and save as on one device. On PyTorch the processes of `torch.distributed` take
-    the place of devices, and each runs a training loop of yours: see the guide to replicas. Set it
-    before the model is made: `keras.distribution.set_distribution(...)`.
+    Tokens are sent to the devices of their experts, within a row of the grid, and back. On PyTorch
+    the processes of `torch.distributed` take the place of devices, and each runs a training loop of
+    yours. Set it before the model is made: `keras.distribution.set_distribution(...)`.
 
     Args:
         experts: Integer. Devices that share a bank, a divisor of its number of experts. None: all
@@ -46,7 +45,7 @@ def expert_parallel(
     Returns:
         On JAX an `ExpertParallel`, which is a `keras.distribution.ModelParallel`. On PyTorch an
         object with a method `data_parallel(model)`, for `DistributedDataParallel` of all but the
-        experts. Both go to `keras.distribution.set_distribution`.
+        experts.
 
     Raises:
         ValueError: If numbers, devices and axes of the mesh do not fit, there are no processes on

@@ -28,9 +28,9 @@ def generate(
 ) -> list:
     """Continue prompts with a model of `layers.TransformerDecoderBlock`s.
 
-    The blocks keep the keys and values of earlier tokens. The loop is compiled once for each number
-    of prompts, length of the longest and number of tokens; on PyTorch it runs eagerly. Every other
-    layer of the model must treat each position alone and alike, unlike an embedding of positions.
+    The loop is compiled once for each number of prompts, length of the longest and number of
+    tokens; on PyTorch it runs eagerly. Every other layer of the model must treat each position
+    alone and alike, unlike an embedding of positions.
 
     Args:
         model: Keras model from token ids (B, length), of any length, to logits (B, length, V).
@@ -203,8 +203,6 @@ def _compare_with_whole_text(writer, state, prompts):
     expected = writer.predict_on_batch(inputs)["logits"][0]
     difference = float(np.max(np.abs(state["logits"][row] - expected)))
     if difference > 0.05 * np.ptp(expected):
-        raise ValueError(
-            "The layers between decoder blocks must treat each position alone and alike, as tokens "
-            "are computed one by one: rotary positions of the blocks do, an embedding of positions "
-            f"does not. Received: logits that differ by {difference:.2g} from the whole text's"
-        )
+        rule = "Layers between decoder blocks must treat each position alone and alike"
+        received = f"logits that differ by {difference:.2g} from the whole text's"
+        raise ValueError(f"{rule}, unlike an embedding of positions. Received: {received}")

@@ -206,9 +206,8 @@ def weak_loss(loss, weight):
 def heavy_losses(router_losses, weights, total, values):
     """A finding, if balancing is a large part of what training can still lower, or None.
 
-    Only what is above the value of a loss at an even load counts: that is constant. `values` are
-    the means of the losses before their weights, and `total` is the largest loss of the model, as
-    any balancing loss is large beside the small loss of a task that has been learned.
+    `values` are the means of the losses before their weights. `total` is the largest loss of the
+    model: any balancing loss is large beside the loss of a task that has been learned.
     """
     constant = excess = 0.0
     names, advised = [], None

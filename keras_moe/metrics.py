@@ -16,14 +16,12 @@ from keras_moe._internal import Tensor
 from keras_moe._internal.checks import check_indices, check_integer, check_tensors, host_values
 from keras_moe._internal.serialization import register
 from keras_moe.ops import balance
-from keras_moe.ops.balance import masked_mean
 from keras_moe.ops.plans import GroupedPlan, plan_routing
 from keras_moe.ops.routing import Routing, count_assignments
 from keras_moe.ops.selection import chosen_experts, mask_invalid
 from keras_moe.ops.soft import SoftPlan
 
 __all__ = [
-    "DeadExpertsOverWindow",
     "DroppedFraction",
     "UsageMetric",
     "coactivation",
@@ -96,8 +94,8 @@ def unserved_fraction(routing: Routing, plan: GroupedPlan | SoftPlan) -> Tensor:
 
     Of an `ops.Routing` and its plan, such as `ops.plan_groups(routing)`; float32 scalar.
     """
-    unserved = ops.logical_not(plan.served())
-    return masked_mean(ops.cast(unserved, "float32"), routing.mask)
+    unserved = ops.expand_dims(ops.logical_not(plan.served()), 1)
+    return routing.mean(ops.cast(unserved, "float32"))[0]
 
 
 def router_saturation(before: Routing, after: Routing) -> Tensor:
@@ -244,10 +242,7 @@ class UsageMetric(keras.metrics.Metric):
     def update_state(self, routing: Routing) -> None:
         """Add the assignments of an `ops.Routing`, in which padding does not count."""
         check_tensors({"E": self.num_experts}, **{"routing.counts": (routing.counts, "E")})
-        self._add(ops.cast(routing.counts, "float32"), ops.cast(routing.dropped, "float32"))
-
-    def _add(self, counts, dropped):
-        self.counts.assign_add(counts)
+        self.counts.assign_add(ops.cast(routing.counts, "float32"))
 
     def result(self):
         return self.function(self.counts)
@@ -273,41 +268,13 @@ class DroppedFraction(UsageMetric):
         super().__init__(self._fraction, num_experts, name or "dropped_fraction", dtype)
         self.dropped = self.add_variable((), "zeros", "float32", name="dropped")
 
-    def _add(self, counts, dropped):
-        self.counts.assign_add(counts)
-        self.dropped.assign_add(dropped * ops.sum(counts))
+    def update_state(self, routing: Routing) -> None:
+        super().update_state(routing)
+        dropped = ops.cast(routing.dropped, "float32")
+        self.dropped.assign_add(dropped * ops.cast(ops.sum(routing.counts), "float32"))
 
     def _fraction(self, counts):
         return self.dropped / _or_one(ops.sum(counts))
-
-
-@register
-class DeadExpertsOverWindow(UsageMetric):
-    """Number of experts that `dead_experts` counts in each of the last `window` batches.
-
-    Each `update_state` is a batch.
-
-    Args:
-        window: Integer. Batches in a row in which an expert must be dead.
-
-    Other arguments: as for `UsageMetric`.
-    """
-
-    def __init__(
-        self, num_experts: int, window: int = 100, name: str | None = None, dtype: Any = None
-    ):
-        super().__init__(self._count, num_experts, name or "dead_experts_over_window", dtype)
-        self.window = check_integer("window", window)
-
-    def _add(self, counts, dropped):
-        # Batches since each expert was last alive.
-        self.counts.assign(ops.where(is_dead(counts), self.counts + 1.0, 0.0))
-
-    def _count(self, idle):
-        return ops.sum(ops.cast(idle >= self.window, "float32"))
-
-    def get_config(self):
-        return {**super().get_config(), "window": self.window}
 
 
 def as_counts(counts, axes="E", name="counts"):

@@ -45,8 +45,8 @@ SET_TOP_K = ("balanced_assignment", "switch")
 class SearchSpace:
     """The values from which a search chooses each part of a MoE layer.
 
-    Values come as a list, tuple, range or array. `DefaultsFirst` tries the first of each argument
-    first; a single one is fixed. An expert is `active_width / K` wide, so that neither the number
+    Values come as a list, tuple, range or array; a single one is fixed. `DefaultsFirst` tries the
+    first of each argument first. An expert is `active_width / K` wide, so that neither the number
     of experts nor `top_k` changes what the experts cost.
 
     Args:
@@ -168,12 +168,7 @@ def _router(name, num_experts, top_k):
 
 
 class DefaultsFirst(keras_tuner.Oracle):
-    """Abstract: a mixin before an oracle, whose first trial then has the default values.
-
-    So the best trial is never worse than what was picked by hand.
-
-    Raises:
-        TypeError: If it does not come before an oracle among the bases of a class.
+    """Abstract: a mixin before an oracle, else a TypeError is raised; its first trial has defaults.
 
     Example:
 
@@ -231,7 +226,7 @@ class WithinBudget(keras_tuner.Objective):
     """The least loss under a budget: any trial above it is worse than every trial within it.
 
     The score grows with the loss from 0 to 1; above the budget, the cost as a multiple of it is
-    added. KerasTuner averages the scores of a trial's executions: compare losses by `pareto_table`.
+    added.
 
     Args:
         budget: Float, greater than 0, else a ValueError is raised. Highest cost.
@@ -256,10 +251,9 @@ class WithinBudget(keras_tuner.Objective):
     def get_value(self, logs):
         if not self.has_value(logs):
             # Fatal to KerasTuner, which would otherwise try the next trial.
-            raise keras_tuner.errors.FatalValueError(
-                f"The logs must contain {self.loss!r} and {self.cost!r}: give `search` validation "
-                f"data and `callbacks=[tuner.CostMonitor()]`. Received: {sorted(logs)}"
-            )
+            fix = "give `search` validation data and `callbacks=[tuner.CostMonitor()]`"
+            rule = f"The logs must contain {self.loss!r} and {self.cost!r}: {fix}"
+            raise keras_tuner.errors.FatalValueError(f"{rule}. Received: {sorted(logs)}")
         cost, loss = float(logs[self.cost]), float(logs[self.loss])
         score = (1 + loss / (1 + abs(loss))) / 2
         return score if cost <= self.budget else score + cost / self.budget

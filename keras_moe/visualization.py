@@ -34,11 +34,8 @@ def coactivation(routings: dict | Tensor, num_experts: int | None = None) -> Fig
 
     Args:
         routings: The result of `inspection.record_routings`, or integer indices (T, K) with -1 for
-            no expert, or a dict of these by layer.
+            no expert, or a dict of these by layer. Others raise a ValueError.
         num_experts: Integer or None. E, for arrays; by default the highest index plus one.
-
-    Raises:
-        ValueError: If the indices are not integers (T, K).
 
     Example:
 
@@ -65,9 +62,7 @@ def confidence(routings: dict | Tensor) -> Figure:
 
     Args:
         routings: The result of `inspection.record_routings`; or probabilities (T, E), or a dict.
-
-    Raises:
-        ValueError: If an array does not hold probabilities.
+            Others raise a ValueError.
 
     Example:
 
@@ -189,9 +184,7 @@ def shares_over_time(shares: dict | Tensor) -> Figure:
 
     Args:
         shares: Counts or shares (time, E), or a dict of these by layer, as `ExpertMonitor.shares`.
-
-    Raises:
-        ValueError: If an array does not have two axes, or a negative number.
+            Others raise a ValueError.
 
     Example:
 
@@ -220,11 +213,9 @@ def settling(checkpoints: Sequence, num_experts: int | None = None) -> Figure:
     The dotted line is the share that two unrelated routings would have in common.
 
     Args:
-        checkpoints: List of at least two routings on the same data, each as in `coactivation`.
+        checkpoints: List of at least two routings on the same data, each as in `coactivation`, else
+            a ValueError is raised.
         num_experts: Integer or None. As in `coactivation`.
-
-    Raises:
-        ValueError: If there are fewer than two checkpoints, or they differ in layers or tokens.
 
     Example:
 

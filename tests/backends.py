@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 from keras import ops
 
+from keras_moe.backend import backend
+
 BACKEND = keras.backend.backend()
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -36,6 +38,15 @@ EVERY_JIT = {"tensorflow": (False, True), "jax": (True,), "torch": (False,)}[BAC
 # One mode for each way to compute: "graph" runs the code of "eager".
 KERNEL_MODES = {"tensorflow": ("eager", "xla"), "jax": ("jit",), "torch": ("eager",)}[BACKEND]
 
+# Platforms whose products a CPU can run, as kernels are interpreted, and modes to do it in.
+PLACES = {
+    "tensorflow": [("cpu", "eager"), ("cpu", "xla"), ("gpu", "xla")],
+    "jax": [("cpu", "jit"), ("tpu", "jit"), ("gpu", "jit")],
+    "torch": [("cpu", "eager"), ("gpu", "eager")],
+}[BACKEND]
+if backend.current_platform() != "cpu":
+    PLACES = [(backend.current_platform(), mode) for mode in KERNEL_MODES]
+
 if BACKEND == "tensorflow":
     import tensorflow as tf
 
@@ -50,6 +61,17 @@ def forget():
     """JAX keeps every function it ever compiled."""
     if BACKEND == "jax":
         jax.clear_caches()
+
+
+def by_place(cases, few):
+    """A test of a `place` and a `case`: all cases in the first place, elsewhere a few."""
+    pairs = [(PLACES[0], case) for case in unless_compiled(cases, few)]
+    pairs += [(place, case) for place in PLACES[1:] for case in few]
+    return pytest.mark.parametrize("place, case", pairs, indirect=["place"], ids=_named)
+
+
+def _named(case):
+    return "-".join(getattr(each, "__name__", str(each)) for each in case)
 
 
 def unless_compiled(cases, kept):

@@ -90,13 +90,15 @@ def runs_elsewhere(item):
 
 
 def pytest_generate_tests(metafunc):
-    """A test of a `mode` runs in each of `KERNEL_MODES`, unless its file sets others."""
-    from backends import KERNEL_MODES
+    """A test of a `mode` runs in each of `KERNEL_MODES`, of a `place` in each of `PLACES`."""
+    from backends import KERNEL_MODES, PLACES
 
     names = [mark.args[0] for mark in metafunc.definition.iter_markers("parametrize")]
-    is_set = hasattr(metafunc.module, "mode") or any("mode" in name for name in names)
-    if "mode" in metafunc.fixturenames and not is_set:
-        metafunc.parametrize("mode", KERNEL_MODES)
+    for name, values in (("mode", KERNEL_MODES), ("place", PLACES)):
+        if name in metafunc.fixturenames and not any(name in each for each in names):
+            is_place = name == "place"
+            ids = "-".join if is_place else None
+            metafunc.parametrize(name, values, indirect=is_place, ids=ids)
 
 
 @pytest.fixture
@@ -105,7 +107,7 @@ def small_tiles(monkeypatch):
     from backends import BACKEND
 
     from keras_moe.backend import backend
-    from keras_moe.ops import experts
+    from keras_moe.ops import networks
 
     for place in ("tiles", "padded"):
         monkeypatch.setattr(f"keras_moe.backend.{place}.tile_length", lambda *_: 4)
@@ -113,8 +115,19 @@ def small_tiles(monkeypatch):
         monkeypatch.setattr("keras_moe.backend.torch_groups.CPU_RUN_ROWS", 8)
     if BACKEND == "jax":
         # It keeps what it traced by the function: this one has traced no other tiles.
-        compute = experts._run.__wrapped__
-        monkeypatch.setattr(experts, "_run", backend.compile_once(lambda *inputs: compute(*inputs)))
+        compute = networks._run.__wrapped__
+        monkeypatch.setattr(
+            networks, "_run", backend.compile_once(lambda *inputs: compute(*inputs))
+        )
+
+
+@pytest.fixture
+def place(request, small_tiles):
+    """A platform to compute for, and a mode to do it in: of `PLACES`, unless a test sets others."""
+    from keras_moe import ops
+
+    with ops.platform(request.param[0]):
+        yield request.param
 
 
 @pytest.fixture(scope="module")

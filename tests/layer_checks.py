@@ -48,6 +48,13 @@ def moe(experts=None, **kwargs):
     return layers.MixtureOfExperts(experts or layers.FeedForwardExperts(E, 16), **kwargs)
 
 
+def model_of(*parts, shape=(D,), optimizer="sgd", **options):
+    """A sequential model that learns by a mean squared error."""
+    model = keras.Sequential([keras.Input(shape), *parts])
+    model.compile(optimizer, "mse", **{"jit_compile": backends.QUICK_JIT, **options})
+    return model
+
+
 def one_hot_router(top_k=1, **kwargs):
     """A router that sends a token to the expert of its largest feature: counts are known."""
     return routers.TopKRouter(E, top_k, kernel_initializer=wide_identity, **kwargs)
@@ -285,7 +292,6 @@ CASES = {
         )
     ),
     metrics.UsageMetric: _usage_metric({"function": metrics.load_imbalance}),
-    metrics.DeadExpertsOverWindow: _usage_metric(window=3),
     metrics.DroppedFraction: _usage_metric(),
     callbacks.ExpertHealth: Case(
         options=lambda: {"every": 5, "patience": 2, "stop": True, "rebalance": True}
@@ -427,7 +433,7 @@ def array(tensor):
     return keras.ops.convert_to_numpy(tensor)
 
 
-def gradients(layer, inputs, **kwargs):
+def gradients(layer, inputs, mode=backends.FAST_MODE, **kwargs):
     """Gradients of a weighted sum of a layer's outputs and of its losses: inputs, then weights.
 
     None where a gradient does not exist.
@@ -435,13 +441,16 @@ def gradients(layer, inputs, **kwargs):
     state = [variable.value for variable in layer.non_trainable_variables]
 
     def objective(inputs, *weights):
+        weights = [keras.ops.cast(w, v.dtype) for w, v in zip(weights, layer.trainable_variables)]
         outputs, _, losses = layer.stateless_call(
-            list(weights), state, inputs, **kwargs, return_losses=True
+            weights, state, inputs, **kwargs, return_losses=True
         )
+        outputs = keras.ops.cast(outputs, "float32")
         ramp = keras.ops.linspace(0.5, 1.5, int(np.prod(outputs.shape)))
         ramp = keras.ops.reshape(ramp, outputs.shape)
         return keras.ops.sum(outputs * ramp) + sum(losses, 0.0)
 
     weights = layer.trainable_variables
-    values = backends.gradients(objective, [inputs, *(array(weight) for weight in weights)])
+    values = [inputs, *(array(weight) for weight in weights)]
+    values = backends.gradients(objective, values, mode)
     return dict(zip(["inputs", *(weight.path for weight in weights)], values))

@@ -1,7 +1,8 @@
 """What every `Backend` promises, and what the package takes for granted of `keras.ops`.
 
 Everything outside of `keras_moe/backend` is written in these two, so most of its tests run on one
-backend. Products of groups on other platforms, and whole networks, are in `test_networks.py`.
+backend. `test_networks.py` has `backend.product` and `backend.outer` on each platform,
+`test_own_experts.py` `backend.layout`, with whole networks.
 """
 
 import contextlib
@@ -9,8 +10,10 @@ import contextlib
 import keras
 import numpy as np
 import pytest
+import reference
 from backends import BACKEND, FAST_MODE, MODES, assert_close, compiled, differentiated, gradients
 from keras import ops
+from test_second_derivatives import derivatives
 
 from keras_moe.backend import backend
 from keras_moe.backend.base import Backend
@@ -28,36 +31,22 @@ def ints(*values, dtype="int32"):
     return np.array(values, dtype)
 
 
-def assert_same(actual, expected):
-    """Equal numbers, dtype and shape: what is compiled next depends on all three."""
-    for one, other in zip(keras.tree.flatten(actual), keras.tree.flatten(expected), strict=True):
-        other = np.asarray(other)
-        assert one.dtype == other.dtype and one.shape == other.shape
-        np.testing.assert_array_equal(one, other)
-
-
 every_mode = pytest.mark.parametrize("mode", MODES)
 
 # From a function and its arguments to what NumPy says.
 ROWS = normal(4, 3)
+WITH_NAN = np.where(ROWS > 1, NAN, ROWS)
 SCORES = np.array([[1, 3, 3], [-INF, -INF, -INF], [0, 0, -1], [-1, -INF, 0]], "float32")
 COLUMNS = ints([0, 2], [-1, 1], [3, 0], [2, 2])
+TAKEN = [[r[c] if 0 <= c < 3 else 0 for c in cs] for r, cs in zip(WITH_NAN, COLUMNS)]
 EXPERTS = ints(2, 0, 2, 1, 0, 2, 5, -1)
+VECTOR, BIAS = ints([1, 2], dtype="float32"), ints(4, 5, dtype="float32")
+KERNEL = ints([3, 0], [1, 1], dtype="int8")
 METHODS = {
-    "rows of a vector of indices": (
-        backend.gather_rows,
-        (ROWS, ints(3, 0, 3)),
-        ROWS[[3, 0, 3]],
-    ),
-    "rows of a matrix of indices": (
-        backend.gather_rows,
-        (ROWS, ints([3, 0], [1, 1])),
-        ROWS[[[3, 0], [1, 1]]],
-    ),
-    "no rows of a tensor": (
-        backend.gather_rows,
-        (ROWS, np.zeros((0, 2), "int32")),
-        np.zeros((0, 2, 3), "float32"),
+    "rows of vectors and matrices of indices, and none": (
+        lambda x, *indices: [backend.gather_rows(x, each) for each in indices],
+        (ROWS, ints(3, 0, 3), ints([3, 0], [1, 1]), np.zeros((0, 2), "int32")),
+        [ROWS[[3, 0, 3]], ROWS[[[3, 0], [1, 1]]], np.zeros((0, 2, 3), "float32")],
     ),
     "the first of equal entries is the largest": (
         lambda x: ops.cast(backend.argmax(x), "int32"),
@@ -66,70 +55,40 @@ METHODS = {
     ),
     "entries of columns, and 0 where there is none": (
         backend.take_columns,
-        (np.where(ROWS > 1, NAN, ROWS), COLUMNS),
-        np.stack(
-            [
-                [r[c] if 0 <= c < 3 else 0 for c in cs]
-                for r, cs in zip(np.where(ROWS > 1, NAN, ROWS), COLUMNS)
-            ]
-        ).astype("float32"),
+        (WITH_NAN, COLUMNS),
+        np.array(TAKEN, "float32"),
     ),
-    "counts of integers, others are not counted": (
-        lambda x: backend.count_integers(x, 4),
-        (EXPERTS,),
-        ints(2, 1, 3, 0),
+    "counts of integers, also of none, of small ones, and of more than are compared": (
+        lambda x, none: [
+            *(backend.count_integers(each, 4) for each in (x, none, ops.tile(x, 5000))),
+            backend.count_integers(ops.cast(x, "int8"), 3),
+        ],
+        (EXPERTS, np.zeros(0, "int32")),
+        [ints(2, 1, 3, 0), ints(0, 0, 0, 0), ints(10000, 5000, 15000, 0), ints(2, 1, 3)],
     ),
-    "counts of more integers than are compared": (
-        lambda x: backend.count_integers(ops.tile(x, 5000), 4),
-        (EXPERTS,),
-        ints(10000, 5000, 15000, 0),
-    ),
-    "counts of none": (
-        lambda x: backend.count_integers(x, 4),
-        (np.zeros(0, "int32"),),
-        np.zeros(4, "int32"),
-    ),
-    "counts of small integers": (
-        lambda x: backend.count_integers(ops.cast(x, "int8"), 3),
-        (EXPERTS,),
-        ints(2, 1, 3),
-    ),
-    "a stable order": (
-        lambda x: backend.argsort(x, 4),
-        (ints(2, 0, 2, 1, 0, 3, 2),),
-        ints(1, 4, 3, 0, 2, 6, 5),
-    ),
-    "a stable order of integers too large to be packed": (
-        lambda x: backend.argsort(x, 2**31 - 1),
-        (ints(2**31 - 2, 7, 2**31 - 2, 0),),
-        ints(3, 1, 0, 2),
+    "a stable order, also of integers too large to be packed": (
+        lambda x, large: [backend.argsort(x, 4), backend.argsort(large, 2**31 - 1)],
+        (ints(2, 0, 2, 1, 0, 3, 2), ints(2**31 - 2, 7, 2**31 - 2, 0)),
+        [ints(1, 4, 3, 0, 2, 6, 5), ints(3, 1, 0, 2)],
     ),
     "the larger size": (lambda n: backend.larger_size(1, n), (np.int32(0),), np.int32(1)),
-    "rows times a kernel": (
-        lambda rows, kernel, bias: backend.multiply(Kernel(kernel), rows, bias),
-        (
-            ints([1, 2], dtype="float32"),
-            ints([3, 0], [1, 1], dtype="int8"),
-            ints(4, 5, dtype="float32"),
-        ),
-        ints([9, 7], dtype="float32"),
-    ),
-    "rows times a transposed kernel of integers": (
-        lambda rows, kernel, scale: backend.multiply(Kernel(kernel, scale), rows, transposed=True),
-        (
-            ints([1, 2], dtype="float32"),
-            ints([3, 0], [1, 1], dtype="int8"),
-            ints([2, 4], dtype="float32"),
-        ),
-        ints([6, 10], dtype="float32"),
+    "rows times a kernel of integers, with a bias, and transposed with a scale": (
+        lambda rows, kernel, bias, scale: [
+            backend.multiply(Kernel(kernel), rows, bias),
+            backend.multiply(Kernel(kernel, scale), rows, transposed=True),
+        ],
+        (VECTOR, KERNEL, BIAS, ints([2, 4], dtype="float32")),
+        [ints([9, 7], dtype="float32"), ints([6, 10], dtype="float32")],
     ),
     "a value that waits for a tensor": (backend.control_dependency, (ROWS, ints(3)), ints(3)),
-    "a sum over one replica": (backend.sum_over_replicas, (ROWS,), ROWS),
-    "rows of one replica": (backend.gather_over_replicas, (ROWS,), ROWS),
-    "counts of one replica": (
-        lambda *x: list(backend.sum_of_counts(list(x))),
-        (ints(1, 2), ints([3], [4])),
-        [ints(1, 2), ints([3], [4])],
+    "sums, rows and counts of one replica": (
+        lambda x, *counts: [
+            backend.sum_over_replicas(x),
+            backend.gather_over_replicas(x),
+            *backend.sum_of_counts(list(counts)),
+        ],
+        (ROWS, ints(1, 2), ints([3], [4])),
+        [ROWS, ROWS, ints(1, 2), ints([3], [4])],
     ),
 }
 if BACKEND != "torch":  # which has no shapes that are static
@@ -202,43 +161,16 @@ def test_a_loop_carries_stacks_and_has_a_gradient(mode):
 
     assert_close(last, oracle(numbers, rows)[0])
     assert_close(stacked, oracle(numbers, rows)[1])
-    flat = np.concatenate([numbers, rows.ravel()]).astype("float64")
 
-    def value(flat):
-        last, stacked = oracle(flat[:4], flat[4:].reshape(4, 3))
+    def value(numbers, rows):
+        last, stacked = oracle(numbers, rows)
         return np.sum(stacked**2) + last
 
-    step = 1e-6 * np.eye(16)
-    differences = [(value(flat + each) - value(flat - each)) / 2e-6 for each in step]
-    assert_close(np.concatenate([each.ravel() for each in actual]), differences, tolerance=1e-4)
-
-
-SIZES = ([2, 0, 1, 1], [0, 0, 5, 0], [0, 0, 0, 0])
-
-
-@every_mode
-def test_both_products_of_groups_equal_numpy(mode):
-    """Rows past the last group are left out. `backend.layout` is tested with whole networks."""
-    kernels, other = normal(4, 3, 2), normal(5, 2)
-    rows = normal(5, 3)
-    platform = backend.current_platform()
-
-    def function(rows, other, kernels, sizes):
-        return (
-            backend.product(rows, Kernel(kernels), sizes, False, platform),
-            backend.product(other, Kernel(kernels), sizes, True, platform),
-            backend.outer(rows, other, sizes, "float32", platform),
-        )
-
-    function = compiled(function, mode)
-    for sizes in SIZES:
-        forward, transposed, outer = function(rows, other, kernels, ints(*sizes))
-        expert, served = np.repeat(np.arange(4), sizes), sum(sizes)
-        expected = np.einsum("rd,rdh->rh", rows[:served], kernels[expert])
-        assert_close(forward[:served], expected)
-        assert_close(transposed[:served], np.einsum("rh,rdh->rd", other[:served], kernels[expert]))
-        chosen = np.eye(4)[expert]
-        assert_close(outer, np.einsum("re,rd,rh->edh", chosen, rows[:served], other[:served]))
+    numbers, rows = numbers.astype("float64"), rows.astype("float64")
+    of_numbers = reference.finite_differences(lambda x: value(x, rows), numbers)
+    assert_close(actual[0], of_numbers, tolerance=1e-4)
+    of_rows = reference.finite_differences(lambda x: value(numbers, x), rows)
+    assert_close(actual[1], of_rows, tolerance=1e-4)
 
 
 def test_groups_are_split_with_the_rest():
@@ -294,25 +226,12 @@ def test_second_derivatives_are_those_of_the_reference():
             reference=lambda inputs, context: inputs[0] ** 3,
         )
 
-    def gradient_of_sum(x):
-        if BACKEND == "tensorflow":
-            import tensorflow as tf
-
-            with tf.GradientTape() as tape:
-                tape.watch(x)
-                value = ops.sum(output(x))
-            return tape.gradient(value, x)
-        if BACKEND == "jax":
-            import jax
-
-            return jax.grad(lambda x: ops.sum(output(x)))(x)
-        import torch
-
-        return torch.autograd.grad(output(x).sum(), x, create_graph=True)[0]
+    def loss(x):
+        (slope,) = derivatives(lambda inputs: ops.sum(output(*inputs)), [x])
+        return ops.sum(slope**2)
 
     x = normal(4)
-    (second,) = gradients(lambda x: ops.sum(gradient_of_sum(x) ** 2), [x])
-    assert_close(second, 2 * 3 * x**2 * 6 * x)
+    assert_close(gradients(loss, [x])[0], 2 * 3 * x**2 * 6 * x)
 
 
 @every_mode
@@ -422,7 +341,6 @@ OPS = {
         ([1.9, -1.9, 2.0],),
         ints(1, -1, 2),
     ),
-    "sums of no entries": (lambda x: ops.sum(x, axis=0), (np.zeros((0, 2)),), [0.0, 0]),
     "logarithms of sums of nothing": (
         lambda x: ops.logsumexp(x, axis=-1),
         ([[-INF, 0.0], [0, 0]],),
@@ -430,35 +348,20 @@ OPS = {
     ),
     "a softmax of what is out of reach": (ops.softmax, ([0.0, -INF, 0.0],), [0.5, 0, 0.5]),
     "a softmax of large numbers": (ops.softmax, ([3e38, 0.0],), [1.0, 0]),
-    "no rows of a product": (
-        ops.matmul,
-        (np.zeros((0, 3)), np.ones((3, 2))),
-        np.zeros((0, 2), "float32"),
-    ),
-    "a product over nothing": (
-        ops.matmul,
-        (np.zeros((2, 0)), np.zeros((0, 3))),
-        np.zeros((2, 3), "float32"),
+    "sums and products of nothing": (
+        lambda x, y: [ops.sum(x, axis=0), ops.matmul(x, y), ops.matmul(ops.transpose(x), x)],
+        (np.zeros((0, 2), "float32"), np.ones((2, 3), "float32")),
+        [np.zeros(each, "float32") for each in ((2,), (0, 3), (2, 2))],
     ),
     "no one-hot row of what is no class": (
         lambda x: ops.one_hot(x, 3),
         (ints(2, -1),),
         [[0.0, 0, 1], [0, 0, 0]],
     ),
-    "a stable order of ties": (
-        lambda x: ops.cast(ops.argsort(x), "int32"),
-        (ints(1, 0, 1, 0, 1),),
-        ints(1, 3, 0, 2, 4),
-    ),
-    "an order of booleans": (
-        lambda x: ops.cast(ops.argsort(x > 0), "int32"),
-        (ints(1, 0, 1, 0),),
-        ints(1, 3, 0, 2),
-    ),
-    "an order with infinite numbers": (
-        lambda x: ops.cast(ops.argsort(-x), "int32"),
-        ([0, INF, -INF, 1],),
-        ints(1, 3, 0, 2),
+    "a stable order, of booleans, and of infinite numbers": (
+        lambda x, y: [ops.cast(ops.argsort(each), "int32") for each in (x, x > 0, -y)],
+        (ints(1, 0, 1, 0, 1), [0, INF, -INF, 1]),
+        [ints(1, 3, 0, 2, 4), ints(1, 3, 0, 2, 4), ints(1, 3, 0, 2)],
     ),
     "int32 stays int32": (
         lambda x: [ops.sum(x), ops.cumsum(x), x // 2, x % 3, ops.max(x), ops.maximum(x, 1)],

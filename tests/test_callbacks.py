@@ -217,18 +217,12 @@ def evaluates(model, *callbacks):
     return keras.callbacks.LambdaCallback(on_epoch_end=lambda *_: evaluated(model, *callbacks))
 
 
-def test_evaluations_without_the_monitor_leave_training_and_validation_alone():
-    layer = routed()
-    model, monitor = model_of(layer), ExpertMonitor()
-    for callbacks in ([monitor, evaluates(model)], [evaluates(model), monitor]):
-        assert usage(fit(model, *callbacks, epochs=2)) == about(BOTH)
-
-
 def test_monitors_do_not_change_what_others_report():
     model, monitor, other = model_of(routed()), ExpertMonitor(), ExpertMonitor()
     assert usage(fit(model, monitor, other, epochs=2)) == about(BOTH)
     assert monitor.history == other.history
-    for callbacks in ([monitor, evaluates(model, other)], [evaluates(model, other), monitor]):
+    evaluations = evaluates(model), evaluates(model, other)
+    for callbacks in ([monitor, *evaluations], [*evaluations, monitor]):
         assert usage(fit(model, *callbacks, epochs=2)) == about(BOTH)
         logs = usage(fit(model, *callbacks, validation=False))
         assert logs == about({"load_imbalance": 2.0, "dead_experts": 2})

@@ -60,12 +60,6 @@ def test_inspect_prints_layers_sizes_and_costs(folder, capsys):
     assert capsys.readouterr().out.splitlines()[-1].split()[-7:-3] == ["3.00", "x", "fair", "2"]
 
 
-def test_without_a_command_it_prints_its_help(capsys):
-    main([])
-    printed = capsys.readouterr().out
-    assert printed.startswith("usage: python -m keras_moe") and "write an HTML page" in printed
-
-
 def test_report_writes_a_page(folder, capsys):
     np.savez("x.npz", x=normal(3, 5, D))
     model = keras.saving.load_model("model.keras")

@@ -174,7 +174,7 @@ def policy(request):
 
 
 @pytest.mark.parametrize("policy", unless_compiled(POLICIES, ["mixed_float16"]), indirect=True)
-@by_name(LAYERS)
+@by_name(unless_compiled(LAYERS, OF_LAYERS))  # `test_routers.py` traces every router
 def test_symbolic_and_eager_calls_have_the_shape_and_dtype_of_the_policy(cls, policy):
     layer = CASES[cls].layer(plain(cls))
     symbolic = layer(keras.Input((3, D), batch_size=2))
@@ -190,7 +190,7 @@ def test_symbolic_and_eager_calls_have_the_shape_and_dtype_of_the_policy(cls, po
         assert weight.dtype == ("float32" if kept else policy.variable_dtype), weight.path
 
 
-@by_name(unless_compiled(LAYERS, [*MIXTURES, *BLOCKS]))
+@by_name(unless_compiled(LAYERS, [layers.MixtureOfExperts, layers.TransformerDecoderBlock]))
 def test_padding_of_any_content_changes_no_real_token_and_its_mask_goes_on(cls):
     layer = CASES[cls].layer(plain(cls))
     x = normal(2, 5, D)
@@ -234,7 +234,7 @@ def fitted(model, ids, batch_size, accumulated=None, **kwargs):
 MODES = {layers.MixtureOfExperts: "list_of_layers", layers.TransformerEncoderBlock: "larger_than"}
 
 
-@by_name(unless_compiled(OF_LAYERS, [layers.MixtureOfExperts, layers.TransformerDecoderBlock]))
+@by_name(unless_compiled(OF_LAYERS, [layers.MixtureOfExperts]))
 def test_recomputation_changes_nothing_and_frozen_weights_stay(cls):
     """Losses, weights, counters, selection biases and the states of random draws."""
     results = []
@@ -291,7 +291,8 @@ def test_surgery_is_done_or_refused_before_anything_changes(cls, tmp_path):
     np.testing.assert_array_equal(array(again(x)), array(model(x)))
 
 
-@by_name(unless_compiled(OF_LAYERS, MIXTURES[1:]))
+@on_one_backend
+@by_name(OF_LAYERS)
 def test_recorded_choices_are_replayed(cls):
     model, x = holding_model(cls, configured(cls)), normal(2, LENGTH, D)
     before = array(model(x))

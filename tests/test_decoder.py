@@ -106,7 +106,6 @@ def test_a_cache_has_the_dtype_of_the_policy_and_stays_close(policy):
     np.testing.assert_allclose(outputs, array(block(x)), atol=1e-5 if policy == "float32" else 0.1)
 
 
-@on_each_backend
 def test_padding_of_any_content_has_no_gradient_and_changes_nothing():
     block = make_block(cross_attention=True)
     mask = np.array([[True] * L, [False] * L])

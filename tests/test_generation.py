@@ -50,8 +50,9 @@ def test_the_likeliest_tokens_are_those_of_whole_passes(model, tmp_path):
     texts = keras_moe.generate(model, PROMPTS, 4)
     for prompt, text in zip(PROMPTS, texts):
         assert text.tolist() == best_continuation(model, prompt, 4)
-    of_one = keras_moe.generate(model, PROMPTS, 4, temperature=1, top_k=1)
-    assert [text.tolist() for text in of_one] == [text.tolist() for text in texts]
+    if BACKEND == "torch":  # The others compile it again.
+        of_one = keras_moe.generate(model, PROMPTS, 4, temperature=1, top_k=1)
+        assert [text.tolist() for text in of_one] == [text.tolist() for text in texts]
     model.save_weights(tmp_path / "model.weights.h5")  # as before it wrote
     model.load_weights(tmp_path / "model.weights.h5")
     if BACKEND == "jax":  # Embeddings of the others refuse it themselves.

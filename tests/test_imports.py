@@ -15,7 +15,7 @@ FRAMEWORKS = {"tensorflow", "jax", "jaxlib", "torch", "tensorflow_probability", 
 PARTS = [
     ("checks", "keras_internals", "plain_text", "Tensor"),
     ("backend", "initializers", "serialization"),
-    ("base_layer", "lora", "ops"),
+    ("base_layer", "ops"),
     ("activations", "losses", "metrics", "optimizers", "routers"),
     ("layers",),
     ("health", "inspection"),
@@ -26,7 +26,7 @@ PARTS = [
 LEVELS = {name: level for level, names in enumerate(PARTS) for name in names}
 TOOLS = PARTS.index(())
 # Modules of `backend/` that every framework uses.
-SHARED = {"base", "devices", "layouts", "padded"}
+SHARED = {"base", "layouts", "padded"}
 
 
 IMPORTED = """

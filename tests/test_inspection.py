@@ -5,13 +5,13 @@ import math
 import keras
 import numpy as np
 import pytest
-from backends import QUICK_JIT, on_each_backend, on_one_backend
-from layer_checks import D, E, array, moe, normal, one_hot_router
+from backends import on_each_backend, on_one_backend
+from forced_router import ForcedRouter
+from layer_checks import D, E, array, model_of, moe, normal, one_hot_router
 
 import keras_moe
 from keras_moe import inspection, layers, routers
 from keras_moe.callbacks import ExpertMonitor
-from keras_moe.routers.fixed import ForcedRouter
 
 pytestmark = on_one_backend
 
@@ -65,8 +65,7 @@ def test_batches_that_would_be_silently_wrong_are_refused():
 
 @on_each_backend
 def test_compiled_functions_count_in_the_context_alone():
-    model = keras.Sequential([keras.Input((8,)), moe(name="moe")])
-    model.compile("sgd", "mse")
+    model = model_of(moe(name="moe"), shape=(8,))
     x = np.ones((4, 8), "float32")
 
     def counted(compute, *data):
@@ -147,16 +146,14 @@ def test_the_summary_of_tasks_marks_the_bank_that_they_share():
 
 
 def test_the_first_evaluation_after_compile_counts():
-    model = keras.Sequential([keras.Input((D,)), moe(name="moe")])
-    model.compile("sgd", "mse", jit_compile=QUICK_JIT)
+    model = model_of(moe(name="moe"))
     with inspection.count_in_evaluation(model):
         model.evaluate(normal(3, D), normal(3, D), verbose=0)
     assert sum(inspection.summarize(model)[0].counts) == 3 * 2
 
 
 def test_summary_counts_all_of_a_training_and_without_one_the_evaluations(tmp_path):
-    model = keras.Sequential([keras.Input((D,)), moe(name="moe"), keras.layers.Dense(1)])
-    model.compile("sgd", "mse", jit_compile=QUICK_JIT)
+    model = model_of(moe(name="moe"), keras.layers.Dense(1))
     with inspection.count_in_evaluation(model):
         model(normal(3, D))
     assert sum(inspection.summarize(model)[0].counts) == 3 * 2

@@ -3,7 +3,7 @@
 import keras
 import numpy as np
 import pytest
-from backends import assert_close, on_one_backend, saved_and_loaded, to_numpy, unless_compiled
+from backends import assert_close, on_one_backend, saved_and_loaded, to_numpy
 from layer_checks import D, normal
 
 import keras_moe
@@ -36,7 +36,8 @@ def named(weights, ending):
     return [weight for weight in weights if weight.name.endswith(ending)]
 
 
-@pytest.mark.parametrize("case", unless_compiled(MODELS, ["biased, top-k"]))
+@on_one_backend
+@pytest.mark.parametrize("case", MODELS)
 def test_only_factors_train_and_a_file_has_the_corrected_kernels(case, tmp_path):
     model, x = model_of(case), normal(8, D)
     before = to_numpy(model(x))

@@ -109,21 +109,6 @@ def test_metrics_sum_all_routings_since_their_last_reset():
         assert not array(dropped_fraction.dropped)
 
 
-def test_experts_are_dead_that_had_nothing_in_a_window_of_batches():
-    rng, window = np.random.default_rng(3), 3
-    batches = rng.integers(0, 9, (5, 5)) * (rng.random((5, 5)) < 0.3)
-    batches[:, 4] = 0
-    metric = metrics.DeadExpertsOverWindow(num_experts=5, window=window)
-    routing = routing_of(np.zeros((3, 5), "float32"))
-    for last in range(1, 6):
-        counts = ops.convert_to_tensor(batches[last - 1].astype("int32"))
-        metric.update_state(routing._replace(counts=counts))
-        idle = ~batches[max(last - window, 0) : last].any(axis=0)
-        assert float(metric.result()) == (np.sum(idle) if last >= window else 0)
-    metric.reset_state()
-    assert float(metric.result()) == 0
-
-
 def draw(seed=0):
     return normal(T, E, seed=seed), np.random.default_rng(seed).random(T) < 0.7
 

@@ -1,12 +1,8 @@
 """grouped_matmul: every group of rows times its own kernel, and nothing else."""
 
-import keras
 import numpy as np
-import pytest
 import reference
-from backends import EXAMPLES, assert_close, differentiated
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from backends import assert_close, differentiated
 from keras import ops
 
 from keras_moe.backend import tiles
@@ -53,25 +49,6 @@ def test_groups_of_all_kinds_equal_the_oracle(mode, small_tiles):
         check_against_oracle(function, np.random.default_rng(0), 40, sizes)
 
 
-def test_drawn_groups_and_shapes_equal_the_oracle(mode, small_tiles):
-    @settings(max_examples=EXAMPLES[mode] // 2)
-    @given(
-        st.lists(st.integers(0, 20), min_size=1, max_size=5),
-        st.tuples(st.integers(1, 5), st.integers(1, 5)),
-        st.integers(0, 9),
-        st.randoms(use_true_random=False),
-    )
-    def check(sizes, shape, num_padding, shuffler):
-        num_rows = max(sum(sizes) + num_padding, 1)
-        function = differentiated(weighted_sum, mode)
-        for _ in range(3):
-            rng = np.random.default_rng(shuffler.randrange(2**32))
-            shuffler.shuffle(sizes)
-            check_against_oracle(function, rng, num_rows, sizes, shape)
-
-    check()
-
-
 def test_groups_around_the_real_length_of_a_tile_equal_the_oracle(mode):
     function = differentiated(weighted_sum, mode)
     length = tiles.tile_length(1152, 3)
@@ -87,29 +64,3 @@ def test_group_sizes_may_be_a_list_or_any_integer_tensor():
     for sizes in ([1, 2], np.array([1, 2], "int64"), np.array([1, 2], "uint8")):
         output = ops.convert_to_numpy(grouped_matmul(rows, kernels, sizes))
         np.testing.assert_array_equal(output, expected)
-
-
-@pytest.mark.backends("tensorflow")
-@pytest.mark.parametrize("jit_compile", [False, True])
-def test_the_number_of_rows_may_be_unknown_when_traced(jit_compile, small_tiles):
-    import tensorflow as tf
-
-    signature = [
-        tf.TensorSpec((None, 3)),
-        tf.TensorSpec((4, 3, 4)),
-        tf.TensorSpec((4,), "int32"),
-        tf.TensorSpec((None, 4)),
-    ]
-
-    @tf.function(input_signature=signature, jit_compile=jit_compile)
-    def traced(rows, kernels, sizes, upstream):
-        with tf.GradientTape() as tape:
-            tape.watch([rows, kernels])
-            value, output = weighted_sum([rows, kernels], sizes, upstream)
-        return value, output, tape.gradient(value, [rows, kernels])
-
-    def function(inputs, sizes, upstream):
-        return keras.tree.map_structure(ops.convert_to_numpy, traced(*inputs, sizes, upstream))
-
-    for num_rows, sizes in ((12, [3, 0, 5, 1]), (31, [2, 20, 0, 9]), (0, [0, 0, 0, 0])):
-        check_against_oracle(function, np.random.default_rng(0), num_rows, sizes)

@@ -19,7 +19,8 @@ from keras import ops
 from layer_checks import E, array, moe, one_hot, one_hot_router
 
 from keras_moe import layers
-from keras_moe.ops import Routing, expert_capacity, plan_groups, top_k_routing
+from keras_moe.ops import Routing, plan_groups, top_k_routing
+from keras_moe.ops.capacity import slots_of_expert
 
 pytestmark = on_one_backend
 
@@ -110,11 +111,11 @@ def test_the_capacity_is_exact_where_the_number_of_tokens_is_a_tensor(mode):
     cases = [(1, 1, 1.1), (3, 1, 0.3), (7, 3, 1.0), (64, 2, 1.25), (6, 4, 4 / 3), (4, 1, 1e-5)]
 
     def capacities(num_tokens):
-        return [expert_capacity(num_tokens, *case) for case in cases]
+        return [slots_of_expert(num_tokens, *case) for case in cases]
 
     num_tokens = np.arange(1, 5001, dtype="int32")
     for case, actual in zip(cases, compiled(capacities, mode)(num_tokens)):
-        expected = [expert_capacity(int(number), *case) for number in num_tokens]
+        expected = [slots_of_expert(int(number), *case) for number in num_tokens]
         np.testing.assert_array_equal(actual, expected)
 
 
@@ -122,12 +123,12 @@ def test_the_capacity_is_exact_where_the_number_of_tokens_is_a_tensor(mode):
 def test_the_capacity_equals_that_of_exact_arithmetic(num_tokens, num_experts, top_k, percent):
     factor, top_k = percent / 100, min(top_k, num_experts)
     expected = reference.expert_capacity(num_tokens, num_experts, top_k, factor)
-    assert expert_capacity(num_tokens, num_experts, top_k, factor) == expected
+    assert slots_of_expert(num_tokens, num_experts, top_k, factor) == expected
 
 
 def test_the_capacity_of_many_tokens_does_not_pass_32_bits():
-    expected = expert_capacity(200_000, 64, 7, 1.999)
-    actual = compiled(lambda n: expert_capacity(n, 64, 7, 1.999), FAST_MODE)(np.int32(200_000))
+    expected = slots_of_expert(200_000, 64, 7, 1.999)
+    actual = compiled(lambda n: slots_of_expert(n, 64, 7, 1.999), FAST_MODE)(np.int32(200_000))
     assert actual == expected == 43_729
 
 
@@ -181,40 +182,26 @@ def run(capacity, experts, training=True, mask=None):
 CROWDED = [[0, 0, 0, 0], [0, 1, 2, 3]]
 
 
-def test_a_number_limits_training_and_not_evaluation():
-    is_served, dropped = run(1.0, CROWDED)
-    assert is_served.tolist() == [[True, True, False, False], [False, True, True, True]]
-    assert dropped == 3 / 8
-    is_served, dropped = run(1.0, CROWDED, training=False)
-    assert is_served.all() and dropped == 0
-
-
-def test_evaluation_may_have_a_factor_of_its_own():
-    capacity = layers.Capacity(4.0, evaluation_factor=0.5)
-    assert run(capacity, CROWDED)[0].all()
-    is_served, _ = run(capacity, CROWDED, training=False)
-    assert is_served.tolist() == [[True, False, False, False], [False, True, True, True]]
-
-
 @pytest.mark.parametrize(
-    "options, room",
+    "capacity, experts, training, served",
     [
-        ({}, 1),
-        ({"minimum": 3}, 3),
-        ({"multiple_of": 2}, 2),
-        ({"minimum": 3, "multiple_of": 2}, 4),
-        ({"minimum": 9}, 5),
+        (1.0, CROWDED, True, "1100 0111"),
+        (1.0, CROWDED, False, "1111 1111"),
+        (layers.Capacity(4.0, evaluation_factor=0.5), CROWDED, True, "1111 1111"),
+        (layers.Capacity(4.0, evaluation_factor=0.5), CROWDED, False, "1000 0111"),
+        (layers.Capacity(0.5), CROWDED, True, "1000 0111"),
+        (layers.Capacity(0.5, minimum=3), CROWDED, True, "1110 0111"),
+        (layers.Capacity(0.5, multiple_of=2), CROWDED, True, "1100 0111"),
+        (layers.Capacity(0.5, minimum=3, multiple_of=2), CROWDED, True, "1111 0111"),
+        (layers.Capacity(0.5, minimum=9), CROWDED, True, "1111 1111"),
+        (layers.Capacity(1.0, per_sequence=True), [[0, 0, 1, 1], [0, 0, 0, 1]], True, "1010 1001"),
     ],
 )
-def test_room_is_rounded_up_and_has_a_minimum(options, room):
-    is_served, _ = run(layers.Capacity(0.5, **options), CROWDED)
-    assert is_served[0].sum() + is_served[1, 0] == room
-
-
-def test_sequences_compete_among_themselves_only():
-    capacity = layers.Capacity(1.0, per_sequence=True)
-    is_served, _ = run(capacity, [[0, 0, 1, 1], [0, 0, 0, 1]])
-    assert is_served.tolist() == [[True, False, True, False], [True, False, False, True]]
+def test_a_capacity_serves_the_first_tokens_of_each_expert(capacity, experts, training, served):
+    is_served, dropped = run(capacity, experts, training)
+    expected = np.array([[digit == "1" for digit in each] for each in served.split()])
+    np.testing.assert_array_equal(is_served, expected)
+    assert dropped == 1 - expected.mean()
 
 
 def test_padding_takes_no_room():

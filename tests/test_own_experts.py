@@ -1,27 +1,27 @@
-"""Experts that users write, as small networks: equal to a formula, with all that banks have."""
+"""Networks of experts, also those that users write: equal to a formula, with all banks have."""
+
+import itertools
 
 import keras
 import numpy as np
 import pytest
 from backends import (
     FAST_MODE,
-    KERNEL_MODES,
+    PLACES,
     assert_close,
+    by_place,
     compiled,
-    gradients,
+    differentiated,
     on_one_backend,
     saved_and_loaded,
     to_numpy,
     to_tensors,
-    unless_compiled,
 )
 from keras import ops
 from layer_checks import normal
-from test_networks import PLATFORMS, mode_on
 from test_second_derivatives import along, derivatives, stateless
 
-from keras_moe import inspection, layers, routers, surgery
-from keras_moe.ops import platform
+from keras_moe import inspection, layers, surgery
 
 T, D, H, E = 9, 6, 5, 3
 
@@ -78,7 +78,10 @@ BANKS = {
     "deep": lambda: DeepExperts(E, "tanh"),
     "normalised": lambda: NormalisedExperts(E, activation="tanh", use_bias=False),
     "branched": lambda: BranchedExperts(E, "tanh"),
+    "gated": lambda: layers.GatedExperts(E, H, "tanh", use_bias=True, clip=0.5, up_shift=1.0),
+    "linear": lambda: layers.LinearExperts(E, D),
 }
+OWN_BANKS = [BANKS[name] for name in ("deep", "normalised", "branched")]
 
 
 def mixture_of(bank, router="top_k"):
@@ -86,11 +89,6 @@ def mixture_of(bank, router="top_k"):
     layer = layers.MixtureOfExperts(bank, router, ())
     layer.build((None, D))
     return layer
-
-
-@pytest.fixture(params=unless_compiled(BANKS, ["normalised"]))
-def layer(request):
-    return mixture_of(BANKS[request.param]())
 
 
 def values_of(layer):
@@ -146,49 +144,54 @@ KINDS = {
     "low rank": lambda bank: bank.enable_lora(2, lora_alpha=3),
     "int8": lambda bank: bank.quantize("int8"),
 }
+FEW = [("normalised", "int8"), ("gated", "low rank"), ("branched", "plain")]
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_outputs_and_gradients_equal_a_formula(layer, kind, mode, small_tiles):
+@by_place(list(itertools.product(BANKS, KINDS)), FEW)
+def test_outputs_and_gradients_equal_a_formula(place, case):
+    bank, kind = case
+    layer = mixture_of(BANKS[bank]())
     KINDS[kind](layer.experts)
-    inputs, ours, theirs = values_of(layer), stateless(layer), formula(layer)
-    outputs, expected = (compiled(each, mode)(inputs) for each in (ours, theirs))
-    assert_close(outputs, expected)
+    inputs = values_of(layer)
     names = ["inputs", *(weight.name for weight in layer.trainable_variables)]
     assert any("lora" in name for name in names) == (kind == "low rank")
-    actual, expected = (gradients(loss_of(each), inputs, mode) for each in (ours, theirs))
-    for name, one, other in zip(names, actual, expected):
-        assert np.any(other), name
-        assert_close(one, other, tolerance=1e-4 if kind == "int8" else 1e-5)
+    ours, theirs = (results(each, inputs, place[1]) for each in (stateless(layer), formula(layer)))
+    for name, actual, expected in zip(["outputs", *names], ours, theirs, strict=True):
+        assert np.any(expected), name
+        assert_close(actual, expected, tolerance=1e-4 if kind == "int8" else 1e-5)
 
 
-def loss_of(function):
-    return lambda *inputs: ops.sum(ops.sin(function(inputs)) * ops.cos(inputs[0]))
+def loss_of(outputs, inputs):
+    return ops.sum(ops.sin(outputs) * ops.cos(inputs[0]))
+
+
+def results(call, inputs, mode):
+    """Outputs, and gradients of a loss of them."""
+
+    def loss(inputs):
+        outputs = call(inputs)
+        return loss_of(outputs, inputs), outputs
+
+    _, outputs, gradients = differentiated(loss, mode)(inputs)
+    return [outputs, *gradients]
 
 
 def second_derivatives(call, inputs, mode=FAST_MODE):
     """The products of all second derivatives of a loss with the cosines of the inputs."""
 
     def function(inputs, ways):
-        return along(lambda inputs: loss_of(call)(*inputs), ways)(inputs)
+        return along(lambda inputs: loss_of(call(inputs), inputs), ways)(inputs)
 
     return compiled(function, mode)(inputs, [np.cos(each) for each in inputs])
 
 
-def gated():
-    return layers.GatedExperts(E, H, "tanh", use_bias=True)
+SECOND = [*((name, "top_k") for name in BANKS), ("gated", "dense")]
 
 
-SECOND = [
-    *((make, "top_k", FAST_MODE) for make in unless_compiled(BANKS.values(), [BANKS["branched"]])),
-    *((gated, "top_k", mode) for mode in KERNEL_MODES),
-    (lambda: layers.FeedForwardExperts(E, H, "tanh"), "dense", FAST_MODE),
-]
-
-
-@pytest.mark.parametrize("make, router, mode", SECOND)
-def test_second_derivatives_equal_a_formula(make, router, mode, small_tiles):
-    layer = mixture_of(make(), router)
+@on_one_backend
+@pytest.mark.parametrize("bank, router", SECOND)
+def test_second_derivatives_equal_a_formula(bank, router, mode, small_tiles):
+    layer = mixture_of(BANKS[bank](), router)
     inputs = values_of(layer)
     actual = second_derivatives(stateless(layer), inputs, mode)
     for one, other in zip(actual, second_derivatives(formula(layer), inputs)):
@@ -200,27 +203,26 @@ def dropping():
     return mixture_of(NormalisedExperts(E, rate=0.4, activation="tanh"))
 
 
-@pytest.mark.parametrize("name", PLATFORMS)
-def test_dropout_is_the_same_in_both_passes_and_in_second_derivatives(name, small_tiles):
-    layer = dropping()
-    inputs, trained, step = values_of(layer), stateless(layer), 1e-3
+@pytest.mark.parametrize("place", sorted({PLACES[0], PLACES[-1]}), indirect=True, ids="-".join)
+def test_dropout_is_the_same_in_both_passes_and_in_second_derivatives(place):
+    layer, mode, step = dropping(), place[1], 1e-3
+    inputs, trained = values_of(layer), stateless(layer)
 
     def call(inputs):
         return trained(inputs, training=True)  # from one state of the draws
 
+    def loss(inputs):
+        return loss_of(call(inputs), inputs)
+
     def moved(sign):
         return [each + sign * step * np.cos(each) for each in inputs]
 
-    with platform(name):
-        mode = mode_on(name)
-        loss = compiled(lambda inputs: loss_of(call)(*inputs), mode)
-        slopes = compiled(lambda inputs: derivatives(lambda x: loss_of(call)(*x), inputs), mode)
-        here, ahead, behind = (slopes(moved(sign)) for sign in (0, 1, -1))
-        second = second_derivatives(call, inputs, mode)
-        difference = (loss(moved(1)) - loss(moved(-1))) / (2 * step)
-    slope = sum(np.sum(gradient * np.cos(each)) for gradient, each in zip(here, inputs))
-    assert_close(slope, difference, tolerance=1e-3)
-    for actual, high, low in zip(second, ahead, behind):
+    both = compiled(lambda inputs: [loss(inputs), derivatives(loss, inputs)], mode)
+    here, ahead, behind = (both(moved(sign)) for sign in (0, 1, -1))
+    slope = sum(np.sum(gradient * np.cos(each)) for gradient, each in zip(here[1], inputs))
+    assert_close(slope, (ahead[0] - behind[0]) / (2 * step), tolerance=1e-3)
+    second = second_derivatives(call, inputs, mode)
+    for actual, high, low in zip(second, ahead[1], behind[1]):
         assert_close(actual, (high - low) / (2 * step), tolerance=1e-2)
 
 
@@ -237,32 +239,11 @@ def test_dropout_draws_in_training_only_and_its_draws_are_saved(tmp_path):
     np.testing.assert_allclose(resumed, second, atol=1e-6)
 
 
-class DroppedOnes(layers.StackedExperts):
-    """The features of a token that stay, scaled."""
-
-    def widths(self, features):
-        return {"zero": (features, 512)}
-
-    def network(self, rows, linear):
-        return linear.dropout(0.0 * linear("zero", rows) + 1.0, 0.25)
-
-
 @on_one_backend
-def test_dropout_drops_its_share_of_every_row_and_column():
-    bank = DroppedOnes(E)
-    layer = layers.MixtureOfExperts(
-        bank, routers.TopKRouter(top_k=1, renormalize=True), router_losses=()
-    )
-    outputs = to_numpy(layer(normal(512, D), training=True))
-    assert set(np.unique(outputs).round(4)) == {0.0, np.float32(1.3333)}
-    for axis in (0, 1):
-        assert abs((outputs == 0).mean(axis) - 0.25).max() < 0.12  # six deviations
-
-
-@pytest.mark.parametrize("kind", unless_compiled(KINDS, ["low rank"]))
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_model_is_saved_and_loaded(kind, tmp_path):
     inputs = outputs = keras.Input((3, D))
-    for make in BANKS.values():
+    for make in OWN_BANKS:
         outputs = layers.MixtureOfExperts(make())(outputs)
     model, x = keras.Model(inputs, outputs), normal(2, 3, D)
     for layer in model.layers[1:]:
@@ -274,7 +255,9 @@ def test_a_model_is_saved_and_loaded(kind, tmp_path):
 
 
 @on_one_backend
-def test_surgery_cuts_experts_and_does_not_merge_them(layer):
+@pytest.mark.parametrize("make", OWN_BANKS)
+def test_surgery_cuts_experts_and_does_not_merge_them(make):
+    layer = mixture_of(make())
     model, x = keras.Sequential([keras.Input((D,)), layer]), normal(T, D)
     with pytest.raises(ValueError, match="hidden features cannot be matched"):
         surgery.merge_experts(model, data=[x])

@@ -33,35 +33,6 @@ def block(**kwargs):
     return layers.TransformerEncoderBlock(2, mixture(), dropout=0.2, **kwargs)
 
 
-def layer_mixture(**kwargs):
-    experts = layers.LayerExperts([keras.layers.Dense(D, name=f"expert_{n}") for n in range(E)])
-    return layers.MixtureOfExperts(experts, shared_expert=keras.layers.Dense(D), **kwargs)
-
-
-def trained(make, mode, eager):
-    """All variables of a layer, constructed in a scope, after one step."""
-    keras.utils.set_random_seed(3)
-    with keras.RematScope(mode, output_size_threshold=10, layer_names=["expert_0", "expert_1"]):
-        layer = make()
-    model = keras.Sequential([keras.Input((LENGTH, D)), layer])
-    model.compile(keras.optimizers.SGD(1.0), "mse", jit_compile=False, run_eagerly=eager)
-    x = normal(4, LENGTH, D)
-    model.fit(x, x**2, verbose=0)
-    return to_numpy([variable.value for variable in model.variables])
-
-
-@pytest.mark.backends("tensorflow")
-@pytest.mark.parametrize(
-    "make, eager", [(mixture, True), (mixture, False), (layer_mixture, True), (block, True)]
-)
-def test_each_weight_has_one_gradient(make, eager):
-    """TensorFlow finds the variables that a recomputed function reads, besides its arguments."""
-    plain = trained(make, None, eager)
-    for mode in ("full", "list_of_layers") if make is layer_mixture else ("full",):
-        for again, each in zip(trained(make, mode, eager), plain, strict=True):
-            assert_close(again, each, scale=max(1.0, np.max(np.abs(each), initial=0.0)))
-
-
 def test_masks_of_calls_with_several_tensors_are_kept():
     with keras.RematScope("list_of_layers", layer_names=["recomputed"]):
         layer = mixture(name="recomputed")

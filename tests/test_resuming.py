@@ -86,16 +86,10 @@ def test_every_kind_of_state_resumes(tmp_path):
     of_batches = losses.LoadBalance(scope="global", accumulation_steps=2)
     limit = layers.Capacity(1.0, priority="random")
     dropping = layers.FeedForwardExperts(E, 4, dropout=0.25)
-    parts = [
-        moe(router="noisy_top_k"),
-        moe(router="relu"),
-        moe(
-            dropping,
-            router=seeded,
-            router_losses=["load_balance", of_batches],
-            capacity_factor=limit,
-        ),
-    ]
+    router_losses = ["load_balance", of_batches]
+    parts = [moe(dropping, router=seeded, router_losses=router_losses, capacity_factor=limit)]
+    if keras.backend.backend() == "torch":  # The others compile each for long.
+        parts += [moe(router="noisy_top_k"), moe(router="relu")]
     assert_resumes(compiled(*parts), tmp_path, CALLBACKS["schedule"])
 
 

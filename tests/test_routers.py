@@ -20,11 +20,11 @@ from backends import (
     unless_compiled,
 )
 from drawn import MASKS, SKEWS, draw_logits, draw_mask
+from forced_router import ForcedRouter
 from keras import ops
 from layer_checks import gradients, normal
 
 from keras_moe import layers, losses, routers
-from keras_moe.routers.fixed import ForcedRouter
 
 
 def make(name, *arguments, **kwargs):
@@ -423,13 +423,6 @@ def test_input_jitter_is_uniform_for_every_feature_and_logit_noise_is_normal():
 
 
 @on_one_backend
-@pytest.mark.parametrize("name", sorted({*routers.IDENTIFIERS} - {"group_limited"}))
-def test_one_expert_serves_all_tokens_in_training(name):
-    routing = route(routers.get(name, num_experts=1), training=True)
-    assert 0 < np.sum(routing.counts) <= len(TOKENS) and np.isfinite(routing.weights).all()
-
-
-@on_one_backend
 @pytest.mark.parametrize("name", routers.IDENTIFIERS)
 def test_a_router_by_name_fits_its_layer(name):
     by_losses = {
@@ -475,28 +468,3 @@ def test_skipping_experts_of_weight_zero_changes_no_output_and_no_gradient(per_e
     for ours, theirs in zip(*(each.values() for each in found), strict=True):
         assert_close(to_numpy(ours), to_numpy(theirs))
         assert np.any(to_numpy(ours))
-
-
-@on_one_backend
-@pytest.mark.parametrize("num_experts", [4, 5])
-def test_trained_selectors_leave_at_most_top_k_experts_and_the_others_are_not_computed(num_experts):
-    keras.utils.set_random_seed(0)
-    router = routers.DSelectKRouter(top_k=2, per_example=False, seed=1)
-    losses_of_router = [losses.SelectorEntropy(0.5)]
-    bank = layers.FeedForwardExperts(num_experts, 8, output_dim=1)
-    layer = layers.MixtureOfExperts(bank, router, losses_of_router)
-    model = keras.Sequential([keras.Input((6,)), layer])
-    model.compile(keras.optimizers.Adam(0.05), "mse")
-    x = np.tile(TOKENS, (4, 1))
-    assert np.all(route(router, x).weights > 0)
-    model.fit(x, np.sin(x[:, :1]), epochs=25, batch_size=16, verbose=0)
-    routing = route(router, x)
-    used = routing.counts > 0
-    assert 1 <= used.sum() <= 2
-    np.testing.assert_array_equal(routing.indices >= 0, np.broadcast_to(used, (64, num_experts)))
-    np.testing.assert_array_equal(routing.weights[:, ~used], 0)
-    assert_close(routing.weights.sum(axis=1), np.ones(64))
-    outputs = to_numpy(layer(x))
-    kernel = ops.convert_to_numpy(bank.up_kernel)
-    bank.up_kernel.assign(np.where(used[:, None, None], kernel, np.nan))
-    np.testing.assert_array_equal(to_numpy(layer(x)), outputs)

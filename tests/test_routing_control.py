@@ -15,10 +15,10 @@ from backends import (
     to_numpy,
 )
 from keras import ops
-from layer_checks import D, E, array, moe, normal
+from layer_checks import D, E, array, model_of, moe, normal
 
 from keras_moe import callbacks, inspection, layers, losses, routers
-from keras_moe.ops.transport import balanced_assignment, sinkhorn_plan
+from keras_moe.ops.matching import balanced_assignment, sinkhorn_plan
 
 pytestmark = on_one_backend
 
@@ -190,8 +190,7 @@ def test_the_weight_of_a_loss_changes_in_training_and_nothing_is_compiled_again(
     # Another scope is another loss.
     layer = moe(router_losses=[Traced(0.5), "router_z", losses.LoadBalance(0.0, "sequence")])
     layer.set_router_loss_weight("sequence_load_balance", 1e-9)
-    model = keras.Sequential([keras.Input((5, D)), layer])
-    model.compile(keras.optimizers.SGD(0.0), "mse")
+    model = model_of(layer, shape=(5, D), optimizer=keras.optimizers.SGD(0.0))
     schedule = callbacks.RouterLossSchedule(lambda epoch, weight: weight * (epoch + 1))
     first = model.fit(X, X, batch_size=3, epochs=1, callbacks=[schedule], verbose=0)
     seen = len(traces)

@@ -3,7 +3,7 @@
 import keras
 import numpy as np
 import pytest
-from backends import BACKEND, ROOT, on_one_backend, run_python, unless_compiled
+from backends import BACKEND, ROOT, on_one_backend, run_python
 from layer_checks import D, E, array, moe, normal
 
 from keras_moe import layers, losses, routers
@@ -50,8 +50,9 @@ def model_with_everything():
 def trained():
     keras.utils.set_random_seed(0)
     model = model_with_everything()
-    model.compile("adam", "mse", run_eagerly=BACKEND == "tensorflow")  # which traces for long
-    model.fit(TOKENS, normal(2, 3), epochs=2, verbose=0)
+    model.compile("adam", "mse")
+    for number, weight in enumerate(model.trainable_weights):
+        weight.assign_add(0.1 * normal(*weight.shape, seed=number))
     return model
 
 
@@ -100,9 +101,10 @@ SAVED = ROOT / "tests" / "saved"
 NAMES = sorted(path.stem for path in SAVED.glob("*.keras"))
 
 
+@on_one_backend
 @pytest.mark.filterwarnings("ignore:.*does not have a `quantize` method")
 @pytest.mark.filterwarnings("ignore:.*has no effect with a")
-@pytest.mark.parametrize("name", unless_compiled(NAMES, ["routers"]))
+@pytest.mark.parametrize("name", NAMES)
 def test_a_model_saved_by_version_0_2_predicts_what_it_predicted(name):
     """Every bank, router and block, int8, int4 and LoRA, saved on PyTorch."""
     expected = np.load(SAVED / "expected.npz")

@@ -70,9 +70,7 @@ def drawn_inputs(layer):
     return [normal(*shape, seed=number) for number, shape in enumerate(shapes)]
 
 
-@pytest.mark.parametrize(
-    "kind", unless_compiled(["int8", "low rank", "layers"], ["int8", "layers"])
-)
+@pytest.mark.parametrize("kind", unless_compiled(["int8", "low rank", "layers"], ["layers"]))
 def test_they_are_differences_of_gradients(kind):
     layer = mixture()
     if kind == "int8":
@@ -100,6 +98,7 @@ def test_they_are_differences_of_gradients(kind):
         assert_close(each, (high - low) / (2 * step), tolerance=1e-2)
 
 
+@pytest.mark.backends("tensorflow", "torch")
 def test_vectorized_map():
     call, inputs = mixture(), normal(2, T, D)
     output = compiled(lambda inputs: ops.vectorized_map(call, inputs), FAST_MODE)(inputs)
@@ -116,15 +115,14 @@ def test_transformations_of_jax():
     def loss(x):
         return ops.sum(layer(x) ** 2)
 
-    x = normal(2, T, D)
-    gradients, hessian = jax.jit(jax.vmap(jax.grad(loss)))(x), jax.jit(jax.hessian(loss))(x[0])
-    for gradient, part in zip(gradients, x):
-        assert_close(gradient, jax.jit(jax.grad(loss))(part))
-    direction = normal(T, D, seed=1)
-    expected = jax.jit(lambda x: along(lambda inputs: loss(*inputs), [direction])([x]))(x[0])
-    assert_close(ops.tensordot(hessian, direction, 2), expected[0], tolerance=1e-4)
-    _, slope = jax.jvp(loss, (x[0],), (direction,))
-    assert_close(slope, np.vdot(gradients[0], direction), tolerance=1e-4)
+    x, direction, step = normal(T, D), normal(T, D, seed=1), 1e-3
+    places = np.stack([x - step * direction, x, x + step * direction])
+    gradients = jax.jit(jax.vmap(jax.grad(loss)))(places)
+    curvature = (gradients[2] - gradients[0]) / (2 * step)
+    hessian = jax.jit(jax.hessian(loss))(x)
+    assert_close(ops.tensordot(hessian, direction, 2), curvature, tolerance=1e-2)
+    _, slope = jax.jvp(loss, (x,), (direction,))
+    assert_close(slope, np.vdot(gradients[1], direction), tolerance=1e-4)
 
 
 @on_one_backend

@@ -75,8 +75,8 @@ def check_tensors(sizes=None, **tensors):
     """Check tensors that share axes: each has its rank, and an axis has one size in all of them.
 
     `sizes` has known sizes of axes by their letters, None fits any other. Each tensor comes with
-    its axes, a letter for each, and perhaps a kind of dtype, as in `is_kind`: `check_tensors({"T":
-    6}, logits=(logits, "TE", "float"), mask=(mask, "T", "mask"))`.
+    its axes, a letter for each, and perhaps a kind of dtype: `check_tensors({"T": 6},
+    logits=(logits, "TE", "float"), mask=(mask, "T", "mask"))`.
     """
     sizes = {axis: size for axis, size in (sizes or {}).items() if isinstance(size, int)}
     for name, (tensor, axes, *kind) in tensors.items():
@@ -102,11 +102,6 @@ def check_indices(name, indices, number):
     if array is not None and array.size and not (-1 <= array.min() <= array.max() < number):
         rule = f"`{name}` must be from 0 to {number - 1}, or -1 for none"
         raise ValueError(f"{rule}. Received: numbers from {array.min()} to {array.max()}")
-
-
-def is_kind(kind, tensor):
-    """Whether the dtype of any framework's tensor is "float", "int", "mask" or "number"."""
-    return any(word in str(tensor.dtype) for word in _KINDS[kind])
 
 
 def host_values(values):

@@ -84,8 +84,7 @@ def in_stateless_scope():
 def recompute_as_one(layer):
     """Let Keras recompute no layer in a layer by itself: on TensorFlow its gradient would be lost.
 
-    There a recomputed function has gradients for its arguments and for variables it reads. A layer
-    in a recomputed one reads tensors instead.
+    There a recomputed function has gradients of variables only; an inner one reads tensors.
     """
     for part in layer._flatten_layers(include_self=False):
         part._remat_mode = None

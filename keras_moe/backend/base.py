@@ -6,10 +6,9 @@ import itertools
 from keras import ops
 
 from keras_moe.backend import padded
-from keras_moe.backend.devices import Devices
 
 
-class Backend(Devices):
+class Backend:
     """Operations that need a framework's own calls. Everything else is written in `keras.ops`."""
 
     # What is computed, or traced to be compiled
@@ -20,6 +19,10 @@ class Backend(Devices):
 
     def is_exporting(self):
         """Return True while tracing a program that has no gradients and changes no state."""
+        return False
+
+    def _is_transformed(self):
+        """Return True in a vectorized map or forward mode, which know no rows of other sizes."""
         return False
 
     def recomputation(self):
@@ -47,8 +50,7 @@ class Backend(Devices):
     def jit_when_eager(self, function):
         """Compile the function as a whole if an eager call would compile each operation.
 
-        The function must depend on its arguments only, not on a scope or `floatx`. These are
-        tensors, and bools, numbers or strings that do not change from step to step.
+        The function must depend on its arguments only: tensors, and values that rarely change.
         """
         return function
 
@@ -61,17 +63,14 @@ class Backend(Devices):
     def differentiable(self, forward, backward, inputs, context, reference=None):
         """Return the output of `forward`; `backward` computes the gradients of `inputs`.
 
-        Second derivatives and forward mode differentiate `reference`, which is slower. It also
-        computes the output in `torch.func` and `tf.vectorized_map`.
-
         Args:
             forward: `forward(inputs, context, save)` returns `(output, saved)`. If `save` is
                 False, no backward pass follows.
             backward: `backward(inputs, context, saved, gradient)` returns the gradients.
             inputs: Structure of tensors.
             context: Structure of tensors without a gradient, or None.
-            reference: `reference(inputs, context)` computes the output in operations that have
-                derivatives of any order. None if `forward` does.
+            reference: `reference(inputs, context)`, the output in operations with derivatives of
+                any order, for transformed code and second derivatives. None: `forward` is such.
         """
         raise NotImplementedError
 
@@ -92,7 +91,7 @@ class Backend(Devices):
         `ops.linears`, `sizes` (E,) int32; `platform` is the one that is compiled for.
         """
         # In operations that a framework differentiates any number of times.
-        if self.needs_static_shapes() or kernels.scale is not None:
+        if self.needs_static_shapes() or self._is_transformed() or kernels.scale is not None:
             return padded.product(rows, kernels, sizes, transposed)
         *parts, rest = self.split_groups(rows, sizes)[0]
         kernels = kernels.floats(rows.dtype)
@@ -105,17 +104,20 @@ class Backend(Devices):
         """Return `left^T right` of each group, (E, D, H), for (R, D) and (R, H); 0 without rows."""
         return padded.outer(left, right, sizes, dtype)
 
-    @staticmethod
-    def multiply(kernel, rows, bias=None, transposed=False, output=None):
+    def multiply(self, kernel, rows, bias=None, transposed=False, output=None):
         """The method `multiply` of `ops.linears.Kernel`."""
-        values = ops.cast(kernel.values, rows.dtype)
-        scale = None if kernel.scale is None else ops.cast(kernel.scale, rows.dtype)
-        if transposed:
-            rows = rows if scale is None else rows * scale
-            return ops.matmul(rows, ops.transpose(values))
-        product = ops.matmul(rows, values)
-        product = product if scale is None else product * scale
+        values, scale, dtype = kernel.values, kernel.scale, rows.dtype
+        values = values if values.dtype == dtype else ops.cast(values, dtype)
+        if scale is not None and transposed:
+            rows = rows * ops.cast(scale, dtype)
+        product = self._matmul(rows, values, transposed)
+        if scale is not None and not transposed:
+            product = product * ops.cast(scale, dtype)
         return product if bias is None else product + bias
+
+    def _matmul(self, left, right, transposed=False):
+        """Return the product of two matrices, or of the first and the transposed second."""
+        return ops.matmul(left, ops.transpose(right) if transposed else right)
 
     def layout(self, problem, platform):
         """How the rows of an `ops.networks.Problem` are computed, see `layouts`."""
@@ -158,6 +160,38 @@ class Backend(Devices):
         """Return the rows of each group, then the rest, as a list; and the list of their sizes."""
         raise NotImplementedError
 
+    # Several devices, here a single one. Replicas run the same code on parts of a batch. Processes
+    # may share experts, on PyTorch; `keras.distribution` may shard arrays over a mesh, on JAX.
+
+    def num_replicas(self):
+        return 1
+
+    def sum_over_replicas(self, values):
+        return values
+
+    def gather_over_replicas(self, values):
+        """Concatenate the rows (R, ...) of all replicas."""
+        return values
+
+    def sum_of_counts(self, values):
+        """Sum increments of counters over replicas, unless reading a counter does so."""
+        return values
+
+    def separate_losses(self, layer):
+        """Give each replica its own list of the losses that a layer adds."""
+
+    def expert_processes(self):
+        """Return the current `torch_experts.ExpertParallel`; None if experts are not split."""
+        return None
+
+    def split_experts(self, experts, data, process_group):
+        """Return an `ExpertParallel` for `keras.distribution.set_distribution`."""
+        raise NotImplementedError
+
+    def token_shards(self):
+        """Return the `jax_sharding.Shards` of a batch of tokens; None on one device."""
+        return None
+
     # Loops over static shapes
 
     def slice_at(self, tensor, start, shape):
@@ -169,7 +203,7 @@ class Backend(Devices):
         return ops.slice_update(tensor, start, part)
 
     def scan(self, step, carry, xs):
-        """Scan `carry, y = step(carry, x)` over the first axis of `xs`; return carry and stacked y.
+        """Return carry and stacked y of `carry, y = step(carry, x)` over the first axis of `xs`.
 
         Every `y` has the dtype of the last of `xs`. The loop has a gradient.
         """

@@ -31,12 +31,9 @@ class Shards:
         """Return the mesh axis that shards the first axis of a variable, or None."""
         layout = getattr(variable, "_layout", None)
         if layout is None or layout.device_mesh.backend_mesh != self.mesh:
-            raise ValueError(
-                "The distribution must be set before a layer is built: it decides where weights "
-                f"are. Received: {variable.path!r}, made "
-                f"{'before' if layout is None else 'under another one'}. Call "
-                "`keras.distribution.set_distribution(...)` first, then make the model or load it."
-            )
+            rule = "The distribution must be set before a layer is built or loaded"
+            made = "before" if layout is None else "under another distribution"
+            raise ValueError(f"{rule}. Received: {variable.path!r}, made {made}")
         return layout.axes[0]
 
     def on_each_device(self, function, arguments, axes):

@@ -16,9 +16,9 @@ from keras_moe.backend import padded
 class Parts:
     """Abstract: a layout of `parts`, one after the other; a buffer is a list of their rows.
 
-    A subclass has the methods of a layout but `run`, and `gather(tokens)`, which makes a buffer of
-    a copy for each row. The gradient of a trained tensor (E, ...) begins as `empty(tensor)`, which
-    may be a list of E; each part returns it after its own `gradient(field, left, right, total)`.
+    `gather(tokens)` makes a buffer of a copy for each row. The gradient of a trained tensor (E,
+    ...) begins as `empty(tensor)`, perhaps a list of E; each part returns it after its own
+    `gradient(field, left, right, total)`.
     """
 
     parts: Any

@@ -40,9 +40,8 @@ def outer(left, right, sizes, dtype):
 def tile_length(num_rows, num_experts):
     """Return the number of rows of a tile, a power of two.
 
-    `num_rows` is a tensor if it is not known in advance. With B rows a tile, up to E * B rows are
-    padding, and R / B kernels are copied, two bytes for each weight. If a byte of memory costs as
-    much as 240 multiply-adds, as on today's accelerators, B = sqrt(480 * R / E) is the cheapest.
+    With B rows a tile, up to E * B rows are padding, and R / B kernels are copied. If a byte of
+    memory costs 240 multiply-adds, as on today's accelerators, B = sqrt(480 * R / E) is cheapest.
     """
     mean = num_rows / num_experts if isinstance(num_rows, int) else 256
     return 2 ** min(max(round((480 * mean) ** 0.5).bit_length() - 1, 3), 9)

@@ -11,7 +11,6 @@ import tensorflow as tf
 from tensorflow.compiler.tf2xla.python import xla
 
 from keras_moe._internal.keras_internals import current_model
-from keras_moe.backend import padded
 from keras_moe.backend.base import Backend, packed_order, split_rows
 from keras_moe.backend.layouts import AllRows, Parts
 from keras_moe.backend.tiles import Tiles
@@ -26,6 +25,10 @@ MAX_CONVERTED_ROWS = 16
 class TensorFlowBackend(Backend):
     def needs_static_shapes(self):
         return tf.__internal__.get_enclosing_xla_context() is not None
+
+    def _is_transformed(self):
+        # No function tells that `tf.vectorized_map` traces.
+        return "loop_body" in tf.get_current_name_scope().split("/")
 
     def current_platform(self):
         # TensorFlow does not tell for which device a function is traced.
@@ -77,7 +80,7 @@ class TensorFlowBackend(Backend):
         context = tf.nest.map_structure(
             lambda each: None if each is None else tf.stop_gradient(each), context
         )
-        if _is_transformed():
+        if self._is_transformed():
             return reference(inputs, context)
 
         def gradient_of_reference(upstream, *tensors):
@@ -141,21 +144,8 @@ class TensorFlowBackend(Backend):
 
         return others, pullback
 
-    def product(self, rows, kernels, sizes, transposed=False, platform=None):
-        if _is_transformed():
-            return padded.product(rows, kernels, sizes, transposed)
-        return super().product(rows, kernels, sizes, transposed)
-
-    @staticmethod
-    def multiply(kernel, rows, bias=None, transposed=False, output=None):
-        values, dtype = tf.cast(kernel.values, rows.dtype), rows.dtype
-        scale = None if kernel.scale is None else tf.cast(kernel.scale, dtype)
-        if transposed and scale is not None:
-            rows = rows * scale
-        product = tf.matmul(rows, values, transpose_b=transposed)  # without a transposed copy
-        if scale is not None and not transposed:
-            product = product * scale
-        return product if bias is None else product + bias
+    def _matmul(self, left, right, transposed=False):
+        return tf.matmul(left, right, transpose_b=transposed)  # without a transposed copy
 
     def layout(self, problem, platform):
         if self.needs_static_shapes():
@@ -210,11 +200,6 @@ class TensorFlowBackend(Backend):
         best = tf.reduce_max(scores, axis=-1, keepdims=True)
         number = scores.shape[-1]
         return tf.reduce_min(tf.where(scores >= best, tf.range(number), number), axis=-1)
-
-
-def _is_transformed():
-    # `tf.vectorized_map` has no rows of different sizes; no function tells that it traces.
-    return "loop_body" in tf.get_current_name_scope().split("/")
 
 
 class _Groups(Parts):

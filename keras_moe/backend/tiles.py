@@ -49,7 +49,9 @@ class Tiles:
 
         num_rows = self.num_rows + self.length
         buffers = [ops.zeros((num_rows, width), self.dtype) for width in widths]
-        totals = keras.tree.map_structure(_zeros_for_sum, trained)
+        totals = keras.tree.map_structure(  # kernels as `add_to_expert` sums them
+            lambda each: ops.zeros((each.shape[0], *sorted(each.shape[1:])), "float32"), trained
+        )
         buffers, totals = self._for_each_tile(compute, maps, (buffers, totals))
         return buffers, keras.tree.map_structure(_like, totals, trained)
 
@@ -150,8 +152,7 @@ class _Tile(NamedTuple):
 def _multiply_in_blocks(backend, rows, kernel):
     """`rows @ kernel` of few rows (n, D), n static, with an int8 kernel (D, H).
 
-    XLA would convert the whole kernel to floats first, which for few rows takes longer than the
-    product. Converted in blocks of some rows of the kernel, the floats stay in the cache.
+    XLA would convert the whole kernel first. The floats of a block stay in the cache.
     """
     (num_rows, depth), width = rows.shape, kernel.shape[1]
     # The sum of the products is read and written for each block, so a block is not shorter.
@@ -175,11 +176,6 @@ def _multiply_in_blocks(backend, rows, kernel):
     return add_product(num_blocks * length, rest, total) if rest else total
 
 
-def _zeros_for_sum(parameter):
-    experts, *shape = parameter.shape
-    return ops.zeros((experts, *sorted(shape)), "float32")
-
-
 def _like(total, parameter):
     """The sum of a parameter's gradients, with its axes and dtype."""
     upright = total if total.shape == parameter.shape else ops.transpose(total, (0, 2, 1))
@@ -197,14 +193,10 @@ def computed_dtype(tokens, platform):
 def tile_length(num_rows, num_experts):
     """Rows of a tile, a power of two from 4 to 128.
 
-    Besides its rows a tile costs about as much as 8 more, as its kernels are read, and the sums of
-    their gradients read and written. The last tile of a group is half padding. In tiles of L rows
-    a mean group costs `(mean / L + 1 / 2) * (L + 8)`, the least at `4 * sqrt(mean)`; measured, no
-    other power of two was more than 5% faster. There is one length only, as each is compiled.
-
-    From 128 rows on no tile holds more than an eighth of them: some seven intermediate values of a
-    tile exist at once in the backward pass, most of the memory where experts are few. The number of
-    rows is a tensor where it is not known at compile time.
+    Besides its rows a tile costs about as much as 8 more, as kernels are read and gradients summed.
+    The last tile of a group is half padding. In tiles of L rows a mean group costs `(mean / L + 1 /
+    2) * (L + 8)`, the least at `4 * sqrt(mean)`; measured, no other power of two was more than 5%
+    faster. A tile holds an eighth of many rows at most, to save memory in the backward pass.
     """
     mean = num_rows // max(num_experts, 8) if isinstance(num_rows, int) else 256
     # The power of two that is nearest in ratio.

@@ -6,7 +6,7 @@ import keras
 import torch
 from keras import ops
 
-from keras_moe.backend import padded, torch_experts
+from keras_moe.backend import torch_experts
 from keras_moe.backend.base import Backend, packed_order
 from keras_moe.backend.torch_groups import Runs, is_traced, multiply, sizes_on_host, split
 
@@ -21,6 +21,12 @@ class TorchBackend(Backend):
 
     def is_exporting(self):
         return torch.jit.is_tracing() or torch.compiler.is_exporting()
+
+    def _is_transformed(self):
+        return not is_traced() and (  # no public function tells
+            torch._C._are_functorch_transforms_active()
+            or torch.autograd.forward_ad._current_level >= 0
+        )
 
     def recomputation(self):
         if not torch.is_grad_enabled() or is_traced():
@@ -79,7 +85,7 @@ class TorchBackend(Backend):
 
     def differentiable(self, forward, backward, inputs, context, reference=None):
         reference = reference or (lambda inputs, context: forward(inputs, context, save=False)[0])
-        if _is_transformed():
+        if self._is_transformed():
             return reference(inputs, context)
         tensors = keras.tree.flatten(inputs)
         # In the function gradients are always off, and `needs_input_grad` does not ask whether.
@@ -103,11 +109,6 @@ class TorchBackend(Backend):
             return torch.autograd.grad(output, inputs, cotangent, materialize_grads=True)
 
         return others, pullback
-
-    def product(self, rows, kernels, sizes, transposed=False, platform=None):
-        if _is_transformed():
-            return padded.product(rows, kernels, sizes, transposed)
-        return super().product(rows, kernels, sizes, transposed)
 
     multiply = staticmethod(multiply)
 
@@ -150,12 +151,6 @@ class TorchBackend(Backend):
     def split_groups(self, rows, sizes):
         numbers = sizes_on_host(sizes, rows.shape[0])
         return split(rows, numbers), numbers
-
-
-def _is_transformed():
-    return not is_traced() and (  # no public function tells
-        torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
-    )
 
 
 class _Differentiable(torch.autograd.Function):

@@ -38,18 +38,15 @@ class ExpertParallel:
     def own_experts(self, num_experts):
         """Range of the experts that this process holds."""
         if num_experts % self.num_processes:
-            raise ValueError(
-                "The number of processes must divide the number of experts. Received: "
-                f"num_experts={num_experts}, {self.num_processes} processes"
-            )
+            rule = "The number of processes must divide the number of experts"
+            raise ValueError(f"{rule}. Received: {num_experts=}, {self.num_processes} processes")
         share = num_experts // self.num_processes
         return range(self._rank * share, (self._rank + 1) * share)
 
     def serve(self, rows, sizes, function):
         """Return outputs (R, D') of all processes' experts for rows (R, D) in groups of `sizes`.
 
-        `function(rows, experts)` computes the received rows; `experts` (R',) counts from the first
-        expert of this process.
+        `function(rows, experts)` computes received rows; `experts` counts from the first own one.
         """
         to_each = sizes.to(torch.int64).reshape(self.num_processes, -1)
         from_each = torch.empty_like(to_each)
@@ -72,10 +69,8 @@ class ExpertParallel:
         return torch.cat(parts)
 
     def data_parallel(self, model, **kwargs):
-        """Wrap a built model in `DistributedDataParallel`, except for its experts.
-
-        Processes that hold the same experts start from the weights of the first of them.
-        """
+        """Wrap a built model in `DistributedDataParallel`, except for its experts."""
+        # Processes that hold the same experts start from the weights of the first of them.
         experts = {
             id(weight.value): weight.value
             for layer in model._flatten_layers()
@@ -122,25 +117,19 @@ class _MeanGradient(torch.autograd.Function):
 def split_experts(experts, data, process_group):
     """Return the `ExpertParallel` of `experts` neighbours by rank, or of given process groups."""
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        raise ValueError(
-            "`expert_parallel` needs processes that know each other. Received: no process group. "
-            "Start the program by `torchrun` and call `torch.distributed.init_process_group()`."
-        )
+        rule = "`expert_parallel` needs `torchrun` and `torch.distributed.init_process_group()`"
+        raise ValueError(f"{rule}. Received: no process group")
     world = torch.distributed.get_world_size()
     # All processes see all groups before one of them may find that its own does not fit.
     rows = None if process_group is None else _rows_of(process_group)
     size = world if rows is None else len(rows[0])
     if rows is not None and experts not in (None, size):
-        raise ValueError(
-            "`experts` must be the size of the process group. Received: "
-            f"experts={experts}, a process group of {size}"
-        )
+        rule = "`experts` must be the size of the process group"
+        raise ValueError(f"{rule}. Received: {experts=}, a process group of {size}")
     experts = experts or size
     if world % experts or data not in (None, world // experts):
-        raise ValueError(
-            "On PyTorch there must be `data * experts` processes. Received: "
-            f"experts={experts}, data={data}, {world} processes"
-        )
+        rule = "On PyTorch there must be `data * experts` processes"
+        raise ValueError(f"{rule}. Received: {experts=}, {data=}, {world} processes")
     if rows is None:
         rows = [range(first, first + experts) for first in range(0, world, experts)]
     # Separate groups: `DistributedDataParallel` communicates at the same time.
@@ -156,10 +145,8 @@ def _rows_of(process_group):
     torch.distributed.all_gather_object(given, own)
     rows = sorted(set(given))
     if len(set(map(len, rows))) > 1 or sorted(sum(rows, ())) != list(range(len(given))):
-        raise ValueError(
-            "Each process must be in one of the process groups, which are of one size. Received: "
-            f"groups of the ranks {rows}. Make them with `torch.distributed.new_subgroups()`."
-        )
+        rule = "Process groups must be of one size and have each process once: see `new_subgroups`"
+        raise ValueError(f"{rule}. Received: groups of the ranks {rows}")
     return rows
 
 
@@ -169,9 +156,6 @@ def expert_processes():
     if isinstance(distribution, ExpertParallel):
         return distribution
     if distribution is not None and not isinstance(distribution, keras.distribution.DataParallel):
-        raise ValueError(
-            "On PyTorch experts are split by `keras_moe.distribution.expert_parallel`, and copied "
-            "by `keras.distribution.DataParallel`. Received: a layer of experts under "
-            f"{distribution}"
-        )
+        rule = "On PyTorch experts need `expert_parallel`, or `DataParallel` to be copied"
+        raise ValueError(f"{rule}. Received: a layer of experts under {distribution}")
     return None

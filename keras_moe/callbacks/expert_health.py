@@ -36,9 +36,7 @@ class ExpertHealth(keras.callbacks.Callback):
     A collapse or such a capacity must last for `patience` checks; at the end of the training one
     check of 5 assignments per expert is enough. Each warning is given once a layer, as a Python
     `UserWarning`, and kept in `findings`, a list of `(step, layer name, health.Finding)`. It
-    repeats when more experts die, and once more if `rebalance` did not help. In a
-    collapse dead experts are not reported. Works with and without `ExpertMonitor`, in any order;
-    between checks training runs ahead of the device.
+    repeats when more experts die, and once more if `rebalance` did not help.
 
     Args:
         every: Integer. Training batches between checks, more until experts average 20 assignments.
@@ -254,10 +252,7 @@ def _read(weight):
 
 
 def _router_size(router):
-    """Standard deviation of the largest `logit_sizes`, for inputs with a variance of 1.
-
-    NaN if any weight of the router is, 0 if it has no kernel or its norm does not matter.
-    """
+    """Deviation of the largest logit for inputs of variance 1, NaN if a weight is NaN."""
     weights = [_read(weight) for weight in router.weights if "float" in weight.dtype]
     if not all(np.isfinite(weight).all() for weight in weights):
         return np.nan

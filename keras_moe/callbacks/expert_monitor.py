@@ -45,18 +45,16 @@ class ExpertMonitor(keras.callbacks.Callback):
     - and one for each of `metrics`, by the name of the function
 
     Callbacks that monitor a number, such as `EarlyStopping("val_load_imbalance", mode="min")`, come
-    after this one. `model.evaluate` prints the first three numbers but does not return them: add
-    `LambdaCallback(on_test_end=numbers.update)` with a dict.
+    after this one. `model.evaluate` prints the first three numbers but does not return them.
 
     `shares` and `validation_shares`, for `visualization.shares_over_time`, are dicts from layers to
     lists with the shares (E,) of each epoch, NaN for an epoch without the monitor or validation.
-    `fit` starts new ones, or with an `initial_epoch` continues those of the same model.
+    With an `initial_epoch`, `fit` continues those of the same model.
 
     Args:
         expert_shares: Boolean. Whether the numbers of a layer include each expert's share.
-        log_dir: String, path or None. Folder for TensorBoard. Its folders `train` and `validation`
-            get the numbers of each layer, as `LAYER/load_imbalance`, a histogram `LAYER/shares` and
-            a heat map `LAYER/shares_over_time`. Needs `pip install tensorboard matplotlib`.
+        log_dir: String, path or None. Folder for TensorBoard, which gets the numbers of each layer,
+            a histogram and a heat map of its shares. Needs `pip install tensorboard matplotlib`.
         metrics: List of functions from the counts of a layer in the epoch, a NumPy array (E,), to a
             number. It is NaN without counts.
         per_layer: Boolean. Whether the logs also get all numbers of each layer.

@@ -231,7 +231,12 @@ def _differences(mixture, config, but):
     found, parts = [], _parts_of(config)
     for name in sorted({"router", "experts", "shared_expert"}.difference(but)):
         part, wanted = getattr(mixture, name), parts[name]
-        if not _computes_as(part, wanted):
+        methods = ("call", "route", "logits", "project", "select", "network")
+        own, other = type(part), type(wanted)
+        computes_alike = issubclass(own, other) and all(
+            getattr(own, method, None) is getattr(other, method, None) for method in methods
+        )
+        if not computes_alike:
             found.append(f"a `{type(part).__name__}` as {name}, not {type(wanted).__name__}")
         elif wanted is not None:
             given = part.get_config()
@@ -249,14 +254,6 @@ def _differences(mixture, config, but):
     if mixture.capacity is not None and mixture.capacity.evaluation_factor is not None:
         found.append(f"evaluation_factor={mixture.capacity.evaluation_factor}, not None")
     return found
-
-
-def _computes_as(part, wanted):
-    """Whether a part is of the class of another, or of a subclass that computes the same."""
-    methods = ("call", "route", "logits", "project", "select", "network")
-    own, other = type(part), type(wanted)
-    same = (getattr(own, name, None) is getattr(other, name, None) for name in methods)
-    return issubclass(own, other) and all(same)
 
 
 def renormalizes(router):

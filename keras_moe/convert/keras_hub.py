@@ -15,11 +15,10 @@ from keras_moe.layers.replacement import backbones, forget_converters, record, r
 def use_sparse_experts(model: keras.Model) -> keras.Model:
     """Make the MoE blocks of a KerasHub model compute only the chosen experts.
 
-    KerasHub computes every expert for every token. Afterwards each block computes with a
-    `layers.MixtureOfExperts` of the same weights, and all tools of this package work on it. The
-    result is the same model, with the same outputs and files of weights; an optimizer starts again.
-    Padding is not routed if KerasHub passes its mask to the block. A saved model is sparse when it
-    is loaded, in a process that has imported `keras_moe`.
+    Afterwards each block computes with a `layers.MixtureOfExperts` of the same weights, and all
+    tools of this package work on it. The result is the same model, with the same outputs and files
+    of weights; an optimizer starts again. A saved model is sparse when it is loaded, in a process
+    that has imported `keras_moe`.
 
     Args:
         model: Keras model. The outermost that contains a `CausalLM` or `Backbone` of KerasHub.

@@ -145,6 +145,11 @@ class CalledExperts(RelaidExperts):
         super().build(tokens_shape)
         self.output_scale = self.add_weight((self.num_experts,), "ones", name="output_scale")
 
+    def call(self, tokens, plan, training=None):
+        scale = ops.take(self.output_scale, ops.maximum(plan.experts, 0))
+        weights = plan.weights * ops.cast(scale, "float32")
+        return super().call(tokens, plan._replace(weights=weights), training)
+
     def __call__(self, tokens, plan=None, **kwargs):
         if plan is None or isinstance(plan, GroupedPlan):
             return super().__call__(tokens, plan, **kwargs)
@@ -161,17 +166,6 @@ class BareMixture(MixtureOfExperts):
 
     def load_own_variables(self, store):
         load_draws(self.router, store)
-
-
-class ScaledMixture(BareMixture):
-    """A mixture whose routing weights include the scales of `CalledExperts`."""
-
-    def choose(self, tokens, *args, **kwargs):
-        routing = super().choose(tokens, *args, **kwargs)
-        experts = ops.maximum(routing.indices, 0)
-        scale = ops.cast(ops.take(self.experts.output_scale, experts), "float32")
-        weights = routing.weights * scale
-        return routing._replace(weights=weights, plan=routing.plan._replace(weights=weights))
 
 
 def sparse_layers(owner, block, family):
@@ -262,7 +256,7 @@ def _mixture_like(block, family, name):
     )
     arguments = {"kernel_initializer": "zeros", **family.router(config)}
     coefficients = ("router_aux_loss_coef", "router_aux_loss_coefficient")
-    return (ScaledMixture if theirs.is_decoder else BareMixture)(
+    return BareMixture(
         experts,
         BareRouter(block.num_experts, top_k, name="router", **arguments),
         [losses.LoadBalance(getattr(block, each)) for each in coefficients if hasattr(block, each)],

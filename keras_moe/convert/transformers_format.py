@@ -56,10 +56,9 @@ _IN_BLOCKS = {
 def save_to_transformers(model: keras.Model, folder: str | os.PathLike) -> None:
     """Save a KerasHub model with mixtures in a folder that Transformers loads.
 
-    Converted Mixtral, Qwen-MoE, Qwen3-MoE and gpt-oss models stay what they are, also after
-    surgery. Upcycled Llama and Mistral models become a Mixtral, upcycled Qwen3 models a Qwen3-MoE.
-    LoRA and the scaling factor of the router go into the kernels. The tokenizer stays the same.
-    Needs `safetensors`. For Gemma 4 use `restore` and KerasHub's `export_to_transformers`.
+    Converted Mixtral, Qwen-MoE, Qwen3-MoE and gpt-oss models stay what they are. Upcycled Llama and
+    Mistral models become a Mixtral, upcycled Qwen3 models a Qwen3-MoE. LoRA and the scaling factor
+    of the router go into the kernels. Needs `safetensors`.
 
     Args:
         model: Keras model. A `CausalLM` or `Backbone` of KerasHub. Its mixtures have the same sizes

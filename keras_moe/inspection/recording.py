@@ -7,7 +7,7 @@ from functools import partial
 import keras
 from keras import ops
 
-from keras_moe._internal.checks import check_indices, is_kind
+from keras_moe._internal.checks import check_indices
 from keras_moe._internal.keras_internals import forget_compiled
 from keras_moe._internal.plain_text import describe
 from keras_moe.inspection.summaries import moe_layers
@@ -27,8 +27,8 @@ def record_routings(
             and with counters and selection biases that change.
 
     Returns:
-        Dict from the name of each MoE layer to a list of its `ops.Routing`, of NumPy arrays: one a
-        batch, unless the model calls the layer more often.
+        Dict from the name of each MoE layer to a list of its `ops.Routing`, of NumPy arrays: one
+        for each call.
 
     Raises:
         ValueError: If the model has no MoE layer or cannot run on the batches, or `batches` is one.
@@ -76,10 +76,9 @@ def running(model, name, number, inputs, others=()):
         _check_inputs(getattr(model, "inputs", None) or (), inputs)
         yield
     except Exception as error:
-        raise ValueError(
-            f"The model must run on `{name}`. Received: batch {number} of "
-            f"{_described((inputs, *others) if others else inputs)} ({describe(error, 300)})"
-        ) from error
+        batch = _described((inputs, *others) if others else inputs)
+        received = f"batch {number} of {batch} ({describe(error, 300)})"
+        raise ValueError(f"The model must run on `{name}`. Received: {received}") from error
 
 
 def _check_inputs(wanted, inputs):
@@ -90,7 +89,8 @@ def _check_inputs(wanted, inputs):
     if wanted and len(arrays) > len(wanted):
         raise ValueError(f"{len(arrays)} arrays for {len(wanted)} inputs")
     for tensor, array in zip(wanted, arrays):
-        if hasattr(array, "dtype") and is_kind("int", tensor) and not is_kind("mask", array):
+        is_exact = any(kind in str(getattr(array, "dtype", "int")) for kind in ("int", "bool"))
+        if "int" in tensor.dtype and not is_exact:
             raise TypeError(f"{array.dtype} in the place of the integers {tensor.name!r}")
 
 
@@ -143,10 +143,9 @@ def _observing(observers, model=None, traced_again=()):
 def replay_routings(model: keras.Model, routings: dict) -> contextlib.AbstractContextManager:
     """A context in which the MoE layers of a model use recorded choices of experts.
 
-    Weights come from the live scores, with their gradient: router replay trains a policy on the
-    experts that it used when it acted. `fit`, `evaluate` and `predict` are traced again in it and
-    after it, so no callback of `fit` can enter it. A function that you compile yourself keeps the
-    choices it was compiled with. In a nested context, layers without an entry keep their choices.
+    Weights come from the live scores, with their gradient. `fit`, `evaluate` and `predict` are
+    traced again in it and after it, so no callback of `fit` can enter it. A function that you
+    compile yourself keeps the choices it was compiled with.
 
     Args:
         model: A Keras model.

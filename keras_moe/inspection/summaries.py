@@ -79,11 +79,8 @@ class LayerSummary(NamedTuple):
     - `name`: its name in the model.
     - `num_experts`, `top_k`: experts, and how many of them serve a token at most.
     - `parameters`, `active_parameters`: all that are trained, and those that work on one token, on
-      which K experts work (`routers.TopPRouter` at most, `ReLURouter` its target,
-      `ExpertChoiceRouter` the capacity factor, `DenseRouter` all, `SoftRouter` 1, as if there were
-      as many slots as tokens). Experts that differ in size count with their mean.
-    - `shared_parameters`: those among `parameters` that other MoE layers of the model have as well,
-      such as a bank of all tasks. The model has them once.
+      which `router.mean_top_k` experts work. Experts that differ in size count with their mean.
+    - `shared_parameters`: those among `parameters` that other MoE layers of the model have as well.
     - `flops`: of one token, forward, at two for each active parameter.
     - `counts`: assignments per expert, or sums of their weights where all serve each token, in all
       of the training; of a layer without training, in evaluations that were counted.

@@ -20,22 +20,15 @@ PRIORITIES = ("position", "probability", "random")
 class Capacity(Configured):
     """Gives each expert `ceil(factor * T * K / E)` slots for a batch of T tokens.
 
-    First choices are served before second ones. An assignment without a slot contributes zero, so
-    that a residual connection passes the token on unchanged; the weights of the others stay.
-    Padding takes no slot, but counts in T, so that the shape of a batch and not its content sets
-    the capacity.
-
-    Where `keras.distribution` spreads a batch over devices, T counts the tokens of one device. They
-    compete among themselves only, as in GShard's groups.
-
-    A language model should have no capacity, or one expert per token and the priority "position":
-    otherwise later tokens take slots from earlier ones, and so leak to them in training.
+    First choices are served before second ones. An assignment without a slot contributes zero; the
+    weights of the others stay. Padding takes no slot, but counts in T, so that the shape of a batch
+    sets the capacity. On a mesh of devices T counts the tokens of one. In a language model later
+    tokens take slots from earlier ones, unless K is 1 and the priority "position".
 
     Args:
         factor: Positive float, rounded to a fraction with a denominator of at most 1,000. 1.0 is
             enough for exactly balanced experts. With `routers.ReLURouter` and `routers.TopPRouter`
-            K is `max_top_k`, more than serve most tokens: multiply the factor by the mean number of
-            experts of a token over K.
+            K is `max_top_k`.
         minimum: Integer. Least number of slots of an expert.
         multiple_of: Integer. The number of slots is rounded up to a multiple of this.
         evaluation_factor: Positive float, the factor outside of training. None: no limit, so that

@@ -11,6 +11,8 @@ from keras_moe._internal.base_layer import BaseLayer
 from keras_moe._internal.checks import check_integer
 from keras_moe._internal.serialization import resolve
 from keras_moe.ops.plans import GroupedPlan, plan_experts
+from keras_moe.ops.soft import SoftPlan
+from keras_moe.ops.sorting import as_dtype
 
 
 class ExpertBank(BaseLayer):
@@ -42,18 +44,17 @@ class ExpertBank(BaseLayer):
 
     def __call__(self, tokens, plan=None, **kwargs):
         if plan is None:
-            raise TypeError(
-                "A bank is called with the plan of a router: use `MixtureOfExperts(bank)`. "
-                "Received: no plan"
-            )
+            rule = "A bank is called with the plan of a router: use `MixtureOfExperts(bank)`"
+            raise TypeError(f"{rule}. Received: no plan")
+        if isinstance(plan, SoftPlan):  # Slots are tokens of the bank.
+            slots, plan_of_slots = plan.dispatch(tokens, self.num_experts)
+            return plan.combine(self(slots, plan_of_slots, **kwargs))
         # A plan of fewer experts or tokens would leave the others out.
         given = self.num_experts, tokens.shape[0]
         planned = plan.num_experts, plan.num_tokens
         if any(None not in pair and pair[0] != pair[1] for pair in zip(given, planned)):
-            raise ValueError(
-                "`plan` must be of as many experts and tokens as the bank receives. Received: "
-                f"{planned} for {given}"
-            )
+            rule = "`plan` must be of as many experts and tokens as the bank receives"
+            raise ValueError(f"{rule}. Received: {planned} for {given}")
         return super().__call__(tokens, plan, **kwargs)
 
     def compute_all(self, tokens: Tensor) -> Tensor:
@@ -64,12 +65,7 @@ class ExpertBank(BaseLayer):
         return self.compute_each(tokens, plan)
 
     def compute_each(self, tokens: Tensor, plan: GroupedPlan) -> Tensor:
-        """Return the outputs (T, K, ...) of the assignments of a plan, zero where one has no row.
-
-        Args:
-            tokens: (T, ...) float tensor.
-            plan: `ops.GroupedPlan` of K experts per token. Its weights are not used.
-        """
+        """Return outputs (T, K, ...) of a plan's assignments before weights; zero without a row."""
         top_k = plan.weights.shape[1]
         outputs = self(ops.repeat(tokens, top_k, axis=0), plan.by_assignment())
         return ops.reshape(outputs, (-1, top_k, *outputs.shape[1:]))
@@ -85,16 +81,20 @@ class ExpertBank(BaseLayer):
         return call
 
     def engine_on(self, platform: str, static_shapes: bool) -> str:
-        """Return the name of what computes a built bank, for people to read; "" if not known.
+        """Return the name of what computes a built bank, "" if not known.
 
-        Args:
-            platform: String. "cpu", "gpu" or "tpu".
-            static_shapes: Boolean. Whether all shapes are fixed at compile time, as under XLA.
+        `platform` is "cpu", "gpu" or "tpu". Under XLA, all shapes are static.
         """
         return ""
 
     def inherit_policy(self, policy: keras.DTypePolicy) -> None:
         """Take the dtype policy of the layer around the bank, unless the bank has its own."""
+        if not self.has_own_policy and not self.built:
+            self.has_own_policy = True
+            self._take_policy(policy)
+
+    def _take_policy(self, policy):
+        """Set the policy of the bank and of banks in it; other layers keep their own."""
 
     @property
     def num_capacity_limited(self) -> int:
@@ -102,7 +102,7 @@ class ExpertBank(BaseLayer):
         return self.num_experts
 
     def _compute(self, tensor):
-        return ops.cast(tensor, self.compute_dtype)
+        return as_dtype(tensor, self.compute_dtype)
 
     def _fix_shape(self, tokens_shape):
         """Let Keras refuse tokens of another shape, as from a second layer that shares the bank."""

@@ -17,8 +17,7 @@ from keras_moe.layers.stacked_experts import StackedExperts
 class FeedForwardExperts(StackedExperts):
     """Experts of the form `activation(x W1 + b1) W2 + b2`.
 
-    The kernels of all experts are stacked: `up_kernel` (E, D, H) and `down_kernel` (E, H, D'),
-    `up_bias` (E, H) and `down_bias` (E, D').
+    Stacked weights: `up_kernel` (E, D, H), `down_kernel` (E, H, D'), `up_bias` and `down_bias`.
 
     Args:
         num_experts: Integer. Number of experts, E.
@@ -70,14 +69,12 @@ class FeedForwardExperts(StackedExperts):
 class GatedExperts(StackedExperts):
     """Experts of the form `(activation(x Wg) * (x Wu)) Wd`; "silu" makes it SwiGLU.
 
-    The kernels of all experts are stacked: `gate_kernel` and `up_kernel` (E, D, H) and
-    `down_kernel` (E, H, D'); with biases `gate_bias` and `up_bias` (E, H) and `down_bias` (E, D').
+    Stacked weights: `gate_kernel` and `up_kernel` (E, D, H), `down_kernel` (E, H, D'), and biases.
 
     Args:
         num_experts: Integer. Number of experts, E.
         hidden_dim: Integer. Hidden width of each expert, H.
-        activation: String, function of one tensor, or Keras layer without weights. Applied to the
-            gate.
+        activation: String, function of one tensor, or Keras layer without weights; of the gate.
         use_bias: Boolean. Whether the three projections have a bias.
         clip: Positive float or None. The gate's projection is clipped from above, the up projection
             on both sides.
@@ -136,13 +133,7 @@ class GatedExperts(StackedExperts):
 class LinearExperts(StackedExperts):
     """Experts of the form `x W + b`: one kernel each, stacked in `up_kernel` (E, D, D').
 
-    Args:
-        num_experts: Integer. Number of experts, E.
-        output_dim: Integer. Number of output features, D'.
-        use_bias: Boolean. Whether each expert has a bias, `up_bias` (E, D').
-
-    Other arguments, errors, call arguments and shapes: as for `StackedExperts`, without
-    `activation`.
+    Arguments, errors, call arguments and shapes: as for `FeedForwardExperts`, without `activation`.
 
     Example:
 
@@ -174,14 +165,7 @@ class GatedFeedForward(BaseLayer):
 
     It consists of three `Dense` layers, `gate`, `up` and `down`, and serves as a shared expert.
 
-    Args:
-        hidden_dim: Integer. Width between the projections, H.
-        activation: String, function of one tensor, or Keras layer. Applied to the gate.
-        use_bias: Boolean. Whether the three projections have a bias.
-        **kwargs: Arguments of a Keras layer, such as `name` and `dtype`.
-
-    Raises:
-        ValueError: If `hidden_dim` is not a positive integer.
+    Arguments and errors: as for `GatedExperts`.
 
     Call arguments:
         inputs: (batch, ..., D) float tensor.

@@ -5,6 +5,7 @@ is added to the loss of the model.
 """
 
 import contextlib
+import dataclasses
 import warnings
 import weakref
 from collections.abc import Callable, Iterator
@@ -31,14 +32,18 @@ from keras_moe.backend import backend
 from keras_moe.layers.capacity import Capacity
 from keras_moe.layers.expert_bank import ExpertBank
 from keras_moe.layers.recomputation import Recomputable
+from keras_moe.layers.sublayers import warn_of_second_use
 from keras_moe.layers.tokens import Tokens
 from keras_moe.ops.balance import router_entropy
 from keras_moe.ops.routing import Routing, token_shares
+from keras_moe.ops.selection import mask_invalid, weights_of_experts
+from keras_moe.ops.sorting import as_dtype
 
 # Begins the names of the counters of evaluations.
 _EVALUATION = "evaluation_"
 
 
+@dataclasses.dataclass(eq=False)
 class Observer:
     """Watches gates. It may also replay choices, or have inference counted.
 
@@ -47,12 +52,9 @@ class Observer:
     - `counts`: whether inference is counted as training is.
     """
 
-    def __init__(
-        self, saw: Callable | None = None, indices: Any = None, counts: bool = False
-    ) -> None:
-        self.saw = saw
-        self.indices = indices
-        self.counts = counts
+    saw: Callable | None = None
+    indices: Any = None
+    counts: bool = False
 
 
 class Counts(NamedTuple):
@@ -117,6 +119,12 @@ class Gate(Recomputable):
     def _set_gate(self, router, num_experts, router_losses=None, capacity_factor=None, **arguments):
         """Set the router for a number of experts, with its losses and capacity."""
         self.router = routers.get(router, num_experts, **arguments)
+        if self.router.num_experts != num_experts:
+            raise ValueError(
+                "`router` and `experts` must have the same number of experts. Received: "
+                f"router.num_experts={self.router.num_experts}, experts.num_experts={num_experts}. "
+                "How many experts serve a token is the router's `top_k`."
+            )
         if router_losses is None:
             router_losses = self.router.default_losses
         self._router_losses = losses.get_list(router_losses)
@@ -210,7 +218,7 @@ class Gate(Recomputable):
         indices: Tensor | None = None,
     ) -> Routing:
         """Return the routing of `Tokens` and its plan, after capacity, losses and counters."""
-        observers = self._present_observers()
+        observers, sequence_length = self._present_observers(), tokens.sequence_length
         for observer in observers:
             indices = observer.indices if indices is None else indices
         earlier = own_losses(self.router)
@@ -219,7 +227,7 @@ class Gate(Recomputable):
             tokens.vectors(router_inputs),
             mask=tokens.mask,
             training=training,
-            sequence_length=tokens.sequence_length,
+            sequence_length=sequence_length,
             token_ids=token_ids,
             indices=indices,
             with_plan=True,
@@ -227,14 +235,14 @@ class Gate(Recomputable):
         if self.capacity is not None:
             limited = sum(bank.num_capacity_limited for bank in self.banks)
             routing = self.capacity.admit(
-                routing, tokens.sequence_length, training, self._capacity_seed, limited
+                routing, sequence_length, training, self._capacity_seed, limited
             )
-        counts = not in_symbolic_scope() and any(observer.counts for observer in observers)
+        counts = any(observer.counts for observer in observers) and not in_symbolic_scope()
         if training or counts:
             if isinstance(routing.shares, tuple):
                 routing = routing._replace(shares=token_shares(routing.mask))
             added = own_losses(self.router)[len(earlier) :]
-            self._add_losses_and_count(routing, tokens.sequence_length, training, added, is_first)
+            self._add_losses_and_count(routing, sequence_length, training, added, is_first)
         for observer in observers:
             if observer.saw is not None:
                 observer.saw(routing.without_plan(), tokens.values)
@@ -248,7 +256,7 @@ class Gate(Recomputable):
             if training:
                 weighted = self.router_loss_weights[index] * values[-1]
                 # Keras adds it to the other losses, which have this dtype.
-                self.add_loss(ops.cast(weighted, keras.config.floatx()))
+                self.add_loss(as_dtype(weighted, keras.config.floatx()))
                 added.append(weighted)
         if training and values and drops_losses():
             warnings.warn(
@@ -256,16 +264,11 @@ class Gate(Recomputable):
                 "`stateless_call` with `return_losses=True`, and add what it returns to the loss.",
                 stacklevel=2,
             )
-        total = sum((ops.cast(each, "float32") for each in added), ops.zeros((), "float32"))
-        # In the loss of the model is the sum of all calls of a pass.
-        numbers = [1] * (len(values) + 1) + [int(is_first)]
-        values = ops.stack([*values, router_entropy(routing), total])
-        self._count(routing, values, numbers, training)
+        values.append(router_entropy(routing))
+        self._count(routing, _finite(values, added, is_first), training)
 
-    def _count(self, routing, values, numbers, training):
-        is_finite = ops.isfinite(values)
-        numbers = ops.where(is_finite, ops.array(numbers, "int32"), 0)
-        added = [routing.counts, ops.where(is_finite, values, 0.0), numbers]
+    def _count(self, routing, values_and_numbers, training):
+        added = [routing.counts, *values_and_numbers]
         if self.capacity is not None:
             dropped = routing.dropped * ops.cast(ops.sum(routing.counts), "float32")
             added.append(ops.cast(ops.round(dropped), "int32"))
@@ -277,11 +280,7 @@ class Gate(Recomputable):
         for each in dropped:
             dropped_count.assign_add(each)
         value_numbers.assign_add(numbers)
-        # Kahan's summation: the total may become too large for what a step adds.
-        total, error = totals[0], totals[1]
-        corrected = values - error
-        larger = total + corrected
-        totals.assign(ops.stack([larger, larger - total - corrected]))
+        totals.assign(_larger(ops.convert_to_tensor(totals), values))
 
     def _counters(self, evaluation):
         names = ("expert_counts", "dropped_count", "value_totals", "value_numbers")
@@ -423,6 +422,36 @@ class Gate(Recomputable):
         return f"router_loss_{index}_{self.router_losses[index].name}"
 
 
+class TaskGate(Gate):
+    """The gate of a task, which chooses among the experts of banks that tasks may share."""
+
+    def __init__(self, banks, router, router_losses, **kwargs):
+        super().__init__(**kwargs)
+        self._banks = list(banks)
+        self._set_gate(router, sum(bank.num_experts for bank in banks), router_losses)
+        if not self.router.serves_tasks:
+            rule = "`router` must choose experts by the tokens alone"
+            raise ValueError(f"{rule}. Received: a `{type(self.router).__name__}`")
+
+    @property
+    def banks(self):
+        return self._banks
+
+    def build(self, inputs_shape):
+        warn_of_second_use(self, self.router)
+        self._build_gate(inputs_shape[-1])
+
+    def choices_of(self, bank, routing):
+        """Experts (T, K) of a bank, out of range for those of others, and weights (T, E)."""
+        number, place = self.router.num_experts, self.banks.index(bank)
+        first = sum(each.num_experts for each in self.banks[:place])
+        weights = routing.weights  # of all experts, in order
+        if not self.router.serves_all:
+            weights = weights_of_experts(routing.indices, weights, number)
+        indices = mask_invalid(routing.indices, number, routing.mask)
+        return indices - first, weights[:, first : first + bank.num_experts]
+
+
 def _counter(name, shape, dtype="int32"):
     """A variable that is added to."""
     # Under `tf.distribute` each replica counts alone, and reading gives the sum, which
@@ -437,6 +466,28 @@ def _counter(name, shape, dtype="int32"):
         synchronization="on_read",
         name=name,
     )
+
+
+@backend.jit_when_eager
+def _finite(values, added, is_first):
+    """Values and the sum of what is added (V,), 0 where one is not finite, and what they count."""
+    total = sum((as_dtype(each, "float32") for each in added), ops.zeros((), "float32"))
+    # The calls of the layer in a pass of the model add to one loss.
+    counted = [1] * len(values) + [int(is_first)]
+    values = ops.stack([*values, total])
+    is_finite = ops.isfinite(values)
+    counted = ops.where(is_finite, ops.array(counted, "int32"), 0)
+    return ops.where(is_finite, values, 0.0), counted
+
+
+@backend.jit_when_eager
+def _larger(totals, values):
+    """Totals and their errors (2, V) with values (V,) added."""
+    # Kahan's summation: the total may become too large for what a step adds.
+    total, error = totals[0], totals[1]
+    corrected = values - error
+    larger = total + corrected
+    return ops.stack([larger, larger - total - corrected])
 
 
 def _scalar(loss, value):

@@ -2,8 +2,8 @@
 
 import math
 import warnings
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import keras
 from keras import ops
@@ -36,17 +36,15 @@ MAX_UNROLLED = 64
 class LayerExperts(ExpertBank):
     """Experts that are Keras layers or models; they may differ from each other.
 
-    Only the layers that serve a token run on it. Each layer sees rows (n, D) and must return rows
-    (n, D') with the same D' for all experts; in a mixture with `token_axes`, rows are whole samples
-    (n, ...). Under XLA the rows come in tiles that are padded with ones, so a layer that looks
-    across rows, such as `BatchNormalization` in training, sees those ones, and an activity
-    regularizer counts once a tile. A mixture of experts as an expert, or in an expert whose `call`
-    has a `mask`, receives a mask of the padding.
+    Each layer sees the rows (n, D) of its tokens and returns rows (n, D') with one D' for all; in a
+    mixture with `token_axes`, rows are whole samples (n, ...). Under XLA they come in tiles that
+    are padded with ones, which `BatchNormalization` in training sees, and an activity regularizer
+    counts once a tile. A mixture as an expert, or in an expert whose `call` has a `mask`, receives
+    a mask of the padding.
 
-    For experts of one shape `FeedForwardExperts` and `GatedExperts` are faster. On a GPU or TPU
-    XLA runs tiles of 64 rows one after the other, unless all layers are alike (one class, one
-    configuration, no state but weights): then it runs larger tiles at once, each with a copy of
-    its expert's weights.
+    Banks of stacked kernels are faster. On a GPU or TPU XLA runs tiles of 64 rows one after the
+    other, unless all layers are alike (one class, one configuration, no state but weights): then it
+    runs larger tiles at once, each with a copy of its expert's weights.
 
     Args:
         layers: List of Keras layers, `keras.Sequential` or functional models.
@@ -80,15 +78,11 @@ class LayerExperts(ExpertBank):
         if isinstance(given, Iterable):
             layers = tuple(revive(each) if isinstance(each, dict) else each for each in given)
         if layers is given or not all(isinstance(each, keras.Layer) for each in layers):
-            raise TypeError(
-                "`layers` must be a list of Keras layers, with functions in `keras.layers.Lambda`. "
-                f"Received: layers={shortened(given)}"
-            )
+            rule = "`layers` must be a list of Keras layers, functions as `keras.layers.Lambda`"
+            raise TypeError(f"{rule}. Received: layers={shortened(given)}")
         if len({id(layer) for layer in layers}) < len(layers):
-            raise ValueError(
-                "`layers` must be different objects. Received: "
-                f"layers={[layer.name for layer in layers]}"
-            )
+            names = [layer.name for layer in layers]
+            raise ValueError(f"`layers` must be different objects. Received: layers={names}")
         super().__init__(len(layers), **kwargs)
         for layer in layers:
             note_part(layer)
@@ -112,10 +106,8 @@ class LayerExperts(ExpertBank):
             rule = "Experts for whole samples, such as convolutions, need `token_axes=1`"
             raise ValueError(f"{error}\n{rule} in the mixture") from error
         if len(set(shapes)) > 1 or None in (*rows_shape[1:], *shapes[0]):
-            raise ValueError(
-                "All experts must return rows of one known shape. Received: shapes "
-                f"{shapes} from {[layer.name for layer in self.layers]}, inputs {rows_shape}"
-            )
+            received = f"{shapes} from {[layer.name for layer in self.layers]}, inputs {rows_shape}"
+            raise ValueError(f"Experts must return rows of one known shape. Received: {received}")
         self._row_shape, self._output_shape = rows_shape[1:], shapes[0]
         recompute_as_one(self)
 
@@ -133,8 +125,10 @@ class LayerExperts(ExpertBank):
         state.append(ops.zeros((), "float32"))
         alike = self._as_one_function() if backend.needs_static_shapes() else None
         width = math.prod(self._output_shape)
-        rows, state = _map_groups(functions, rows, plan.sizes, width, state, alike)
-        *values, loss = state
+        has_samples = len(self._row_shape) > 1
+        rows, (*values, loss) = _map_groups(
+            functions, alike, has_samples, width, rows, plan.sizes, state
+        )
         for variable, value in zip(variables, values):
             variable.assign(value)
         self.add_loss(loss)
@@ -148,10 +142,12 @@ class LayerExperts(ExpertBank):
     def _serve(self, layer, rows, inside=None):
         """Apply a layer to flat rows (n, D), which it sees in their own shape."""
         rows = ops.reshape(rows, (-1, *self._row_shape))
-        if inside is not None and len(self._row_shape) == 1 and _takes_mask(layer):
-            output = layer(rows, mask=inside)
-        else:
-            output = layer(rows)
+        mask = {}
+        if inside is not None and len(self._row_shape) == 1:
+            # A mixture counts tokens, of which padding is none.
+            if any(isinstance(part, MixtureOfExperts) for part in layer._flatten_layers()):
+                mask = dict.fromkeys(accepted_arguments(layer, ("mask",)), inside)
+        output = layer(rows, **mask)
         check_output("layers", output, (rows.shape[0], *self._output_shape))
         return ops.reshape(self._compute(output), (-1, math.prod(self._output_shape)))
 
@@ -174,31 +170,30 @@ class LayerExperts(ExpertBank):
                 output = self._serve(layer, rows, inside)
             for variable, value in zip(constant, before):
                 if scope.get_current_value(variable) is not value:
-                    raise ValueError(
-                        "An expert must not write its trainable weights in a call. Received: "
-                        f"`{layer.name}`, which writes {variable.path!r}"
-                    )
+                    rule = "An expert must not write its trainable weights in a call"
+                    raise ValueError(f"{rule}. Received: {variable.path!r} of `{layer.name}`")
             return output, [*map(scope.get_current_value, variables), _sum(scope.losses, loss)]
 
         return function
 
     def _as_one_function(self):
-        """The experts as one function of their weights, or None."""
+        """A function of weights and rows for all experts, and one that stacks weights, or None."""
         if not _are_alike(self.layers):
             return None
         first = self.layers[0]
 
-        def weights():
+        def stack():
             variables = zip(*(layer.variables for layer in self.layers), strict=True)
             return [ops.stack([each.value for each in of_experts]) for of_experts in variables]
 
-        def function(weights, rows):
+        def function(weights_and_rows):
+            weights, rows = weights_and_rows
             mapping = zip(first.variables, weights)
             with keras.StatelessScope(state_mapping=mapping, collect_losses=True) as scope:
                 output = self._serve(first, rows)
             return output, _sum(scope.losses, ops.zeros((), "float32"))
 
-        return _Alike(function, weights, has_samples=len(self._row_shape) > 1)
+        return function, stack
 
     def engine_on(self, platform, static_shapes):
         return _engine_of(_are_alike(self.layers), platform, static_shapes)
@@ -213,21 +208,10 @@ def _sum(losses, start):
     return sum((ops.cast(loss, "float32") for loss in losses), start)
 
 
-def _takes_mask(layer):
-    """Whether a layer needs a mask of its rows: it holds a mixture, which counts tokens."""
-    holds_mixture = any(isinstance(part, MixtureOfExperts) for part in layer._flatten_layers())
-    return holds_mixture and bool(accepted_arguments(layer, ("mask",)))
-
-
 def _are_alike(layers):
-    """Whether built layers compute the same function, but for the values of their weights.
-
-    They have one class and configuration, weights of the same shapes, and no other state.
-    """
-    return len({_kind(layer) for layer in layers}) == 1 and not any(map(_has_state, layers))
-
-
-_FUNCTIONS = ("activation", "recurrent_activation", "function")
+    """Whether built layers compute the same function, but for the values of their weights."""
+    has_state = any(len(parameters_of(layer)) < len(layer.variables) for layer in layers)
+    return len({_kind(layer) for layer in layers}) == 1 and not has_state
 
 
 def _kind(layer):
@@ -243,83 +227,54 @@ def _kind(layer):
         return id(layer)
     weights = [(variable.shape, variable.dtype) for variable in layer.variables]
     # A configuration names functions, and different functions may have one name.
-    functions = [[id(vars(part).get(name)) for name in _FUNCTIONS] for part in parts]
+    names = ("activation", "recurrent_activation", "function")
+    functions = [[id(vars(part).get(name)) for name in names] for part in parts]
     dtypes = [part.dtype_policy.name for part in parts]
     return repr((type(layer), _without_names(config), weights, functions, dtypes))
 
 
 def _without_names(config):
     """A configuration without names and initializers, which do not change what is computed."""
-    if isinstance(config, dict):
-        return {
-            key: _without_names(value)
-            for key, value in config.items()
-            if key != "name" and not key.endswith("_initializer")
-        }
     if isinstance(config, (list, tuple)):
-        return [_without_names(value) for value in config]
-    return config
-
-
-def _has_state(layer):
-    parameters = {id(variable) for variable in parameters_of(layer)}
-    return any(id(variable) not in parameters for variable in layer.variables)
-
-
-class _Alike(NamedTuple):
-    """One function for all groups, which differ in their weights only.
-
-    - `function(weights, rows (n, D)) -> (rows (n, D'), loss)`.
-    - `weights()`: list of tensors (E, ...), made where they are needed.
-    - `has_samples`: whether a row is a whole sample, which convolutions may see.
-    """
-
-    function: Callable
-    weights: Callable
-    has_samples: bool
+        return list(map(_without_names, config))
+    if not isinstance(config, dict):
+        return config
+    kept = [key for key in config if key != "name" and not key.endswith("_initializer")]
+    return {key: _without_names(config[key]) for key in kept}
 
 
 def _engine_of(alike, platform, static_shapes):
-    """The way in which `_map_groups` runs.
-
-    - "slices": one call for each function, where shapes may depend on data.
-    - "vectorized": over all tiles, each with a copy of the weights of its function.
-    - "scan": over tiles, with a switch to the function of each. On CPUs, tiles of whole samples
-      are unrolled instead if they are few: in a loop or a condition XLA computes the gradients of
-      convolutions four times as slowly.
-    """
+    """The name of the way in which `_map_groups` runs, see `inspection.LayerSummary`."""
     if not static_shapes:
         return "slices"
     return "vectorized" if alike and platform != "cpu" else "scan"
 
 
-def _map_groups(functions, rows, sizes, output_width, state, alike=None):
-    """Apply function e to group e of the rows (R, D); returns rows (R, D') and the state.
+def _map_groups(functions, alike, has_samples, width, rows, sizes, state):
+    """Apply function e to group e of the rows (R, D); return rows (R, D') and the state.
 
-    Where shapes are fixed at compile time the rows are cut into tiles of one group each, and a
-    function sees rows of `PADDING` after its own. Rows past the last group give zeros. The state is
-    handed through the functions that run. `alike` is the same functions as one, where they have no
-    state but a sum of losses.
+    Under XLA rows are cut into tiles of one group each, and functions see rows of `PADDING` after
+    its own. Rows past the last group give zeros. The state is handed through the functions that
+    run. `alike` is the same functions as one, where they have no state but a sum of losses.
     """
-    static_shapes = backend.needs_static_shapes()
+    if not backend.needs_static_shapes():
+        return _map_slices(functions, width, rows, sizes, state)
 
-    def run_on(platform, *operands):
-        engine = _engine_of(alike, platform, static_shapes)
-        if engine == "vectorized":
-            return _map_all_tiles(alike, ops.vectorized_map, None, *operands)
-        unrolled = _rows_unrolled(alike, rows, sizes) if engine == "scan" and alike else 0
-        if unrolled:
-            return _map_all_tiles(alike, _unrolled_map, unrolled, *operands)
-        run = _map_slices if engine == "slices" else _scan_tiles
-        return run(functions, output_width, *operands)
+    def run_on(platform, rows, sizes, state):
+        if _engine_of(alike, platform, True) == "vectorized":
+            return _map_alike(alike, None, rows, sizes, state)
+        length = _unrolled_length(rows, sizes) if alike and has_samples else 0
+        if length:
+            return _map_alike(alike, length, rows, sizes, state)
+        return _scan_tiles(functions, width, rows, sizes, state)
 
     platform = named_platform()
-    if platform or not static_shapes or alike is None:
+    if platform or alike is None:
         return run_on(platform, rows, sizes, state)
     return backend.on_its_platform(run_on, rows, sizes, state)
 
 
-def _map_slices(functions, output_width, rows, sizes, state):
+def _map_slices(functions, width, rows, sizes, state):
     outputs = []
     parts, (*sizes, num_padding) = backend.split_groups(rows, sizes)
     for function, size, part in zip(functions, sizes, parts):
@@ -333,51 +288,48 @@ def _map_slices(functions, output_width, rows, sizes, state):
         output, new = function(part, state, None)
         state = [ops.where(size > 0, *values) for values in zip(new, state)]
         outputs.append(output[:size])
-    padding = ops.zeros((num_padding, output_width), outputs[0].dtype)
-    return ops.concatenate([*outputs, padding]), state
+    return ops.concatenate([*outputs, ops.zeros((num_padding, width), outputs[0].dtype)]), state
 
 
-def _scan_tiles(functions, output_width, rows, sizes, state):
+def _scan_tiles(functions, width, rows, sizes, state):
+    """Run tiles one after the other, with a switch to the function of each."""
     tiles = pad_tiles(sizes, ops.shape(rows)[0], SCAN_ROWS)
 
     def skip(tile_rows, state, inside):
-        return ops.zeros((SCAN_ROWS, output_width), tile_rows.dtype), state
+        return ops.zeros((SCAN_ROWS, width), tile_rows.dtype), state
 
     def step(state, tile):
         expert, inside, tile_rows = tile
         output, state = ops.switch(expert, [*functions, skip], tile_rows, state, inside)
         return state, output
 
-    state, outputs = backend.scan(
-        step, state, (tiles.expert, tiles.inside, tiles.cut(rows, PADDING))
-    )
+    xs = (tiles.expert, tiles.inside, tiles.cut(rows, PADDING))
+    state, outputs = backend.scan(step, state, xs)
     return tiles.join(outputs), state
 
 
-def _map_all_tiles(alike, apply, length, rows, sizes, state):
-    """Call the function on tiles of a length by `apply(function, (weights, tiles of rows))`."""
-    num_experts = sizes.shape[0]
-    tiles = pad_tiles(sizes, ops.shape(rows)[0], length)
-    expert = ops.minimum(tiles.expert, num_experts - 1)
-    weights = [backend.gather_rows(weight, expert) for weight in alike.weights()]
-    outputs, losses = apply(lambda tile: alike.function(*tile), (weights, tiles.cut(rows, PADDING)))
-    loss = ops.sum(ops.where(tiles.expert < num_experts, losses, 0.0))
+def _map_alike(alike, length, rows, sizes, state):
+    """Run all tiles at once, each with a copy of its weights, or unrolled in tiles of a length."""
+    (function, stack), tiles = alike, pad_tiles(sizes, ops.shape(rows)[0], length)
+    is_full = tiles.expert < sizes.shape[0]
+    expert = ops.where(is_full, tiles.expert, 0)
+    inputs = [backend.gather_rows(each, expert) for each in stack()], tiles.cut(rows, PADDING)
+    if length is None:
+        outputs, losses = ops.vectorized_map(function, inputs)
+    else:
+        each = zip(*map(ops.unstack, (*inputs[0], inputs[1])))
+        outputs, losses = map(ops.stack, zip(*(function((one[:-1], one[-1])) for one in each)))
+    loss = ops.sum(ops.where(is_full, losses, 0.0))
     return tiles.join(outputs), [*state[:-1], state[-1] + loss]
 
 
-def _unrolled_map(function, tiles):
-    weights, rows = tiles
-    called = [
-        function(([weight[number] for weight in weights], rows[number]))
-        for number in range(rows.shape[0])
-    ]
-    return map(ops.stack, zip(*called))
+def _unrolled_length(rows, sizes):
+    """Rows of a tile, about half of an even group, if so few tiles can be unrolled; else 0.
 
-
-def _rows_unrolled(alike, rows, sizes):
-    """Rows of a tile, about half of an even group, if so few tiles can be unrolled; else 0."""
+    In a loop or a condition XLA computes the gradients of convolutions four times as slowly.
+    """
     num_rows, num_experts = rows.shape[0], sizes.shape[0]
-    if not alike.has_samples or not isinstance(num_rows, int):
+    if not isinstance(num_rows, int):
         return 0
     length = max(num_rows // (2 * num_experts), 1)
     return length if num_rows // length + num_experts <= MAX_UNROLLED else 0

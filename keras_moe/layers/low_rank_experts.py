@@ -1,15 +1,11 @@
 """A bank of low-rank experts over one frozen network.
 
-All experts share the frozen kernels W, so these multiply each token once, not once for each of its
-experts. With B A for the factors of expert k, and g for combine weights, a gated network is
+The frozen kernels W multiply each token once. With factors B A of expert k and combine weights g,
 
     h_k = act(W_g x + B_gk A_gk x) * (W_u x + B_uk A_uk x)
     y   = W_d (sum_k g_k h_k) + sum_k g_k B_dk A_dk h_k
 
-Each expert is a network of its factors, as in any bank. Its inputs are x, W_g x and W_u x side by
-side; its outputs are h_k and B_dk A_dk h_k.
-
-Axes: T tokens, D features, E experts, r rank.
+Each expert is a network of its factors, with inputs x, W_g x, W_u x and outputs h_k, B_dk A_dk h_k.
 """
 
 from collections.abc import Callable, Sequence
@@ -49,10 +45,10 @@ class _Factor(Projection):
 class LowRankExperts(StackedExperts):
     """Experts that share one frozen network, and differ by corrections of low rank.
 
-    Expert k has `x W + (alpha / rank) (x A_k) B_k` in the place of each linear map `x W` of the
-    base, as copies of the base with LoRA have, but the base is computed once for each token. Only
-    the factors train. They are stacked by expert, `{name}_lora_a` (E, D, r) and `{name}_lora_b`
-    (E, r, H) for the base's `{name}_kernel`. `quantize` stores the base as integers.
+    Expert k has `x W + (alpha / rank) (x A_k) B_k` for each linear map `x W` of the base, as copies
+    with LoRA have, but the base is computed once for each token. Only the factors train. They are
+    `{name}_lora_a` (E, D, r) and `{name}_lora_b` (E, r, H) for the base's `{name}_kernel`.
+    `quantize` stores the base as integers.
 
     Args:
         base: Bank with one expert, such as `GatedExperts(1, hidden_dim)`; it is frozen. All its
@@ -103,15 +99,11 @@ class LowRankExperts(StackedExperts):
     ):
         base = expert_bank.get(base)
         if not isinstance(base, StackedExperts):
-            raise TypeError(
-                "`base` must be a bank with stacked kernels, such as `GatedExperts`. "
-                f"Received: base of type {type(base).__name__}"
-            )
+            rule = "`base` must be a bank with stacked kernels, such as `GatedExperts`"
+            raise TypeError(f"{rule}. Received: base of type {type(base).__name__}")
         if base.num_experts != 1 or base.lora_rank:
-            raise ValueError(
-                "`base` must have one expert, without LoRA. Received: "
-                f"num_experts={base.num_experts}, lora_rank={base.lora_rank}"
-            )
+            received = f"num_experts={base.num_experts}, lora_rank={base.lora_rank}"
+            raise ValueError(f"`base` must have one expert, without LoRA. Received: {received}")
         super().__init__(
             num_experts, None, base.use_bias, a_initializer, "zeros", None, None, **kwargs
         )
@@ -123,23 +115,18 @@ class LowRankExperts(StackedExperts):
         self.scale = 1.0 if alpha is None else alpha / rank
         base.trainable = False
         if self.has_own_policy:
-            base.inherit_policy(self.dtype_policy)
-            self.dtype_policy = expert_bank.in_floats(self.dtype_policy)
+            self._take_policy(self.dtype_policy)
 
     def build(self, tokens_shape):
         if backend.expert_processes() is not None:
-            raise NotImplementedError(
-                "`LowRankExperts` cannot be split over processes. Received: `expert_parallel` on "
-                "PyTorch. Let each process have all experts, as replicas do."
-            )
+            rule = "`LowRankExperts` must be whole in each process, as in replicas"
+            raise NotImplementedError(f"{rule}. Received: `expert_parallel` on PyTorch")
         if not self.base.built:
             self.base.build(tokens_shape)
         has_vectors = any(each.is_vector for each in self.base.projections)
         if has_vectors or not self.base._network.ends_linear:
-            raise ValueError(
-                "`base` must have linear maps, no vectors, and return what the last map returns. "
-                f"Received: `{type(self.base).__name__}`"
-            )
+            rule = "`base` must have linear maps, no vectors, and return what the last map returns"
+            raise ValueError(f"{rule}. Received: `{type(self.base).__name__}`")
         super().build(tokens_shape)
 
     def widths(self, features):
@@ -168,10 +155,8 @@ class LowRankExperts(StackedExperts):
 
         def corrected(name, values=None):
             if name != last and values is not tokens:
-                raise ValueError(
-                    "All linear maps of `base` but the last must take the tokens themselves. "
-                    f"Received: {name!r} with other inputs"
-                )
+                rule = "All linear maps of `base` but the last must take the tokens themselves"
+                raise ValueError(f"{rule}. Received: {name!r} with other inputs")
             low = linear(f"{name}_lora_a", values)
             low = linear(f"{name}_lora_b", low * self.scale)
             if name != last:
@@ -203,11 +188,9 @@ class LowRankExperts(StackedExperts):
     def compute_output_shape(self, tokens_shape):
         return self.base.compute_output_shape(tokens_shape)
 
-    def inherit_policy(self, policy):
-        if not self.has_own_policy and not self.built:
-            self.has_own_policy = True
-            self.dtype_policy = expert_bank.in_floats(policy)
-            self.base.inherit_policy(policy)
+    def _take_policy(self, policy):
+        self.dtype_policy = expert_bank.in_floats(policy)
+        self.base.inherit_policy(policy)
 
     def quantize(
         self, mode: str | None = None, type_check: bool = True, config: Any = None

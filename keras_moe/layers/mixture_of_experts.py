@@ -20,7 +20,7 @@ from keras_moe.layers import expert_bank, sublayers
 from keras_moe.layers.capacity import Capacity
 from keras_moe.layers.expert_bank import ExpertBank
 from keras_moe.layers.gate import Gate
-from keras_moe.layers.tokens import Tokens, check_call, pass_mask_on, token_shape, zero_padding
+from keras_moe.layers.tokens import Tokens, check_call, pass_mask_on, token_shape
 from keras_moe.routers.router import Router
 
 
@@ -28,31 +28,22 @@ from keras_moe.routers.router import Router
 class MixtureOfExperts(Gate):
     """Routes each token to its top-K experts; the cost grows with K, not with E.
 
-    A drop-in for the feed-forward layer of a Transformer, or for a `Dense` layer anywhere. All
-    axes but the last are tokens. By default no token is ever dropped, so a token's output does not
-    depend on what else is in the batch.
+    A drop-in for the feed-forward layer of a Transformer, or for a `Dense` layer anywhere. By
+    default no token is ever dropped, so a token's output does not depend on the rest of the batch.
 
     In training the layer adds its router losses and counts the assignments of each expert in the
-    weight `expert_counts` (E,), which `callbacks.ExpertMonitor` reports after each epoch.
-
-    Padding, where the mask is False, runs no expert, is not counted, changes no loss, and its
-    output is zero.
+    weight `expert_counts` (E,), which `callbacks.ExpertMonitor` reports after each epoch. Padding,
+    where the mask is False, runs no expert, is not counted, changes no loss, and its output is 0.
 
     Args:
-        experts: Bank of experts, such as `FeedForwardExperts`, `GatedExperts`, `LayerExperts` or a
-            subclass of `StackedExperts`. Required.
-        router: Router, or a name for `routers.get`. A router without a number of experts gets the
-            number of the bank.
+        experts: Bank of experts, such as `FeedForwardExperts` or `LayerExperts`. Required.
+        router: Router, or a name for `routers.get`. Its number of experts is the bank's by default.
         router_losses: List of losses of the routing, objects or names for `losses.get`. None: the
-            `default_losses` of the router, for most `("load_balance", "router_z")`; none for a
-            router that balances by other means.
+            `default_losses` of the router, for most `("load_balance", "router_z")`.
         shared_expert: Keras layer that serves every token, its output added to the chosen experts'
             output, or None. DeepSeekMoE (arXiv:2401.06066), section 3.2.
-        capacity_factor: Positive float, `Capacity`, or None for no limit. A number gives each
-            expert, in training, `ceil(capacity_factor * T * K / E)` slots, at least 1; first
-            choices are served before second ones, then earlier tokens before later ones. An
-            assignment without a slot contributes zero. Experts without computation have no limit.
-            A factor of at least E / K drops nothing.
+        capacity_factor: Positive float, the factor of a `Capacity` with its defaults; a `Capacity`;
+            or None for no limit. Experts without computation have none.
         gated_shared_expert: Boolean. Whether the shared expert's output is multiplied by a gate of
             each token, `sigmoid(x g)` with a learned g (D, 1), as in Qwen1.5-MoE.
         token_axes: Integer. Number of leading axes that count tokens; the others are the shape of
@@ -66,25 +57,21 @@ class MixtureOfExperts(Gate):
     Raises:
         ValueError: If an argument is out of its range, or router and bank disagree on the number
             of experts.
-        TypeError: If an argument is of another type.
 
     Call arguments:
         inputs: (batch, ..., D) float tensor with any number of leading axes. The axes between the
             first and the last are a sequence; of (batch, D) the whole batch is one.
         mask: (batch, ...) bool or integer tensor, False or 0 for padding. Default: the Keras mask
             of the inputs, which `+` and other operations drop.
-        training: Boolean. Whether router losses are added, router noise drawn and assignments
-            counted.
+        training: Boolean. Whether router losses are added, noise drawn and assignments counted.
         return_routing: Boolean. Whether the routing is returned as well.
         token_ids: (batch, ...) integer tensor of vocabulary ids, for `routers.HashRouter`.
         indices: (T, K) integer tensor of experts to replay instead of choosing, such as the
-            `indices` of a recorded routing, -1 for none. Weights come from the live scores. An
-            expert that is named twice serves and counts twice. The numbers in an array are checked;
-            in a tensor, invalid ones count as -1.
+            `indices` of a recorded routing, -1 for none. Weights come from the live scores. The
+            numbers in an array are checked; in a tensor, invalid ones count as -1.
         router_inputs: (batch, ..., D'') float tensor that the router sees instead of `inputs`, such
             as wider features (LatentMoE), or a summary of a whole sample.
-        return_expert_outputs: Boolean. Whether the outputs of the single experts are returned as
-            well, before they are weighted and summed.
+        return_expert_outputs: Boolean. Whether the outputs of the single experts are returned, too.
 
     Output shape:
         (batch, ..., D'), with the experts' D'. With `return_routing=True` also an `ops.Routing`.
@@ -131,24 +118,15 @@ class MixtureOfExperts(Gate):
                 f"top_k={top_k}, router.top_k={self.router.top_k}"
             )
         self._names_top_k = top_k is not None
-        if self.router.num_experts != number:
-            raise ValueError(
-                "`router` and `experts` must have the same number of experts. Received: "
-                f"router.num_experts={self.router.num_experts}, experts.num_experts={number}. "
-                "How many experts serve a token is the router's `top_k`."
-            )
         self.shared_expert: Any = shared_expert
         if shared_expert is not None:
             self.shared_expert = resolve("shared_expert", shared_expert, keras.Layer)
-        self.gated_shared_expert = bool(gated_shared_expert)
-        self.shared_gate = None
+        elif gated_shared_expert:
+            raise ValueError("`gated_shared_expert=True` needs a `shared_expert`")
+        self.gated_shared_expert, self.shared_gate = bool(gated_shared_expert), None
         if gated_shared_expert:
-            if shared_expert is None:
-                raise ValueError("`gated_shared_expert=True` needs a `shared_expert`")
             policy = expert_bank.in_floats(self.dtype_policy)
-            self.shared_gate = _SharedGate(
-                1, "sigmoid", use_bias=False, dtype=policy, name="shared_gate"
-            )
+            self.shared_gate = sublayers.SharedGate(dtype=policy, name="shared_gate")
         self.token_axes = None if token_axes is None else check_integer("token_axes", token_axes)
         sublayers.freeze_parts(self)
 
@@ -177,35 +155,15 @@ class MixtureOfExperts(Gate):
         if not self.experts.built:
             self.experts.build((None, *of_token))
         if self.shared_expert is not None:
-            self._build_shared_expert(inputs_shape)
-
-    def _build_shared_expert(self, inputs_shape):
-        shape = sublayers.build_and_measure(
-            "shared_expert", self.shared_expert, inputs_shape, self.token_axes
-        )
-        expected, num_axes = self.compute_output_shape(inputs_shape), self._num_axes(inputs_shape)
-        if tuple(shape[num_axes:]) != tuple(expected[num_axes:]):
-            raise ValueError(
-                "`shared_expert` must return as many features as `experts`. Received: "
-                f"shape {tuple(shape)} from shared_expert, {tuple(expected)} from experts"
-            )
-        self._shared_takes_mask = bool(sublayers.accepted_arguments(self.shared_expert, ("mask",)))
-        if self.shared_gate is not None:
-            if len(expected) > num_axes + 1:
-                raise ValueError(
-                    "`gated_shared_expert=True` needs tokens that are vectors. "
-                    f"Received: outputs of shape {expected}, token_axes={self.token_axes}"
-                )
-            if not self.shared_gate.built:
-                self.shared_gate.build(inputs_shape)
+            sublayers.build_shared_expert(self, inputs_shape)
 
     def _num_axes(self, inputs_shape):
         """Number of the leading axes, which count tokens."""
         return self.token_axes or len(inputs_shape) - 1
 
-    def tokens_of(self, inputs: Tensor, mask: Tensor | None = None) -> Tokens:
-        """The `Tokens` of inputs (batch, ..., D) with a bool mask (batch, ...)."""
-        return Tokens.of(inputs, mask, self._num_axes(inputs.shape))
+    def tokens_of(self, inputs: Tensor, mask: Tensor | None = None, **others: Any) -> Tokens:
+        """The `Tokens` of inputs (batch, ..., D), after a check of all tensors of a call."""
+        return Tokens.of(inputs, mask, self.token_axes, **others)
 
     def __call__(self, *args, **kwargs):
         if "indices" in kwargs:  # Keras turns arrays into tensors, whose numbers are not looked at.
@@ -246,8 +204,7 @@ class MixtureOfExperts(Gate):
         return_expert_outputs: bool = False,
     ) -> Tensor | tuple:
         # Flatten: inputs (batch, ..., D) are T = batch * ... tokens. Padding becomes zero.
-        mask = check_call(inputs, mask, self.token_axes, router_inputs, token_ids)
-        tokens = self.tokens_of(inputs, mask)
+        tokens = self.tokens_of(inputs, mask, router_inputs=router_inputs, token_ids=token_ids)
 
         # Choose: the router picks K experts for each token. In training it is counted, too.
         routing = self.choose(tokens, training, router_inputs, token_ids, indices)
@@ -257,11 +214,10 @@ class MixtureOfExperts(Gate):
             expert_outputs = routing.plan.serve_each(self.experts, tokens.values, routing)
             outputs = _weighted_sum(expert_outputs, routing.weights)
         else:
-            outputs = routing.plan.serve(self.experts, tokens.values)
+            outputs = self.experts(tokens.values, routing.plan)
         outputs = tokens.unflatten(outputs, self.compute_dtype)
         if self.shared_expert is not None:
-            clean = ops.reshape(tokens.values, ops.shape(inputs))
-            outputs = outputs + self._compute_shared(clean, mask)
+            outputs = outputs + sublayers.compute_shared_expert(self, tokens)
 
         returned = [outputs]
         if return_routing:
@@ -270,15 +226,6 @@ class MixtureOfExperts(Gate):
             returned.append(tokens.unflatten(expert_outputs, self.compute_dtype))
         return tuple(returned) if len(returned) > 1 else outputs
 
-    def _compute_shared(self, inputs, mask):
-        arguments = {"mask": mask} if self._shared_takes_mask else {}
-        shared = self.shared_expert(inputs, **arguments)
-        sublayers.check_output("shared_expert", shared, self.compute_output_shape(inputs.shape))
-        shared = ops.cast(shared, self.compute_dtype)
-        if self.shared_gate is not None:
-            shared = shared * self.shared_gate(inputs)
-        return shared if mask is None else zero_padding(shared, mask)
-
     def compute_output_shape(self, inputs_shape, router_inputs_shape=None):
         outputs_shape = self.experts.compute_output_shape(
             (None, *token_shape(inputs_shape, self.token_axes))
@@ -286,15 +233,7 @@ class MixtureOfExperts(Gate):
         return (*inputs_shape[: self._num_axes(inputs_shape)], *outputs_shape[1:])
 
     def compute_output_spec(
-        self,
-        inputs,
-        mask=None,
-        training=None,
-        return_routing=False,
-        token_ids=None,
-        indices=None,
-        router_inputs=None,
-        return_expert_outputs=False,
+        self, inputs, mask=None, token_ids=None, indices=None, router_inputs=None, **kwargs
     ):
         if check_call(inputs, mask, self.token_axes, router_inputs, token_ids) is None:
             sublayers.warn_of_lost_mask(self, inputs)
@@ -303,8 +242,8 @@ class MixtureOfExperts(Gate):
         tokens = keras.KerasTensor((None if None in sizes else math.prod(sizes), None))
         routing = self.router.compute_output_spec(tokens, token_ids=token_ids, indices=indices)
         returned = [keras.KerasTensor(shape, self.compute_dtype)]
-        returned += [routing] if return_routing else []
-        if return_expert_outputs:
+        returned += [routing] if kwargs.get("return_routing") else []
+        if kwargs.get("return_expert_outputs"):
             shape = (*sizes, routing.indices.shape[1], *shape[num_axes:])
             returned.append(keras.KerasTensor(shape, self.compute_dtype))
         return tuple(returned) if len(returned) > 1 else returned[0]
@@ -315,11 +254,6 @@ class MixtureOfExperts(Gate):
             "capacity_factor": config_of(self.capacity),
             "top_k": self.router.top_k if self._names_top_k else None,  # surgery may change it
         }
-
-
-class _SharedGate(keras.layers.Dense):
-    def quantize(self, mode, type_check=True, config=None):
-        """Do nothing: it has one column. Keras calls this for every layer."""
 
 
 def _weighted_sum(expert_outputs, weights):

@@ -4,8 +4,6 @@ Axes: T tokens, D features, E experts of a bank, K experts of a token, S places 
 any task chooses for a token.
 """
 
-import collections
-import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,15 +12,14 @@ from keras import ops
 from keras_moe import losses, routers
 from keras_moe._internal import Tensor
 from keras_moe._internal.checks import check_integer, check_tensors, shortened
-from keras_moe._internal.initializers import reseeded
 from keras_moe._internal.serialization import register
 from keras_moe.layers import expert_bank, sublayers
 from keras_moe.layers.expert_bank import ExpertBank
-from keras_moe.layers.gate import Gate
+from keras_moe.layers.gate import TaskGate
 from keras_moe.layers.recomputation import Recomputable
-from keras_moe.layers.tokens import Tokens, check_call
+from keras_moe.layers.tokens import Tokens
 from keras_moe.ops.plans import plan_experts
-from keras_moe.ops.selection import mask_invalid, take_scores
+from keras_moe.ops.selection import mask_invalid, take_scores, without_repeats
 from keras_moe.routers.router import Router
 
 
@@ -30,14 +27,8 @@ from keras_moe.routers.router import Router
 class MultiGateMixtureOfExperts(Recomputable):
     """Experts that tasks share, each task with its own router (MMoE).
 
-    Tasks that agree use the same experts; tasks that conflict learn to use different ones. Each
-    expert computes a token at most once, whatever the number of tasks: with dense routers all
-    experts compute each token once, with sparse ones the experts that any task chooses.
-
-    With `task_experts` this is a block of PLE (Progressive Layered Extraction): the router of a
-    task chooses among the shared experts and its own. Blocks can be stacked: with
-    `shared_output=True` a further router, over all experts, makes an input of the shared experts of
-    the next block.
+    Each expert computes a token at most once, whatever the number of tasks. With `task_experts`
+    this is a block of PLE: the router of a task chooses among the shared experts and its own.
 
     Each task has a gate in `tasks`: its router, losses and counters. `callbacks.ExpertMonitor`,
     `inspection` and the report treat these as layers of the names `{layer name}_{task name}`.
@@ -49,8 +40,8 @@ class MultiGateMixtureOfExperts(Recomputable):
             output if there is one. A single router is copied for each.
         task_experts: List of banks of experts, one for each task, or None.
         router_losses: List of losses of each routing, or None for the defaults of the router.
-        shared_output: Boolean, with `task_experts`. Whether the outputs end with one that all
-            experts make.
+        shared_output: Boolean, with `task_experts`. Whether a further router, over all experts,
+            makes an output for the shared experts of the next block.
         task_names: List of strings, one for each task. None: "task_0" and so on.
         **kwargs: Arguments of a Keras layer, such as `name` and `dtype`.
 
@@ -74,9 +65,8 @@ class MultiGateMixtureOfExperts(Recomputable):
     >>> like.shape, rating.shape
     ((32, 16), (32, 16))
 
-    References: Ma et al. 2018, "Modeling Task Relationships in Multi-task Learning with Multi-gate
-    Mixture-of-Experts", section 4; Tang et al. 2020, "Progressive Layered Extraction (PLE)",
-    section 3.
+    References: Ma et al. 2018, "Multi-gate Mixture-of-Experts", section 4; Tang et al. 2020,
+    "Progressive Layered Extraction (PLE)", section 3.
     """
 
     def __init__(
@@ -97,9 +87,6 @@ class MultiGateMixtureOfExperts(Recomputable):
         self.task_experts = [expert_bank.get(bank) for bank in banks]
         names = [f"task_{number}" for number in range(self.num_tasks)]
         self.task_names = _one_for_each("task_names", task_names, self.num_tasks) or names
-        if not all(isinstance(name, str) and name for name in self.task_names):
-            rule = "`task_names` must have names that are not empty"
-            raise ValueError(f"{rule}. Received: {self.task_names}")
         all_banks = [self.experts, *self.task_experts]
         if len(set(map(id, all_banks))) < len(all_banks):
             raise ValueError("`experts` and `task_experts` must be different objects")
@@ -123,15 +110,11 @@ class MultiGateMixtureOfExperts(Recomputable):
             raise ValueError(f"`task_names` must differ. Received: {names}")
         self.tasks = [
             TaskGate(banks, router, self.router_losses, name=f"{self.name}_{name}")
-            for banks, router, name in zip(chosen_from, _routers(router, len(names)), names)
+            for banks, router, name in zip(chosen_from, routers.get_list(router, len(names)), names)
         ]
         if kwargs.get("dtype") is not None:
             for bank in all_banks:
                 bank.inherit_policy(self.dtype_policy)
-        for task in self.tasks:
-            if not task.router.serves_tasks:
-                rule = "`router` must choose experts by the tokens alone"
-                raise ValueError(f"{rule}. Received: a `{type(task.router).__name__}`")
         sublayers.freeze_parts(self)
 
     def build(self, inputs_shape):
@@ -156,18 +139,18 @@ class MultiGateMixtureOfExperts(Recomputable):
         inputs = self._of_each_task(inputs)
         axes = "abcdefghij"[: len(inputs[0].shape)]
         check_tensors(**{f"inputs[{n}]": (each, axes, "float") for n, each in enumerate(inputs)})
-        masks = [check_call(*each) for each in zip(inputs, masks)]
-        flat = [Tokens.of(each, mask, len(axes) - 1) for each, mask in zip(inputs, masks)]
+        flat = [Tokens.of(each, mask) for each, mask in zip(inputs, masks)]
 
         # Choose: the gate of each task picks experts among the shared ones and its own.
         routings = [task.choose(tokens, training) for task, tokens in zip(self.tasks, flat)]
 
         # Compute: each bank computes for a token the experts that any task chose, once.
         # Combine: each task sums the outputs of its banks by its own weights.
-        choices = _choices_by_bank(self.tasks, routings)
         totals: list = [0.0] * len(self.tasks)
         for bank, tokens in [*zip(self.task_experts, flat), (self.experts, flat[-1])]:
-            numbers, chosen, weights = zip(*choices[bank])
+            numbers = [n for n, task in enumerate(self.tasks) if bank in task.banks]
+            found = [self.tasks[number].choices_of(bank, routings[number]) for number in numbers]
+            chosen, weights = zip(*found)
             if any(self.tasks[number].router.serves_all for number in numbers):
                 values = tokens.values
                 if tokens.mask is not None:
@@ -176,8 +159,12 @@ class MultiGateMixtureOfExperts(Recomputable):
                     values = ops.where(real, values, ops.ones_like(values))
                 outputs = bank.compute_all(values)
             else:
-                outputs, places = _compute_chosen(bank, tokens.values, chosen)
-                weights = tuple(take_scores(each, places) for each in weights)
+                # An expert that several tasks chose for a token has one place; the others are -1.
+                chosen = mask_invalid(ops.concatenate(chosen, axis=1), bank.num_experts)
+                chosen = without_repeats(chosen)
+                plan = plan_experts(chosen, bank.num_experts)
+                outputs = bank.compute_each(tokens.values, plan)
+                weights = [take_scores(each, chosen) for each in weights]
             outputs = ops.cast(outputs, "float32")
             for number, each in zip(numbers, weights):
                 totals[number] += ops.einsum("ts,tsd->td", each, outputs)
@@ -219,97 +206,15 @@ class MultiGateMixtureOfExperts(Recomputable):
             sublayers.warn_of_lost_mask(self, each)
         return super().compute_output_spec(inputs, mask, *args, **kwargs)
 
-    def get_config(self):
-        config = super().get_config()
-        return {**config, "task_experts": config["task_experts"] or None}
-
     @property
     def router(self) -> list[Router]:
         """The routers of all tasks, and of the shared output."""
         return [task.router for task in self.tasks]
 
 
-class TaskGate(Gate):
-    """The gate of a task, which chooses among the experts of banks that tasks may share."""
-
-    def __init__(self, banks, router, router_losses, **kwargs):
-        super().__init__(**kwargs)
-        self._banks = list(banks)
-        self._set_gate(router, sum(bank.num_experts for bank in banks), router_losses)
-
-    @property
-    def banks(self):
-        return self._banks
-
-    def build(self, inputs_shape):
-        sublayers.warn_of_second_use(self, self.router)
-        self._build_gate(inputs_shape[-1])
-
-
 def _one_for_each(name, values, number):
-    if values is not None and (isinstance(values, str) or len(values) != number):
+    if values and (isinstance(values, str) or len(values) != number):
         raise ValueError(
             f"`{name}` must have one for each task, of {number}. Received: {shortened(values)}"
         )
     return values or []
-
-
-def _routers(router, number):
-    """A router, a name or a config for each task."""
-    if isinstance(router, (list, tuple)):
-        instances = [id(each) for each in router if isinstance(each, routers.Router)]
-        if len(router) != number or len(set(instances)) < len(instances):
-            raise ValueError(
-                "A list of `router` must have one for each task, and one for a shared output, no "
-                f"instance twice. Received: {len(router)} for {number}, {len(set(instances))} "
-                "different instances"
-            )
-        return router
-    if not isinstance(router, routers.Router):
-        return [router] * number
-    return [router, *(_like(router, copy) for copy in range(1, number))]
-
-
-def _like(router, number):
-    """A router with the arguments of another, that draws other weights and other noise."""
-    config = router.get_config()
-    del config["name"]
-    if config.get("seed") is not None:
-        config["seed"] += number
-    copy = type(router).from_config(config)
-    if isinstance(copy, routers.LogitRouter):
-        copy.kernel_initializer = reseeded(copy.kernel_initializer, number)
-    return copy
-
-
-def _choices_by_bank(tasks, routings):
-    """For each bank a list of (number of a task, experts (T, K), weights (T, E)).
-
-    The experts of a task are numbered in the bank, out of range for other banks.
-    """
-    choices = collections.defaultdict(list)
-    for number, (task, routing) in enumerate(zip(tasks, routings)):
-        weights = routing.weights  # of all experts, in order
-        if not task.router.serves_all:
-            experts = ops.arange(task.router.num_experts, dtype="int32")
-            matches = ops.expand_dims(routing.indices, 2) == experts  # (T, K, E)
-            weights = ops.sum(ops.where(matches, ops.expand_dims(weights, 2), 0.0), axis=1)
-        indices = mask_invalid(routing.indices, task.router.num_experts, routing.mask)
-        ends = itertools.accumulate(bank.num_experts for bank in task.banks)
-        for bank, end in zip(task.banks, ends):
-            first = end - bank.num_experts
-            choices[bank].append((number, indices - first, weights[:, first:end]))
-    return choices
-
-
-def _compute_chosen(bank, tokens, chosen):
-    """Outputs (T, S, D') of the experts that any task chose, and their numbers (T, S).
-
-    An expert that several tasks chose for a token has one place; the others are -1.
-    """
-    chosen = [mask_invalid(experts, bank.num_experts) for experts in chosen]
-    places = ops.concatenate(chosen, axis=1)
-    earlier = ops.expand_dims(places, 1) == ops.expand_dims(places, 2)  # (T, place, other)
-    earlier = ops.logical_and(earlier, ops.tri(places.shape[1], k=-1, dtype="bool"))
-    places = ops.where(ops.any(earlier, axis=2), -1, places)
-    return bank.compute_each(tokens, plan_experts(places, bank.num_experts)), places

@@ -9,9 +9,9 @@ import keras
 import numpy as np
 from keras import ops
 
+from keras_moe._internal.base_layer import factors_for
 from keras_moe._internal.initializers import EachExpert, mark_stack
 from keras_moe._internal.keras_internals import untrack
-from keras_moe._internal.lora import factors_for
 from keras_moe.ops.linears import Int4Kernel, Kernel, Linear
 from keras_moe.ops.sorting import ceil_divide
 
@@ -137,7 +137,8 @@ class Projection:
         kernel, scale = map(ops.convert_to_tensor, (self.kernel, self.scale))
         if self.zero is None:
             return Kernel(kernel, scale)
-        group = _group_of_row(kernel.shape[1], self.bank.block_size())
+        num_rows = kernel.shape[1]
+        group = np.arange(num_rows, dtype="int32") // (self.bank.block_size() or num_rows)
         group = ops.convert_to_tensor(np.broadcast_to(group, kernel.shape[:2]))
         return Int4Kernel(kernel, scale, ops.convert_to_tensor(self.zero), group)
 
@@ -202,11 +203,6 @@ def _split_by_expert(bank, name):
     split = getattr(keras.distribution.distribution(), "split_by_expert", None)
     if split is not None:
         split(bank.name, name)
-
-
-def _group_of_row(num_rows, block_size):
-    """The quantization group of each row of a kernel, int32; without blocks there is one."""
-    return np.arange(num_rows, dtype="int32") // (block_size or num_rows)
 
 
 def _to_int8(kernel, largest=127):

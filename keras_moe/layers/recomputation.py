@@ -103,18 +103,27 @@ def _effects_once(call):
             if training is None:
                 vars(layer)["_last_call"] = None
             return run(training=training)
-        with keras.StatelessScope(collect_losses=True) as scope:
+        with _Updates(collect_losses=True) as scope:
             outputs = run(training=training)
-        # `SpectralNormalization` writes kernels.
-        written = [*layer.variables, *layer.metrics_variables]
-        updates = [(variable, scope.get_current_value(variable)) for variable in written]
-        updates = [(variable, value) for variable, value in updates if value is not None]
+        updates = list(scope.updates.values())
         before = [(variable, ops.copy(variable.value)) for variable, _ in updates]
         vars(layer)["_last_call"] = before, current_call(), training  # not tracked by Keras
         _take_effect(layer, updates, scope.losses)
         return outputs
 
     return called
+
+
+class _Updates(keras.StatelessScope):
+    """A scope that also knows which variables are updated, perhaps kernels among them."""
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.updates = {}
+
+    def add_update(self, update):
+        super().add_update(update)
+        self.updates[id(update[0])] = update
 
 
 def _take_effect(layer, updates, losses):

@@ -202,11 +202,8 @@ class _WithReplacements:
         """Save a preset of KerasHub, which has the layers before the converters."""
         original, (changes, converters) = self._original_class, self._record
         if changes and not (pathlib.Path(preset_dir) / "task.json").exists():
-            raise ValueError(
-                "KerasHub loads no preset of a backbone whose layers were replaced: use "
-                "`model.save`, or `save_to_preset` of the task that contains it. "
-                f"Received: {len(changes)} changed layers"
-            )
+            rule = "KerasHub loads no preset of a backbone with replaced layers, only of its task"
+            raise ValueError(f"{rule}. Received: `save_to_preset`, {len(changes)} replaced layers")
         forget_converters(self)
         try:
             original.save_to_preset(self, preset_dir, *args, **kwargs)
@@ -220,11 +217,7 @@ _register(_WithReplacements)
 
 
 def _walk(layer, path=()):
-    """Pairs of a path and a layer for each layer in a model, itself included.
-
-    A path holds the place of each layer among the sublayers of its parent. It is the same in models
-    with the same config.
-    """
+    """Pairs of a path, places among sublayers from the outside in, and a layer of a model."""
     yield path, layer
     for index, sublayer in enumerate(own_layers(layer)):
         yield from _walk(sublayer, (*path, index))

@@ -8,32 +8,30 @@ import keras
 from keras import ops
 
 from keras_moe._internal import Tensor
+from keras_moe._internal.base_layer import Adaptable
 from keras_moe._internal.keras_internals import own_layers, quantization, unlocked
-from keras_moe._internal.lora import Adaptable
 from keras_moe._internal.serialization import load_draws, save_draws
 from keras_moe.backend import backend
 from keras_moe.layers.expert_bank import ExpertBank
 from keras_moe.layers.projection import Projection, weight_names
 from keras_moe.ops import draws
 from keras_moe.ops.devices import run_in_processes, run_on_mesh
-from keras_moe.ops.experts import run_network, run_on_all
-from keras_moe.ops.networks import Problem, network_of
+from keras_moe.ops.networks import Problem, network_of, run_network, run_on_all
 from keras_moe.ops.plans import GroupedPlan
 
 
 class StackedExperts(Adaptable, ExpertBank):
     """Abstract: experts of one shape, each of their kernels stacked in one weight (E, D, H).
 
-    An expert is a small network of linear maps. A subclass says how wide they are, and how they are
-    connected:
+    An expert is a small network of linear maps. A subclass says their widths and how they connect:
 
-    - `widths(features)` returns {name: (D, H)} in the order of a forward pass, for tokens of so
-      many features. A tuple (H,) declares a vector of each expert, which begins with ones.
-    - `network(rows, linear)` returns the outputs (n, D') of rows (n, D) of one or several experts,
-      one row each. `linear(name, rows)` is the linear map of a name with its bias; it is called
-      once for each name. `linear(name)` is a vector, (n, H) or (1, H). `linear.dropout(rows, rate)`
-      is dropout in training. Otherwise a network may use any differentiable `keras.ops` that treat
-      rows one by one, and no weights but its own.
+    - `widths(features)` returns {name: (D, H)} in the order of a forward pass. A tuple (H,)
+      declares a vector of each expert, which begins with ones.
+    - `network(rows, linear)` returns the outputs (n, D') of rows (n, D) of one or several experts.
+      `linear(name, rows)` is a linear map with its bias; it is called once for each name.
+      `linear(name)` is a vector, (n, H) or (1, H). `linear.dropout(rows, rate)` is dropout in
+      training. Otherwise a network may use any differentiable `keras.ops` that treat rows one by
+      one, and no weights but its own.
 
     The weights of a map are `{name}_kernel` (E, D, H) and, with `use_bias`, `{name}_bias` (E, H); a
     vector is `{name}` (E, H). Low-rank adaptation, quantization, expert parallelism, saving and
@@ -111,11 +109,8 @@ class StackedExperts(Adaptable, ExpertBank):
 
     def build(self, tokens_shape):
         if len(tokens_shape) > 2:
-            raise ValueError(
-                "Experts with stacked kernels take tokens (T, D). Received: tokens of shape "
-                f"{tuple(tokens_shape[1:])}. Call a bank through `MixtureOfExperts(bank)`; for "
-                "whole samples use `LayerExperts`"
-            )
+            rule = "Experts of stacked kernels take tokens (T, D): for samples use `LayerExperts`"
+            raise ValueError(f"{rule}. Received: tokens of shape {tuple(tokens_shape[1:])}")
         self._fix_shape(tokens_shape)
         widths = self.widths(tokens_shape[-1])
         if isinstance(self.activation, keras.Layer) and not self.activation.built:
@@ -123,12 +118,15 @@ class StackedExperts(Adaptable, ExpertBank):
         names = [part for name, each in widths.items() for part in weight_names(name, each)]
         taken = [name for name in names if hasattr(self, name) or names.count(name) > 1]
         if taken:
-            raise ValueError(
-                "Each name in `widths` must give weights that are named unlike each other and "
-                f"unlike the attributes of the bank. Received: {list(dict.fromkeys(taken))}"
-            )
+            rule = "Weights by the names in `widths` must have names that the bank has not yet"
+            raise ValueError(f"{rule}. Received: {list(dict.fromkeys(taken))}")
         self._network = self._trace(tokens_shape[-1])
-        self._check_layers()
+        for layer in own_layers(self):
+            # They would run outside of what is differentiated and of the call in training.
+            if not isinstance(layer, ExpertBank) and layer.variables:
+                rule = "Layers in a network, as its `activation`, must have no weights and no draws"
+                fix = "`linear(name, rows)` has weights, `linear.dropout(rows, rate)` draws"
+                raise ValueError(f"{rule}. Received: `{layer.name}` in `{self.name}`. {fix}")
         self._dropout_seed = draws.seeded_generator() if self._network.has_dropout else None
         self.processes = backend.expert_processes()
         experts = range(self.num_experts)
@@ -144,17 +142,6 @@ class StackedExperts(Adaptable, ExpertBank):
         if self.lora_rank:
             self.add_factors()
 
-    def _check_layers(self):
-        # They would run outside of what is differentiated and of the call in training: weights
-        # would never be trained, and nothing would be dropped.
-        for layer in own_layers(self):
-            if not isinstance(layer, ExpertBank) and layer.variables:
-                raise ValueError(
-                    "Layers in a network, such as `activation`, must have no weights and no random "
-                    "draws: `linear(name, rows)` has weights, `linear.dropout(rows, rate)` draws. "
-                    f"Received: `{layer.name}` in `{self.name}`. `LayerExperts` take any layers"
-                )
-
     def _function(self):
         """The network as a hashable function, which does not keep the bank and its weights."""
         owner = next(cls for cls in type(self).__mro__ if "network" in vars(cls))
@@ -165,11 +152,10 @@ class StackedExperts(Adaptable, ExpertBank):
         return _SharedNetwork(owner, names, tuple(_IN_PROGRAMS.get(each, each) for each in values))
 
     def call(self, tokens: Tensor, plan: GroupedPlan, training: bool | None = None) -> Tensor:
-        tokens, key = ops.cast(tokens, self.compute_dtype), None
         network = self._network._replace(function=self._function())
-        if self._dropout_seed is not None and training:
-            key = draws.key(self._dropout_seed)
-        problem = Problem(tokens, self._maps(), plan.with_rows(), key)
+        draws_now = self._dropout_seed is not None and training
+        key = draws.key(self._dropout_seed) if draws_now else None
+        problem = Problem(self._compute(tokens), self._maps(), plan.with_rows(), key)
         if self.processes is not None:
             return run_in_processes(network, problem, self.processes)
         if problem.plan.order is not None:
@@ -200,10 +186,8 @@ class StackedExperts(Adaptable, ExpertBank):
         # The layout of many rows.
         return "tiles" if platform == "cpu" and static_shapes else "parts"
 
-    def inherit_policy(self, policy):
-        if not self.has_own_policy and not self.built:
-            self.has_own_policy = True
-            self.dtype_policy = policy
+    def _take_policy(self, policy):
+        self.dtype_policy = policy
 
     def add_factors(self, a_initializer="he_uniform", b_initializer="zeros"):
         for projection in self._kernels():
@@ -215,9 +199,8 @@ class StackedExperts(Adaptable, ExpertBank):
     ) -> None:
         """Store the kernels as integers with scales; one expert at a time is cast to floats.
 
-        Only the weights are quantized. "int8" has a scale for each output of each expert. "int4"
-        has two integers in a byte, and a scale and a zero point for each `block_size` inputs of an
-        output, or as in "int8", as the `Dense` layer of Keras does.
+        "int8" has a scale for each output of each expert. "int4" has two integers in a byte, and a
+        scale and a zero point for each `block_size` inputs of an output, or as in "int8".
 
         Args:
             mode: String. "int8" or "int4". None: the mode of `config`.
@@ -234,11 +217,9 @@ class StackedExperts(Adaptable, ExpertBank):
                 f'`mode` must be "int8" or "int4". Received: mode={mode!r} for `{self.name}`'
             )
         if self.processes is not None:
-            raise NotImplementedError(
-                "Experts that are split over processes cannot be quantized. Received: "
-                f"`{self.name}`, split over {self.processes.num_processes} processes. "
-                "Save the model and quantize it in one process."
-            )
+            rule = "Experts must be in one process to be quantized: save the model, load it in one"
+            received = f"`{self.name}` in {self.processes.num_processes} processes"
+            raise NotImplementedError(f"{rule}. Received: {received}")
         projections = self._kernels()
         with unlocked(self):
             kernels = [projection.take_kernel() for projection in projections]
@@ -278,10 +259,8 @@ class StackedExperts(Adaptable, ExpertBank):
         store = load_draws(self, store)
         weights = [weight for each in self.projections for weight in each.weights()]
         if len(store) != len(weights):
-            raise ValueError(
-                f"`{self.name}` has {len(weights)} weights to load. Received: {len(store)} "
-                "in the file. Build the layer with the arguments and the dtype of the saved one."
-            )
+            rule = f"`{self.name}` must have the arguments and the dtype of the saved layer"
+            raise ValueError(f"{rule}. Received: {len(store)} arrays for {len(weights)} weights")
         own = slice(None)
         if self.processes is not None:
             experts = self.processes.own_experts(self.num_experts)
@@ -323,10 +302,9 @@ class _Settings:
             setattr(self, name, value)
 
     def __getattr__(self, name):
-        raise AttributeError(
-            "`settings` must name all attributes that `network` reads. Received: settings="
-            f"{tuple(vars(self))} and a network that reads {name!r}"
-        )
+        rule = "`settings` must name all attributes that `network` reads"
+        received = f"settings={tuple(vars(self))} and a network that reads {name!r}"
+        raise AttributeError(f"{rule}. Received: {received}")
 
 
 class _WeakNetwork(NamedTuple):

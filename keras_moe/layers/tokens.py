@@ -11,7 +11,7 @@ from keras import ops
 from keras_moe._internal.checks import check_tensors
 from keras_moe._internal.keras_internals import get_keras_mask, set_keras_mask
 from keras_moe.ops.routing import Routing
-from keras_moe.ops.sorting import at_least
+from keras_moe.ops.sorting import as_dtype, at_least
 
 
 class Tokens(NamedTuple):
@@ -27,29 +27,34 @@ class Tokens(NamedTuple):
     sizes: tuple
 
     @classmethod
-    def of(cls, inputs, mask, num_axes):
-        """The tokens of inputs, whose first `num_axes` axes count them, with a mask or None."""
+    def of(cls, inputs, mask=None, token_axes=None, router_inputs=None, token_ids=None):
+        """The tokens of the inputs of a call, whose tensors are checked."""
+        mask = check_call(inputs, mask, token_axes, router_inputs, token_ids)
         flat = None if mask is None else ops.reshape(mask, (-1,))
-        sizes = ops.shape(inputs)[:num_axes]
-        return cls(_flatten(inputs, mask, num_axes), flat, sizes)
+        num_axes = token_axes or len(inputs.shape) - 1
+        return cls(_flatten(inputs, mask, num_axes), flat, ops.shape(inputs)[:num_axes])
 
     @property
     def sequence_length(self):
         """Tokens of a sequence, all axes but the first; None if there is one axis."""
         return at_least(1, math.prod(self.sizes[1:])) if len(self.sizes) > 1 else None
 
+    @property
+    def mask_of_inputs(self):
+        """The mask in the shape of the inputs, (batch, ...), or None."""
+        return None if self.mask is None else ops.reshape(self.mask, self.sizes)
+
     def vectors(self, inputs=None):
         """Vectors (T, D) of the tokens, or of other inputs with the same leading axes."""
         values = self.values
         if inputs is not None:
-            mask = None if self.mask is None else ops.reshape(self.mask, self.sizes)
-            values = _flatten(inputs, mask, len(self.sizes))
+            values = _flatten(inputs, self.mask_of_inputs, len(self.sizes))
         width = math.prod(values.shape[1:])
         return values if len(values.shape) == 2 else ops.reshape(values, (-1, width))
 
     def unflatten(self, values, dtype):
         """Values (T, ...) with the leading axes of the inputs, in a dtype."""
-        return ops.cast(ops.reshape(values, (*self.sizes, *values.shape[1:])), dtype)
+        return as_dtype(ops.reshape(values, (*self.sizes, *values.shape[1:])), dtype)
 
 
 def _flatten(inputs, mask, num_axes):

@@ -42,10 +42,9 @@ class TransformerBlock(Recomputable):
     def _build_attention(self, cls, name, inputs_shape, source_shape):
         features = inputs_shape[-1]
         if features is None or features % self.num_heads:
-            raise ValueError(
-                "`inputs` must have a number of features divisible by `num_heads`. Received: "
-                f"inputs.shape={tuple(inputs_shape)}, num_heads={self.num_heads}"
-            )
+            rule = "`inputs` must have a number of features divisible by `num_heads`"
+            received = f"inputs.shape={tuple(inputs_shape)}, num_heads={self.num_heads}"
+            raise ValueError(f"{rule}. Received: {received}")
         attention = cls(
             self.num_heads, int(features) // self.num_heads, dtype=self.dtype_policy, name=name
         )
@@ -58,10 +57,9 @@ class TransformerBlock(Recomputable):
         outputs_shape = build_and_measure("feedforward", self.feedforward, inputs_shape)
         self.examine_feedforward()
         if outputs_shape[-1] != inputs_shape[-1]:
-            raise ValueError(
-                "`feedforward` must return as many features as it receives, for the residual. "
-                f"Received: {inputs_shape[-1]} features in, {outputs_shape[-1]} out"
-            )
+            rule = "`feedforward` must return as many features as it receives, for the residual"
+            received = f"{inputs_shape[-1]} features in, {outputs_shape[-1]} out"
+            raise ValueError(f"{rule}. Received: {received}")
 
     def examine_feedforward(self) -> None:
         """Find out which arguments the feed-forward layer takes; again, after it is replaced."""
@@ -70,10 +68,7 @@ class TransformerBlock(Recomputable):
         )
 
     def _without_padding(self, inputs, mask, name="mask"):
-        """Return the inputs (B, L, D), zero where the mask is False, and the mask as bool or None.
-
-        Without a mask, the Keras mask of the inputs is used.
-        """
+        """Return inputs (B, L, D), zero at padding, and their mask, bool, by default of Keras."""
         mask = get_keras_mask(inputs) if mask is None else mask
         given = {"inputs": (inputs, "BLD", "float")}
         if mask is not None:
@@ -111,17 +106,13 @@ class TransformerBlock(Recomputable):
 
 @register
 class TransformerEncoderBlock(TransformerBlock):
-    """Self-attention, then a feed-forward layer, each with a normalization and a residual.
-
-    `x = x + dropout(attention(norm(x)))`, then `x = x + dropout(feedforward(norm(x)))`.
+    """`x = x + dropout(attention(norm(x)))`, then `x = x + dropout(feedforward(norm(x)))`.
 
     Args:
         num_heads: Integer. Number of attention heads; divides the number of features, D.
-        feedforward: Keras layer from D to D features, for example a `MixtureOfExperts`, or a
-            `keras.Sequential` of dense layers. If its `call` has a `mask` argument it receives the
-            mask.
-        dropout: Float from 0 to below 1. Rate of dropout on both branches. Attention scores have
-            none: Keras's fused attention does without.
+        feedforward: Keras layer from D to D features, such as a `MixtureOfExperts`. It receives the
+            mask if its `call` has a `mask` argument.
+        dropout: Float from 0 to below 1. Rate of dropout on both branches.
         **kwargs: Arguments of a Keras layer, such as `name` and `dtype`.
 
     Raises:

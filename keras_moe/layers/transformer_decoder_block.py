@@ -9,7 +9,7 @@ import numpy as np
 from keras import ops
 
 from keras_moe._internal import Tensor
-from keras_moe._internal.checks import check_tensors, is_kind
+from keras_moe._internal.checks import check_tensors
 from keras_moe._internal.serialization import register
 from keras_moe.layers.cached_attention import CachedAttention, Decoding
 from keras_moe.layers.mixture_of_experts import MixtureOfExperts
@@ -20,14 +20,12 @@ from keras_moe.layers.transformer_block import TransformerBlock
 class TransformerDecoderBlock(TransformerBlock):
     """Causal self-attention, attention to a context if wanted, then a feed-forward layer.
 
-    Each branch has a normalization before it and a residual connection around it:
-    `x = x + dropout(branch(norm(x)))`. No token sees a later one, except through the feed-forward
-    layer: a warning names a router or a capacity that allows it.
+    Each is a branch `x = x + dropout(branch(norm(x)))`. No token sees a later one, except through
+    the feed-forward layer: a warning names a router or a capacity that allows it.
 
-    To decode token by token, `make_cache` once and pass `cache` and `position`: what the block
-    computed of earlier tokens is then read instead of computed again, with the same outputs if no
-    token sees a later one. The cache is a dict of tensors (batch, ...) of fixed shapes, fit for
-    `ops.while_loop`.
+    To decode token by token, `make_cache` once and pass `cache` and `position`: keys and values of
+    earlier tokens are then read instead of computed. The cache is a dict of tensors (batch, ...) of
+    fixed shapes, fit for `ops.while_loop`.
 
     Args:
         num_heads: Integer. Number of attention heads; divides the number of features, D.
@@ -35,8 +33,7 @@ class TransformerDecoderBlock(TransformerBlock):
         dropout: Float from 0 to below 1. Rate of dropout on all branches.
         cross_attention: Boolean. Whether the block attends to a `context` as well, such as the
             outputs of an encoder.
-        rotary: Boolean. Whether self-attention has rotary positions. Otherwise the inputs must
-            contain the positions.
+        rotary: Boolean. Whether self-attention has rotary positions, else the inputs contain them.
 
     Raises:
         ValueError: If D / heads is odd with rotary positions, or `context`, `cache` and `position`
@@ -45,8 +42,7 @@ class TransformerDecoderBlock(TransformerBlock):
     Call arguments:
         inputs: (batch, length, D) float tensor.
         context: (batch, context length, C) float tensor, with cross-attention and without cache.
-        context_mask: (batch, context length) bool tensor, False for padding. Default: the Keras
-            mask of the context.
+        context_mask: (batch, context length) bool tensor. Default: the Keras mask of the context.
         cache: Dict that `make_cache` or an earlier call returned.
         position: Integer or integer tensor, with a cache: the position of the first input. One in a
             tensor is not checked, but moved to the nearest position where the inputs fit.
@@ -98,10 +94,9 @@ class TransformerDecoderBlock(TransformerBlock):
             CachedAttention, "attention", inputs_shape, inputs_shape
         )
         if self.rotary and self._attention.key_dim % 2:
-            raise ValueError(
-                "`rotary=True` turns pairs of features, so each head must have an even number. "
-                f"Received: {inputs_shape[-1]} features, num_heads={self.num_heads}"
-            )
+            rule = "`rotary=True` turns pairs of features, so each head must have an even number"
+            received = f"{inputs_shape[-1]} features, num_heads={self.num_heads}"
+            raise ValueError(f"{rule}. Received: {received}")
         if self.cross_attention:
             self._context_norm = self._build_norm("context_norm", inputs_shape)
             self._context_attention = self._build_attention(
@@ -135,7 +130,9 @@ class TransformerDecoderBlock(TransformerBlock):
         inputs, mask = self._without_padding(inputs, mask)
         positions = ops.arange(ops.shape(inputs)[1], dtype="int32")
         if cache is not None:
-            position = _with_room(cache["keys"], inputs, position)
+            if not isinstance(position, int):  # The value is known to the device only.
+                last = ops.shape(cache["mask"])[1] - ops.shape(inputs)[1]
+                position = ops.clip(ops.cast(position, "int32"), 0, last)
             positions = positions + ops.cast(position, "int32")
         rotated = positions if self.rotary else None
         states = self._attention_norm(inputs)
@@ -143,8 +140,10 @@ class TransformerDecoderBlock(TransformerBlock):
         if cache is None:
             seen.update(self._cache_context(context, context_mask))
         else:
-            seen = {**cache, **{k: _write(cache[k], v, position) for k, v in seen.items()}}
-
+            for name, new in seen.items():
+                start = [0, position] + [0] * (len(new.shape) - 2)
+                cache = {**cache, name: ops.slice_update(cache[name], start, new)}
+            seen = cache
         places = ops.arange(ops.shape(seen["mask"])[1], dtype="int32")
         causal = places <= ops.expand_dims(positions, 1)
         attended = self._attention.attend(states, seen, causal, rotated, training)
@@ -162,40 +161,35 @@ class TransformerDecoderBlock(TransformerBlock):
     def _check_call(self, inputs, context, context_mask, cache, position):
         """Refuse arguments that would be ignored, and positions that would be moved."""
         if (cache is None) != (position is None):
+            rule = "`cache` and `position` must be passed together"
             raise ValueError(
-                "`cache` and `position` must be passed together. Received: "
-                f"{'no cache' if cache is None else 'a cache'}, position={position}"
+                f"{rule}. Received: {position=} {'with' if cache else 'without'} cache"
             )
         if cache is None:
             self._check_context(context is not None, context_mask is not None)
             return
         if context is not None or context_mask is not None:
-            raise ValueError(
-                "`context` and `context_mask` must be left out with a `cache`, which holds them: "
-                "pass them to `make_cache`"
+            rule = (
+                "`context` and its mask must be left out with a `cache`: pass them to `make_cache`"
             )
-        if not isinstance(position, int) and not is_kind("int", ops.convert_to_tensor(position)):
+            raise ValueError(f"{rule}. Received: one of them in a call")
+        dtype = "int" if isinstance(position, int) else ops.convert_to_tensor(position).dtype
+        if "int" not in str(dtype):
             raise TypeError(f"`position` must be an integer. Received: position={position}")
         (batch_size, room), length = cache["mask"].shape, inputs.shape[1]
         if None not in (batch_size, inputs.shape[0]) and batch_size != inputs.shape[0]:
-            raise ValueError(
-                "`cache` must be of as many sequences as `inputs`. Received: a cache of "
-                f"{batch_size}, inputs of {inputs.shape[0]}"
-            )
+            rule = "`cache` must be of as many sequences as `inputs`"
+            raise ValueError(f"{rule}. Received: {batch_size}, not {inputs.shape[0]}")
         known = all(isinstance(size, int) for size in (position, length, room))
         if known and not 0 <= position <= room - length:
-            raise ValueError(
-                f"The inputs must fit into the cache. Received: position={position}, {length} "
-                f"tokens and a cache for {room}"
-            )
+            received = f"position={position}, {length} tokens and a cache for {room}"
+            raise ValueError(f"The inputs must fit into the cache. Received: {received}")
 
     def _check_context(self, given, mask_given=False):
         if given != self.cross_attention or mask_given > given:
-            raise ValueError(
-                "A block takes a `context` if and only if it has `cross_attention=True`, and a "
-                "`context_mask` only with a `context`. Received: cross_attention="
-                f"{self.cross_attention}, context: {given}, context_mask: {mask_given}"
-            )
+            rule = "A block takes a `context` if and only if it has `cross_attention=True`"
+            received = f"context {'given' if given else 'missing'}{', a mask' * mask_given}"
+            raise ValueError(f"{rule}, and a `context_mask` with it. Received: {received}")
 
     def make_cache(
         self,
@@ -218,9 +212,8 @@ class TransformerDecoderBlock(TransformerBlock):
             `context_mask` as well. For beams, gather each along its first axis.
         """
         if not self.built:
-            raise ValueError(
-                f"A block must be built before it makes a cache. Received: `{self.name}`, not built"
-            )
+            rule = "A block must be built before it makes a cache"
+            raise ValueError(f"{rule}. Received: `{self.name}`, not built")
         self._check_context(context is not None, context_mask is not None)
         if context is not None:
             context = ops.convert_to_tensor(context)
@@ -274,19 +267,3 @@ def _reasons_not_to_be_causal(layer):
             f"token drops tokens for {leak}. Leave `capacity_factor` out, or use the priority "
             "'position' and one expert per token."
         )
-
-
-def _write(cached, new, position):
-    """Put `new` (B, L, ...) at `position` of `cached` (B, M, ...)."""
-    return ops.slice_update(cached, [0, position] + [0] * (len(new.shape) - 2), new)
-
-
-def _with_room(cached, new, position):
-    """The nearest position at which `new` (B, L, ...) fits into `cached` (B, M, ...).
-
-    Integers were checked; the value of a tensor is known to the device only.
-    """
-    if isinstance(position, int):
-        return position
-    last = ops.shape(cached)[1] - ops.shape(new)[1]
-    return ops.clip(ops.cast(position, "int32"), 0, last)

@@ -19,15 +19,12 @@ from keras_moe.ops.plans import GroupedPlan
 class ZeroComputationExperts(ExpertBank):
     """A bank of experts, followed by experts that do next to nothing.
 
-    A token that needs no work goes to a zero expert, whose output is zero, to an identity expert,
-    whose output is the token, or to a constant expert, `a x + b v` with a learned vector v and
-    `a, b = softmax(x W)`. None of them moves a row. So easy tokens cost less than hard ones. A
-    capacity, whose E counts all experts, limits those that compute; the others serve any number of
-    tokens.
+    The output of a zero expert is zero, of an identity expert the token, and of a constant expert
+    `a x + b v` with a learned vector v and `a, b = softmax(x W)`. None of them moves a row, so easy
+    tokens cost less. A capacity, whose E counts all experts, limits those that compute only.
 
-    The router sets the weights. Use one that does not divide them by their sum, such as
-    `TopKRouter(num_experts, renormalize=False)`, as in LongCat-Flash: otherwise the weight of a
-    zero expert counts in that sum.
+    Use a router that does not divide weights by their sum, such as `TopKRouter(num_experts,
+    renormalize=False)`: otherwise the weight of a zero expert counts in it.
 
     Args:
         experts: Bank of experts that compute.
@@ -40,8 +37,8 @@ class ZeroComputationExperts(ExpertBank):
         ValueError: If a number is negative or all are zero, or the bank changes the number of
             features.
 
-    Call arguments and output shape: as for `ExpertBank`. The plan numbers first the experts that
-    compute, then zero, identity and constant ones; experts must not choose tokens.
+    Call arguments and output shape: as for `ExpertBank`. The experts that compute come first, then
+    zero, identity and constant ones. Experts must not choose tokens.
 
     Example:
 
@@ -76,8 +73,7 @@ class ZeroComputationExperts(ExpertBank):
         self.experts = experts
         if self.has_own_policy:
             experts.inherit_policy(self.dtype_policy)
-        self.num_zero, self.num_identity = num_zero, num_identity
-        self.num_constant = num_constant
+        self.num_zero, self.num_identity, self.num_constant = num_zero, num_identity, num_constant
         freeze_parts(self)
 
     def build(self, tokens_shape):
@@ -87,10 +83,8 @@ class ZeroComputationExperts(ExpertBank):
         features = tokens_shape[-1]
         width = self.experts.compute_output_shape(tokens_shape)[-1]
         if width != features:
-            raise ValueError(
-                "Experts next to identity experts must return as many features as they receive. "
-                f"Received: {features} features in, {width} out"
-            )
+            rule = "Experts next to identity experts must return as many features as they receive"
+            raise ValueError(f"{rule}. Received: {features} features in, {width} out")
         if self.num_constant:
             shape = (self.num_constant, features)
             self.constant = mark_stack(self.add_weight(shape, "zeros", name="constant"))
@@ -103,10 +97,8 @@ class ZeroComputationExperts(ExpertBank):
     def call(self, tokens: Tensor, plan: GroupedPlan) -> Tensor:
         computing = self.experts.num_experts
         if plan.places is not None:
-            raise ValueError(
-                "Experts without computation need a router whose tokens choose experts, such as "
-                "`TopKRouter`. Received: a plan of experts that choose tokens"
-            )
+            rule = "Experts without computation need a router whose tokens choose, as `TopKRouter`"
+            raise ValueError(f"{rule}. Received: a plan of experts that choose tokens")
         tokens = self._compute(tokens)
         outputs = self._compute(self.experts(tokens, plan.of_first(computing)))
         first_identity = computing + self.num_zero
@@ -116,22 +108,18 @@ class ZeroComputationExperts(ExpertBank):
         for number in range(self.num_constant):
             expert = first_constant + number
             weight = self._compute(plan.weight_at(expert, expert + 1))
-            outputs = outputs + weight * self._constant(tokens, number)
+            kernel = self._compute(self.mixing_kernel)[:, number]
+            a, b = ops.split(ops.softmax(ops.matmul(tokens, kernel), axis=-1), 2, axis=-1)
+            constant = a * tokens + b * self._compute(self.constant)[number]
+            outputs = outputs + weight * constant
         return outputs
-
-    def _constant(self, tokens, number):
-        kernel = self._compute(self.mixing_kernel)[:, number]
-        shares = ops.softmax(ops.matmul(tokens, kernel), axis=-1)
-        return shares[:, :1] * tokens + shares[:, 1:] * self._compute(self.constant)[number]
 
     def engine_on(self, platform, static_shapes):
         return self.experts.engine_on(platform, static_shapes)
 
-    def inherit_policy(self, policy):
-        if not self.has_own_policy and not self.built:
-            self.has_own_policy = True
-            self.dtype_policy = in_floats(policy)
-            self.experts.inherit_policy(policy)
+    def _take_policy(self, policy):
+        self.dtype_policy = in_floats(policy)
+        self.experts.inherit_policy(policy)
 
     @property
     def num_capacity_limited(self):

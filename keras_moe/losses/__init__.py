@@ -203,8 +203,7 @@ class RouterZ(RouterLoss):
         super().__init__(weight)
 
     def compute(self, routing):
-        logits = ops.convert_to_tensor(routing.logits)
-        return routing.mean(ops.square(ops.logsumexp(logits, axis=-1, keepdims=True)))[0]
+        return routing.mean(ops.logsumexp(routing.logits, axis=-1, keepdims=True) ** 2)[0]
 
 
 @register

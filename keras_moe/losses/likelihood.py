@@ -23,9 +23,8 @@ _LOG_ZERO = -1e9
 class MixtureNegativeLogLikelihood(keras.losses.Loss):
     """`-log sum_k w_k p_k(y)`, where each expert k predicts a distribution of the target y.
 
-    Experts compete: the one that explains a sample best gets most of its gradient, so each may give
-    another answer, where a squared error predicts the mean of all. The weights of a sample should
-    sum to 1, as with a `DenseRouter`, or a `TopKRouter` with at least two experts.
+    Experts compete: the one that explains a sample best gets most of its gradient. The weights of a
+    sample should sum to 1, as with a `DenseRouter`, or a `TopKRouter` with at least two experts.
 
     Args:
         distribution: String. "gaussian": outputs are means (D), with `scale=None` followed by

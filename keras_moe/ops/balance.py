@@ -5,27 +5,8 @@ Axes: T tokens, E experts, K experts per token.
 
 from keras import ops
 
-from keras_moe._internal import Tensor
 from keras_moe.backend import backend
-from keras_moe.ops.routing import Routing
 from keras_moe.ops.selection import chosen_experts, take_scores, top_k_indices
-
-
-@backend.jit_when_eager
-def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
-    """Mean over the real tokens.
-
-    Args:
-        values: Tensor (T, ...).
-        mask: Bool tensor (T,), False for padding.
-
-    Returns:
-        Tensor (...); 0 where there is no real token.
-    """
-    values, mask = ops.convert_to_tensor(values), ops.cast(mask, "bool")
-    real = ops.reshape(mask, (-1,) + (1,) * (len(values.shape) - 1))
-    total = ops.sum(ops.where(real, values, 0.0), axis=0)
-    return total / ops.maximum(ops.sum(ops.cast(mask, "float32")), 1.0)
 
 
 def load_importance_product(counts, mean_probs):
@@ -39,7 +20,7 @@ def load_importance_product(counts, mean_probs):
 
 
 @backend.jit_when_eager
-def router_entropy(routing: Routing) -> Tensor:
+def router_entropy(routing):
     """Mean over real tokens of the entropy of the scores, from 0 to `log E`; 0 without any."""
     return routing.mean(entropy(ops.convert_to_tensor(routing.probs), keepdims=True))[0]
 

@@ -10,7 +10,7 @@ import numpy as np
 from keras import ops
 
 from keras_moe._internal import Tensor
-from keras_moe._internal.checks import check_integer, check_number, check_tensors
+from keras_moe._internal.checks import check_integer, check_tensors
 from keras_moe.backend import backend
 from keras_moe.ops.plans import GroupedPlan, pad_to_shards, plan_routing
 from keras_moe.ops.routing import Routing, check_routing
@@ -115,40 +115,18 @@ def _admit(experts, priority, num_experts, capacity, sequence_length, num_capaci
     return ops.transpose(ops.reshape(admitted, (top_k, num_tokens)))
 
 
-def expert_capacity(
-    num_tokens: int | Tensor, num_experts: int, top_k: int, capacity_factor: float
-) -> int | Tensor:
-    """Slots of an expert: `ceil(factor * T * K / E)`, at least 1 and at most T * K.
-
-    Args:
-        num_tokens: Integer or integer tensor, T, with padding.
-        num_experts: Integer, E.
-        top_k: Integer, K.
-        capacity_factor: Positive float, read to three decimals or the nearest simple fraction;
-            1.0 is enough for exactly balanced experts.
-
-    Returns:
-        An integer, or an int32 tensor where `num_tokens` is one.
-
-    Raises:
-        ValueError: If an argument is out of its range.
-    """
-    return slots_of_expert(
-        _check_size("num_tokens", num_tokens, minimum=0),
-        check_integer("num_experts", num_experts),
-        check_integer("top_k", top_k),
-        check_number("capacity_factor", capacity_factor, above=0),
-    )
-
-
-def _check_size(name, size, minimum=1):
+def _check_size(name, size):
     """Return a size as a Python integer; a tensor, a symbol or None as it is."""
     is_known = isinstance(size, (numbers.Number, np.ndarray))
-    return check_integer(name, size, minimum) if is_known else size
+    return check_integer(name, size) if is_known else size
 
 
 def slots_of_expert(num_tokens, num_experts, top_k, capacity_factor):
-    """`expert_capacity` of arguments that were checked."""
+    """Slots of an expert: `ceil(factor * T * K / E)`, at least 1 and at most T * K.
+
+    The factor is read to three decimals or the nearest simple fraction. An integer, or an int32
+    tensor where the number of tokens is one.
+    """
     # In integers: a compiled quotient in float32 may end just above a whole number.
     factor = min(Fraction(float(capacity_factor)).limit_denominator(1000), num_experts)
     share = Fraction(factor) * top_k / num_experts

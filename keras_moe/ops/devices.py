@@ -7,13 +7,12 @@ their experts are split over one axis, the expert axis. Each device runs its own
 2. Each device sorts and runs the assignments of its own experts.
 3. The devices along the expert axis sum their outputs, and each keeps the outputs of its tokens.
 
-Where K is small enough that less is sent, each token goes to the devices of its experts only, and
-its outputs come back (all-to-all), as between processes on PyTorch. Kernels are sent nowhere.
+Where less is sent that way, each token goes to the devices of its experts only, and its outputs
+come back (all-to-all), as between processes on PyTorch. Kernels are sent nowhere.
 
-A device may be sent every token, or none, and shapes are fixed. Each device would need buffers for
-the rows of all devices, so rows are computed in chunks: the first has buffers for little more than
-a mean share of the rows. What exceeds it goes through shorter chunks of a loop, often none. Only
-the first chunk saves anything for the backward pass; the others are computed again there.
+A device may be sent every token, or none, and shapes are fixed. So rows are computed in chunks: the
+first has buffers for little more than a mean share of the rows. What exceeds it goes through
+shorter chunks of a loop, often none, which are computed again in the backward pass.
 
 Axes: T tokens, E experts, K experts per token, R rows, n devices along the expert axis.
 """
@@ -25,18 +24,14 @@ from keras import ops
 
 from keras_moe.backend import backend
 from keras_moe.backend.padded import interval
-from keras_moe.ops.experts import run_network
-from keras_moe.ops.networks import Problem
+from keras_moe.ops.networks import Problem, run_network
 from keras_moe.ops.plans import GroupedPlan, combine, dispatch, pad_to_shards, plan_experts
 from keras_moe.ops.platforms import named_platform
 from keras_moe.ops.sorting import ceil_divide
 
 
 def run_on_mesh(network, problem, expert_axis):
-    """`run_network` for the unsorted plan of tokens that are spread over a mesh.
-
-    `expert_axis` is the mesh axis that splits the first axis of the kernels, or None.
-    """
+    """`run_network` of an unsorted plan on a mesh; `expert_axis`, or None, splits the kernels."""
     shards = backend.token_shards()
     platform = named_platform() or shards.platform
     return _run_on_mesh((network, shards, expert_axis, platform), problem)
@@ -87,10 +82,7 @@ def _chunk_lengths(num_rows, num_buckets=1):
 
 
 def _sum_chunks(run_chunk, lengths, count_rows, problem):
-    """The sum of `run_chunk(problem, start, length)`, with derivatives.
-
-    `count_rows(plan)`, an integer tensor, says how many rows the chunks must hold.
-    """
+    """The sum of `run_chunk(problem, start, length)` over `count_rows(plan)`, with derivatives."""
     first, further = lengths
 
     def num_chunks(plan):
@@ -154,10 +146,7 @@ def _chunk(plan, start, length):
 
 
 def _by_all_to_all(run, problem, shards, axis):
-    """Send each token to the devices of its experts, and to no other.
-
-    Rows sorted by expert are sorted by device as well: each device has a bucket for each other one.
-    """
+    """Send each token to the devices of its experts; a bucket has the rows for one device."""
     plan, num_local = problem.plan, next(iter(problem.maps.values())).kernel.shape[0]
     num_shards = shards.mesh.shape[axis]
     lengths = _chunk_lengths(ops.size(plan.experts), num_shards)
@@ -190,8 +179,7 @@ def _rows_by_shard(plan, num_shards):
 def _buckets(plan, num_shards, start, length):
     """The rows of one chunk: in each bucket `length` rows, from its row `start` on.
 
-    A plan of these rows, and the expert of each row among the experts of the device it goes to,
-    (n * length,) int32, -1 where a bucket is not full.
+    A plan of these rows, and their experts on the device they go to, -1 where a bucket is not full.
     """
     sizes = _rows_by_shard(plan, num_shards)
     starts = ops.cumsum(sizes) - sizes

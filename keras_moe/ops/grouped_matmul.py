@@ -5,9 +5,8 @@ from keras import ops
 from keras_moe._internal import Tensor
 from keras_moe._internal.checks import check_tensors, host_values
 from keras_moe.backend import backend
-from keras_moe.ops.experts import run_network
 from keras_moe.ops.linears import Kernel, Linear
-from keras_moe.ops.networks import Problem, network_of
+from keras_moe.ops.networks import Problem, network_of, run_network
 from keras_moe.ops.plans import GroupedPlan
 
 
@@ -15,8 +14,7 @@ def grouped_matmul(rows: Tensor, kernels: Tensor, group_sizes: Tensor) -> Tensor
     """Multiply each group of rows by its own kernel.
 
     Row r of group e gives `rows[r] @ kernels[e]`. The groups follow one another; rows past the last
-    one give zero. It costs as much as one product with one kernel, whatever E is; all gradients are
-    exact, and a kernel whose group is empty has a gradient of zeros.
+    one give zero. It costs as much as one product with one kernel, whatever E is.
 
     Args:
         rows: Float tensor (N, D).
@@ -66,7 +64,7 @@ def grouped_outer(left: Tensor, right: Tensor, group_sizes: Tensor) -> Tensor:
     """Multiply the transpose of each group of left rows by its right rows.
 
     Group e gives `left[group].T @ right[group]`, zeros if it is empty. It is the gradient of
-    `grouped_matmul` for its kernels; both have derivatives of any order.
+    `grouped_matmul` for its kernels; both have derivatives of any order. Errors are the same.
 
     Args:
         left: Float tensor (N, D).
@@ -75,10 +73,6 @@ def grouped_outer(left: Tensor, right: Tensor, group_sizes: Tensor) -> Tensor:
 
     Returns:
         Tensor (E, D, H), in the dtype of `left`.
-
-    Raises:
-        ValueError: As `grouped_matmul`.
-        TypeError: As `grouped_matmul`.
 
     Example:
 

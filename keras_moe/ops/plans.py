@@ -11,8 +11,8 @@ from keras import ops
 from keras_moe._internal import Tensor
 from keras_moe._internal.checks import check_tensors
 from keras_moe.backend import backend
-from keras_moe.ops.routing import Routing, count_assignments, counted, served_and_counts
-from keras_moe.ops.sorting import at_least, sort_by_expert
+from keras_moe.ops.routing import Routing, count_assignments, counted, masked, served_and_counts
+from keras_moe.ops.sorting import as_dtype, at_least, sort_by_expert
 
 
 class GroupedPlan(NamedTuple):
@@ -85,9 +85,10 @@ class GroupedPlan(NamedTuple):
         """The same plan with `order` and `rows`."""
         if self.order is not None:
             return self
-        expert = self._flat(ops.where(self.experts >= 0, self.experts, self.num_experts))
-        order, rank = sort_by_expert(expert, self.num_experts + 1)
-        rows = ops.where(expert < self.num_experts, rank, -1)
+        number = self.num_experts
+        expert = self._flat(ops.where(self.experts >= 0, self.experts, number))
+        order, rank = sort_by_expert(expert, number + 1)
+        rows = ops.where(expert < number, rank, -1)
         if self.places is None:
             rows = ops.transpose(ops.reshape(rows, ops.shape(self.experts)[::-1]))
         return self._replace(order=order, rows=rows)
@@ -128,15 +129,14 @@ class GroupedPlan(NamedTuple):
     def sum_rows(self, rows: Tensor, weights: Tensor | None = None) -> Tensor:
         """For each token the float32 sum (T, D) of its rows, weighted by `weights` or by 1."""
         by_token = self._gather_and_sum if self.places is None else self._scatter_sum
-        return ops.cast(by_token(rows, weights), rows.dtype)
+        return as_dtype(by_token(rows, weights), rows.dtype)
 
     def _gather_and_sum(self, rows, weights):
         # A gather, not a scatter: tokens are written once, in order, and need no atomic adds.
         total, places = 0.0, ops.maximum(self.rows, 0)
-        weights = None if weights is None else ops.cast(weights, "float32")
         for choice in range(self.rows.shape[1]):
             own = slice(choice, choice + 1)
-            picked = ops.cast(backend.gather_rows(rows, places[:, choice]), "float32")
+            picked = as_dtype(backend.gather_rows(rows, places[:, choice]), "float32")
             picked = picked if weights is None else picked * weights[:, own]
             # `where`, not a product: a row that was never computed may hold anything, even NaN.
             total = total + ops.where(self.rows[:, own] >= 0, picked, 0.0)
@@ -144,10 +144,9 @@ class GroupedPlan(NamedTuple):
 
     def _scatter_sum(self, rows, weights):
         num_rows, num_tokens = self.num_rows(), ops.shape(self.mask)[0]
-        picked = ops.cast(rows[:num_rows], "float32")
+        picked = as_dtype(rows[:num_rows], "float32")
         if weights is not None:
-            row_weights = ops.cast(self.weight_of_row(weights), "float32")
-            picked = picked * ops.expand_dims(row_weights, 1)
+            picked = picked * ops.expand_dims(self.weight_of_row(weights), 1)
         served = ops.arange(num_rows, dtype="int32") < ops.sum(self.sizes)
         # Unserved rows may hold anything: they add zero to the first token.
         picked = ops.where(ops.expand_dims(served, 1), picked, 0.0)
@@ -210,10 +209,6 @@ class GroupedPlan(NamedTuple):
         served = ops.cast(ops.sum(self.sizes), "float32")
         return ops.maximum(assigned - served, 0.0) / ops.maximum(assigned, 1.0)
 
-    def serve(self, experts: Any, tokens: Tensor) -> Tensor:
-        """The outputs of a bank of experts for tokens (T, ...), combined."""
-        return experts(tokens, self)
-
     def serve_each(self, experts: Any, tokens: Tensor, routing: Routing) -> Tensor:
         """The outputs (T, K, ...) of the assignments of a routing, zero where one is not served."""
         # Where experts choose, as if tokens chose the same.
@@ -273,10 +268,11 @@ def row_sums(left, right):
     return ops.sum(products, axis=1, keepdims=True)
 
 
-def plan_routing(routing):
+def plan_routing(routing, has_padding=True):
     """The unsorted plan of a routing, without a limit."""
     num_experts = (routing.logits if routing.counts is None else routing.counts).shape[-1]
-    return GroupedPlan.of(routing.indices, routing.weights, num_experts, routing.mask)
+    mask = routing.mask if has_padding else None
+    return GroupedPlan.of(routing.indices, routing.weights, num_experts, mask)
 
 
 def complete(routing, mask, is_full):
@@ -285,26 +281,26 @@ def complete(routing, mask, is_full):
     `is_full` is True if the mask (T,) of the call has no padding.
     """
     if routing.mask is not mask:  # A user-defined router may not know about all of the padding.
-        routing = _without_padding(routing, mask)
-    elif is_full and isinstance(mask.shape[0], int):
+        routing, is_full = _without_padding(routing, mask), False
+    if not is_full:
+        routing = masked(routing)
+    elif isinstance(mask.shape[0], int):
         routing = routing._replace(shares=1.0 / max(mask.shape[0], 1))
     # Planned here, whatever the router returns: nothing is read or written out of range.
-    plan = routing.plan or plan_routing(routing)
+    plan = routing.plan or plan_routing(routing, has_padding=not is_full)
     counts = plan.sizes if routing.counts is None else routing.counts
     return counted(routing._replace(plan=plan, counts=counts))
 
 
 def _without_padding(routing, mask):
-    """A routing without weights and counts at padding that its router did not know."""
+    """A routing without counts at padding that its router did not know."""
     extra = count_assignments(routing.indices, routing.mask & ~mask, routing.logits.shape[-1])
 
     def without_extra(counts):
         return counts if counts is None else counts - ops.cast(extra, counts.dtype)
 
-    mask = routing.mask & mask
     return routing._replace(
-        weights=ops.where(ops.expand_dims(mask, 1), routing.weights, 0.0),
-        mask=mask,
+        mask=routing.mask & mask,
         counts=without_extra(routing.counts),
         load=without_extra(routing.load),
     )

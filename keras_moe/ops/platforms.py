@@ -14,12 +14,9 @@ _of_thread = threading.local()
 def platform(name: str) -> Iterator[None]:
     """Trace for a platform that this process does not run on.
 
-    Which grouped computation is fastest depends on the device, so what is traced differs. JAX
-    learns the device when it compiles, also ahead of time, and PyTorch from the tensors: neither
-    needs this. TensorFlow traces for the devices of the process, so a SavedModel with XLA functions
-    that is exported on a CPU for a GPU is exported inside this context.
-
-    A function that was traced before is not traced again. What is traced must be compiled for that
+    TensorFlow traces for the devices of the process, so a SavedModel with XLA functions that is
+    exported on a CPU for a GPU is exported inside this context. JAX and PyTorch do not need it. A
+    function that was traced before is not traced again. What is traced must be compiled for that
     platform, or for a CPU, which interprets it slowly.
 
     Args:

@@ -11,8 +11,15 @@ from keras import ops
 from keras_moe._internal import Tensor
 from keras_moe._internal.checks import check_choice, check_indices, check_number, check_tensors
 from keras_moe.backend import backend
-from keras_moe.ops.scores import SCORES, SMALLEST_SCORE, distribution
-from keras_moe.ops.selection import check_top_k, mask_invalid, take_scores, top_k_indices
+from keras_moe.ops.selection import (
+    SCORES,
+    SMALLEST_SCORE,
+    distribution,
+    mask_invalid,
+    take_scores,
+    top_k_indices,
+    weights_of_experts,
+)
 
 
 class Routing(NamedTuple):
@@ -39,8 +46,8 @@ class Routing(NamedTuple):
     probs: Any
     logits: Any
     mask: Any
-    counts: Any
-    dropped: Any
+    counts: Any = None
+    dropped: Any = None
     load: Any = None
     selectors: Any = ()
     plan: Any = ()
@@ -118,18 +125,17 @@ def make_routing(
     Returns:
         A `Routing`.
     """
-    routing = Routing(indices, weights, probs, logits, mask, counts, None, load)
+    routing = Routing(indices, weights, probs, logits, mask, counts, load=load)
     given = [name for name in _FIELDS if getattr(routing, name) is not None]
-    indices, weights, probs, logits, mask, counts, _, load, *_ = check_routing(routing, *given)
-    check_indices("indices", routing.indices, probs.shape[-1])
-    return counted(_make_routing(indices, weights, probs, logits, mask, counts, load))
+    routing = check_routing(routing, *given)
+    check_indices("indices", indices, routing.probs.shape[-1])
+    return counted(masked(routing))
 
 
-def _make_routing(indices, weights, probs, logits, mask, counts=None, load=None, plan=()):
-    """A `Routing` whose assignments `Router.call` counts, unless `counts` are given."""
-    weights = ops.where(ops.expand_dims(mask, 1), weights, 0.0)
-    nothing = ops.zeros((), "float32")
-    return Routing(indices, weights, probs, logits, mask, counts, nothing, load, plan=plan)
+def masked(routing):
+    """The routing without weights at padding."""
+    weights = ops.where(ops.expand_dims(routing.mask, 1), routing.weights, 0.0)
+    return routing._replace(weights=weights)
 
 
 def counted(routing):
@@ -138,7 +144,8 @@ def counted(routing):
     if counts is None:
         counts = count_assignments(routing.indices, routing.mask, routing.logits.shape[-1])
     load = ops.cast(counts, "float32") if load is None else load
-    return routing._replace(counts=counts, load=load)
+    dropped = ops.zeros((), "float32") if routing.dropped is None else routing.dropped
+    return routing._replace(counts=counts, load=load, dropped=dropped)
 
 
 @backend.jit_when_eager
@@ -194,33 +201,35 @@ def top_k_routing(
         check_tensors({"T": logits.shape[0]}, mask=(mask, "T", "mask"))
     logits, mask = clean_logits(logits, mask)
     check_choice("score", score, SCORES)
-    top_k = check_top_k(top_k, logits.shape[-1])
     scale = check_number("scale", scale, above=0)
-    return counted(_top_k_routing(logits, top_k, mask, score, renormalize, scale, select))
-
-
-def _top_k_routing(logits, top_k, mask, score="softmax", renormalize=None, scale=1.0, select=None):
     scores = SCORES[score](logits)
     if select is None:
         indices = top_k_indices(scores, top_k)
     else:
-        indices = ops.convert_to_tensor(select(ops.stop_gradient(scores)))
-        sizes = {"T": scores.shape[0], "K": top_k}
-        check_tensors(sizes, **{"select(scores)": (indices, "TK", "int")})
-        indices = ops.cast(indices, "int32")
+        indices = checked_choice(select(ops.stop_gradient(scores)), scores, top_k)
     renormalize = top_k > 1 if renormalize is None else renormalize
-    is_softmax = score == "softmax"
-    routing = _weigh_choices(logits, scores, indices, mask, is_softmax, renormalize, scale)
-    return routing._replace(mask=mask)  # The same object: `Router.call` knows its mask by it.
+    return counted(masked(weigh(logits, scores, indices, mask, score, renormalize, scale)))
+
+
+def checked_choice(indices, scores, top_k):
+    """Indices (T, K) int32 that a user-defined function has selected by scores (T, E)."""
+    indices = ops.convert_to_tensor(indices)
+    sizes = {"T": scores.shape[0], "K": top_k}
+    check_tensors(sizes, **{"select(scores)": (indices, "TK", "int")})
+    return ops.cast(indices, "int32")
+
+
+def weigh(logits, scores, indices, mask, score, renormalize, scale=1.0):
+    """The routing to chosen experts (T, K), weighted by scores (T, E) of the kind `score`."""
+    weights, probs = _weights_and_probs(scores, indices, score == "softmax", renormalize, scale)
+    return Routing(indices, weights, probs, logits, mask)
 
 
 @backend.jit_when_eager
-def _weigh_choices(logits, scores, indices, mask, are_probs, renormalize, scale):
+def _weights_and_probs(scores, indices, are_probs, renormalize, scale):
     weights = take_scores(scores, indices)
-    if renormalize:
-        weights = distribution(weights)
-    probs = scores if are_probs else distribution(scores)
-    return _make_routing(indices, weights * scale, probs, logits, mask)
+    weights = distribution(weights) if renormalize else weights
+    return weights * scale, scores if are_probs else distribution(scores)
 
 
 def weighted_counts(indices, weights, mask):
@@ -228,11 +237,8 @@ def weighted_counts(indices, weights, mask):
 
     Indices (T, E) have all experts, -1 where one does not serve. The sum is that of assignments.
     """
-    num_experts = indices.shape[1]
     weights = ops.stop_gradient(ops.where(ops.expand_dims(mask, 1), weights, 0.0))
-    # Not `ops.segment_sum`, with which PyTorch exports a program for one size of batches.
-    is_expert = ops.expand_dims(indices, 2) == ops.arange(num_experts, dtype=indices.dtype)
-    totals = ops.sum(ops.where(is_expert, ops.expand_dims(weights, 2), 0.0), axis=(0, 1))
+    totals = ops.sum(weights_of_experts(indices, weights, indices.shape[1]), axis=0)
     served = ops.logical_and(ops.expand_dims(mask, 1), indices >= 0)
     assigned = ops.sum(ops.cast(served, "float32"))
     return totals * (assigned / ops.maximum(ops.sum(totals), SMALLEST_SCORE))

@@ -1,44 +1,102 @@
-"""Selection: which experts of a token have the best scores, under one constraint or another."""
+"""Scores of experts from logits, and the selection of the best ones of a token."""
 
 import numpy as np
 from keras import ops
 
-from keras_moe._internal import Tensor
-from keras_moe._internal.checks import check_integer
 from keras_moe.backend import backend
 
 # The second lowest float: below all other scores and above minus infinity. TensorFlow's argmax
 # begins from the lowest and therefore never finds it.
 LOW = float(np.nextafter(np.finfo("float32").min, np.float32(0)))
 
-
-def check_top_k(top_k, num_experts):
-    """Return a number of experts per token as a Python integer, from 1 to E."""
-    top_k = check_integer("top_k", top_k)
-    if top_k > num_experts:
-        raise ValueError(
-            "`top_k` must be at most the number of experts. "
-            f"Received: top_k={top_k}, {num_experts} experts"
-        )
-    return top_k
+# Added to scores that could otherwise be zero: a router that pushed all of a token's scores there
+# would divide zero by zero, or escape the balance loss, whose gradient vanishes with the scores.
+SMALLEST_SCORE = 1e-7
 
 
 @backend.jit_when_eager
-def top_k_indices(scores: Tensor, top_k: int) -> Tensor:
-    """The `top_k` experts of each token, best first; a tie goes to the lower index.
+def softmax(logits, axis=-1):
+    """Softmax along an axis, where one NaN makes all scores NaN."""
+    # TensorFlow's own softmax on CPUs gives the other experts a score of 0 there, which would hide
+    # a broken router; and `ops.softmax` warns of a single expert.
+    return ops.exp(ops.log_softmax(logits, axis=axis))
+
+
+@backend.jit_when_eager
+def sigmoid(logits):
+    """Each expert scored alone: DeepSeek-V3 (arXiv:2412.19437), eq. 15."""
+    return ops.sigmoid(logits) + SMALLEST_SCORE
+
+
+@backend.jit_when_eager
+def sqrt_softplus(logits):
+    """`sqrt(log(1 + exp(z)))`, which grows with the logit where a sigmoid saturates."""
+    # Inside the root: its slope at zero is infinite.
+    return ops.sqrt(ops.softplus(logits) + SMALLEST_SCORE**2)
+
+
+SCORES = {"softmax": softmax, "sigmoid": sigmoid, "sqrt_softplus": sqrt_softplus}
+
+
+@backend.jit_when_eager
+def distribution(scores):
+    """Scores (T, E) as shares of their sum."""
+    return scores / ops.maximum(ops.sum(scores, axis=-1, keepdims=True), 1e-20)
+
+
+def smooth_step(values):
+    """From exactly 0 below -1/2 to exactly 1 above 1/2, a cubic between, with slopes of 0 there.
+
+    Hazimeh et al. 2021 (arXiv:2106.03760), eq. 4, with a width of 1.
+    """
+    values = ops.clip(values + 0.5, 0.0, 1.0)
+    # The minimum, as rounding may exceed 1.
+    return ops.minimum(ops.square(values) * (3.0 - 2.0 * values), 1.0)
+
+
+@backend.jit_when_eager
+def selector_scores(bits, num_experts):
+    """Shares (..., E) of the experts from the chance (..., M) that each bit of their number is 1.
+
+    Hazimeh et al. 2021 (arXiv:2106.03760), eq. 3. Where E is no power of 2, an expert without a
+    partner that differs in the highest bit alone does without that bit: shares always sum to 1.
+    """
+    shares = ops.ones((*ops.shape(bits)[:-1], 1), bits.dtype)
+    for place in range(bits.shape[-1]):
+        bit = bits[..., place : place + 1]
+        number = min(2**place, num_experts - 2**place)  # of experts that the bit tells apart
+        pairs, single = shares[..., :number], shares[..., number:]
+        shares = ops.concatenate([pairs * (1.0 - bit), single, pairs * bit], axis=-1)
+    return shares
+
+
+def l2_normalize(vectors, axis):
+    """Vectors along `axis` with a length of 1, those near zero with a shorter one."""
+    return vectors * _inverse_length(vectors, axis)
+
+
+def cosine_logits(vectors, directions):
+    """Products (R, E) of the unit vectors of rows (R, D) with directions (D, E)."""
+    # Rows are scaled after the product, which has fewer values.
+    return ops.matmul(vectors, directions) * _inverse_length(vectors, axis=1)
+
+
+def _inverse_length(vectors, axis):
+    # The constant inside the root: a token of zeros has a gradient then.
+    return ops.rsqrt(ops.sum(ops.square(vectors), axis=axis, keepdims=True) + 1e-6)
+
+
+@backend.jit_when_eager
+def top_k_indices(scores, top_k):
+    """The `top_k` experts (T, K), int32, of scores (T, E), best first; ties go to the lower index.
 
     NaN scores choose valid experts too: the output is NaN then, and nothing is read out of range.
-
-    Args:
-        scores: Float tensor (T, E).
-        top_k: Integer. Experts per token.
-
-    Returns:
-        Tensor (T, K) of int32.
     """
     # K rounds of argmax agree on ties and NaN on every backend, where top_k does not, as fast.
     num_tokens, num_experts = scores.shape
-    top_k = check_top_k(top_k, num_experts)
+    if not 0 < top_k <= num_experts:
+        rule = "`top_k` must be at most the number of experts, and at least 1"
+        raise ValueError(f"{rule}. Received: top_k={top_k}, {num_experts} experts")
     if num_tokens == 0:  # Keras cannot take the maximum of an empty axis.
         return ops.zeros((0, top_k), "int32")
     scores = ops.stop_gradient(scores)
@@ -93,6 +151,21 @@ def mask_invalid(indices, num_experts, mask=None):
     if mask is not None:
         known = known & ops.expand_dims(mask, 1)
     return ops.where(known, indices, -1)
+
+
+@backend.jit_when_eager
+def without_repeats(indices):
+    """Indices (T, S) with -1 in place of experts that the token has in an earlier place."""
+    is_same = ops.expand_dims(indices, 1) == ops.expand_dims(indices, 2)  # (T, place, other)
+    is_repeat = ops.logical_and(is_same, ops.tri(indices.shape[1], k=-1, dtype="bool"))
+    return ops.where(ops.any(is_repeat, axis=2), -1, indices)
+
+
+def weights_of_experts(indices, weights, num_experts):
+    """Weights (T, E) of all experts from those (T, K) of the chosen ones."""
+    # Not `ops.segment_sum`, with which PyTorch exports a program for one size of batches.
+    is_chosen = ops.expand_dims(indices, 2) == ops.arange(num_experts, dtype=indices.dtype)
+    return ops.sum(ops.where(is_chosen, ops.expand_dims(weights, 2), 0.0), axis=1)
 
 
 @backend.jit_when_eager

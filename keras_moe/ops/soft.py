@@ -11,9 +11,8 @@ from keras import ops
 from keras_moe._internal import Tensor
 from keras_moe.backend import backend
 from keras_moe.ops.plans import GroupedPlan
-from keras_moe.ops.routing import Routing, _make_routing
-from keras_moe.ops.scores import softmax
-from keras_moe.ops.selection import take_scores, top_k_indices
+from keras_moe.ops.routing import Routing
+from keras_moe.ops.selection import softmax, take_scores, top_k_indices
 from keras_moe.ops.sorting import at_least
 
 
@@ -39,7 +38,7 @@ def soft_routing(logits, num_experts, mask, sequence_length=None):
     logits = ops.logsumexp(ops.reshape(logits, (num_tokens, num_experts, slots)), axis=-1)
     probs = softmax(logits)
     indices = top_k_indices(probs, 1)
-    return _make_routing(
+    return Routing(
         indices=indices,
         weights=take_scores(probs, indices),
         probs=probs,
@@ -94,11 +93,6 @@ class SoftPlan(NamedTuple):
         width, back = outputs.shape[-1], ops.cast(self.back, outputs.dtype)
         outputs = ops.reshape(outputs, (*sizes, width))
         return ops.reshape(ops.einsum(f"bsm,{_order()}d->bsd", back, outputs), (-1, width))
-
-    def serve(self, experts: Any, tokens: Tensor) -> Tensor:
-        """The outputs of a bank of experts for tokens (T, ...), combined."""
-        slots, plan = self.dispatch(tokens, experts.num_experts)
-        return self.combine(experts(slots, plan))
 
     def serve_each(self, experts: Any, tokens: Tensor, routing: Routing) -> Tensor:
         """Refused: experts mix tokens, and no assignment has an output."""

@@ -1,8 +1,15 @@
-"""Sorting of assignments by expert, and sizes that may not be known while tracing."""
+"""Sorting of assignments by expert, sizes that may not be known while tracing, and dtypes."""
 
+import keras
 from keras import ops
 
 from keras_moe.backend import backend
+
+
+def as_dtype(tensor, dtype):
+    """The tensor in a dtype; as it is if it has this one, since an idle cast costs a call, too."""
+    have, want = map(keras.backend.standardize_dtype, (tensor.dtype, dtype))
+    return tensor if have == want else ops.cast(tensor, want)
 
 
 def at_least(least, size):
@@ -36,6 +43,7 @@ def sort_by_expert(expert, num_experts):
 def put(values, places, size=None):
     """(size,) zeros, or N of them, but `values` (N,) at their `places` (N,), which all differ."""
     # `torch.vmap` writes only into what depends on its inputs.
-    zeros = ops.zeros_like(places) if size is None else ops.zeros((size,))
+    dtype = values.dtype
+    zeros = ops.zeros_like(places, dtype) if size is None else ops.zeros((size,), dtype)
     # Not `ops.scatter`, which on PyTorch adds one value after the other in Python.
-    return ops.scatter_update(ops.cast(zeros, values.dtype), ops.expand_dims(places, 1), values)
+    return ops.scatter_update(zeros, ops.expand_dims(places, 1), values)

@@ -18,9 +18,9 @@ def report(
 ) -> pathlib.Path:
     """Write one self-contained HTML page about the experts of a model, and return its path.
 
-    It opens without a network and shows verdicts with what to try, a table of the layers, plots,
-    and the text coloured by the expert that served each token, with weights and probabilities under
-    the mouse or the arrow keys. All data are shown: pass a few hundred documents. Needs matplotlib.
+    It shows verdicts with what to try, a table of the layers, plots, and the text coloured by the
+    expert that served each token. All data are shown: pass a few hundred documents. Needs
+    matplotlib, and to read it no network.
 
     Args:
         model: A Keras model.

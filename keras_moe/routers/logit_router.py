@@ -7,11 +7,12 @@ import keras
 from keras import ops
 
 from keras_moe._internal import Tensor
+from keras_moe._internal.base_layer import Adaptable, factors_for
 from keras_moe._internal.checks import check_integer, check_number, check_tensors
 from keras_moe._internal.keras_internals import own_variables
-from keras_moe._internal.lora import Adaptable, factors_for
 from keras_moe._internal.serialization import load_draws, save_draws
 from keras_moe.ops import draws
+from keras_moe.ops.sorting import as_dtype
 from keras_moe.routers.router import Router
 
 
@@ -102,17 +103,17 @@ class LogitRouter(Adaptable, Router):
         correction = ops.matmul(ops.matmul(tokens, self.kernel_lora_a), self.kernel_lora_b)
         return products + self.lora_scale() * correction
 
-    def logits(self, tokens: Tensor, mask: Tensor, training: bool | None) -> tuple[Tensor, Tensor]:
-        """Return logits (T, E) in float32, in training with noise, and the mask."""
+    def logits(self, tokens: Tensor, training: bool | None) -> Tensor:
+        """Return logits (T, E) in float32, in training with noise."""
         if training and self.input_jitter:
             noise = 2 * self._noise(draws.uniform, tokens) - 1
             tokens = tokens * (1 + self.input_jitter * noise)
-        logits = ops.cast(self.project(self.hidden_features(tokens)), "float32")
+        logits = as_dtype(self.project(self.hidden_features(tokens)), "float32")
         if self.temperature != 1:
             logits = logits / self.temperature
         if training and self.logit_noise:
             logits = logits + self.logit_noise * self._noise(draws.normal, logits)
-        return logits, mask
+        return logits
 
     def hidden_features(self, tokens: Tensor) -> Tensor:
         """Return the inputs of `project`: a hidden layer (T, H), or the tokens (T, D)."""

@@ -10,10 +10,9 @@ from keras import ops
 from keras_moe._internal import Tensor
 from keras_moe._internal.checks import check_integer, check_number
 from keras_moe._internal.serialization import register
-from keras_moe.ops.expert_choice import expert_choice_routing
-from keras_moe.ops.routing import _top_k_routing
-from keras_moe.ops.selection import chosen_experts, top_k_indices
-from keras_moe.ops.transport import balanced_assignment, sinkhorn_plan
+from keras_moe.ops.matching import balanced_assignment, expert_choice_routing, sinkhorn_plan
+from keras_moe.ops.routing import weigh
+from keras_moe.ops.selection import SCORES, chosen_experts, top_k_indices
 from keras_moe.routers.logit_router import LogitRouter
 
 
@@ -24,14 +23,12 @@ class MatchingRouter(LogitRouter):
     default_losses = ()
 
     def route(self, tokens, mask, training, **context):
-        logits, mask = self.logits(tokens, mask, training)
-
-        def select(scores):
-            scores = self.match(ops.stop_gradient(logits), mask) if training else scores
-            return top_k_indices(scores, self.top_k)
-
+        logits = self.logits(tokens, training)
         score = "softmax" if self.top_k > 1 else "sigmoid"
-        return _top_k_routing(logits, self.top_k, mask, score, renormalize=False, select=select)
+        scores = SCORES[score](logits)
+        matched = self.match(ops.stop_gradient(logits), mask) if training else scores
+        indices = top_k_indices(matched, self.top_k)
+        return weigh(logits, scores, indices, mask, score, renormalize=False)
 
     def match(self, logits: Tensor, mask: Tensor) -> Tensor:
         """Return scores (T, E), whose best are the experts of a token."""
@@ -76,10 +73,8 @@ class BalancedAssignmentRouter(MatchingRouter):
     """In training every expert has the same number of tokens, assigned by preference.
 
     One expert per token, its weight the sigmoid of its logit. In evaluation a token goes to its
-    best expert. In training a token's expert depends on the whole batch. The assignment is stable
-    rather than optimal: no token and expert both prefer each other to their assignment. BASE layers
-    also add the input times one minus the weight, as the residual connection around the layer does
-    here.
+    best expert. In training its expert depends on the whole batch. The assignment is stable rather
+    than optimal: no token and expert both prefer each other to their assignment.
 
     Arguments, errors, call arguments and returns: as for `LogitRouter`, without `indices`.
 
@@ -144,5 +139,5 @@ class ExpertChoiceRouter(LogitRouter):
         return min(self.capacity_factor, self.num_experts)
 
     def route(self, tokens, mask, training, sequence_length=None, **context):
-        logits, mask = self.logits(tokens, mask, training)
+        logits = self.logits(tokens, training)
         return expert_choice_routing(logits, self.capacity_factor, mask, sequence_length)

@@ -9,9 +9,8 @@ from keras_moe._internal.checks import check_integer, check_number
 from keras_moe._internal.serialization import register
 from keras_moe.ops import draws
 from keras_moe.ops.balance import noisy_load
-from keras_moe.ops.routing import _make_routing
-from keras_moe.ops.scores import distribution, softmax
-from keras_moe.ops.selection import take_scores, top_k_indices
+from keras_moe.ops.routing import Routing
+from keras_moe.ops.selection import distribution, softmax, take_scores, top_k_indices
 from keras_moe.routers.logit_router import LogitRouter
 
 
@@ -37,7 +36,7 @@ class NoisyRouter(LogitRouter):
         raise NotImplementedError
 
     def route(self, tokens, mask, training, **context):
-        clean, mask = self.logits(tokens, mask, training)
+        clean = self.logits(tokens, training)
         noisy, load = clean, None
         deviation = self.deviation(tokens) if training else 0.0
         if not isinstance(deviation, float) or deviation:
@@ -48,7 +47,7 @@ class NoisyRouter(LogitRouter):
         weights = take_scores(scores, indices)
         if self.renormalizes and self.top_k > 1:
             weights = distribution(weights)
-        return _make_routing(indices, weights, softmax(clean), clean, mask, load=load)
+        return Routing(indices, weights, softmax(clean), clean, mask, load=load)
 
 
 @register
@@ -130,7 +129,7 @@ class GShardRouter(LogitRouter):
         self.check_num_experts()
 
     def route(self, tokens, mask, training, **context):
-        logits, mask = self.logits(tokens, mask, training)
+        logits = self.logits(tokens, training)
         probs = softmax(logits)
         indices = top_k_indices(probs, self.top_k)
         weights = distribution(take_scores(probs, indices))
@@ -140,4 +139,4 @@ class GShardRouter(LogitRouter):
             kept = ops.concatenate([ops.ones_like(weights[:, :1], "bool"), kept], axis=1)
             indices = ops.where(kept, indices, -1)
             weights = ops.where(kept, weights, 0.0)
-        return _make_routing(indices, weights, probs, logits, mask)
+        return Routing(indices, weights, probs, logits, mask)

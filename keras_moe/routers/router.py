@@ -11,11 +11,7 @@ from keras_moe._internal.base_layer import BaseLayer
 from keras_moe._internal.checks import check_indices, check_integer, check_tensors
 from keras_moe.backend import backend
 from keras_moe.ops.plans import complete
-from keras_moe.ops.routing import (
-    Routing,
-    check_fields,
-    weighted_counts,
-)
+from keras_moe.ops.routing import Routing, check_fields, weighted_counts
 
 
 class Router(BaseLayer):
@@ -31,25 +27,10 @@ class Router(BaseLayer):
 
     A subclass overrides `max_top_k`, `mean_top_k` and `min_top_k` if the number of experts differs
     between tokens, `update` if it has state, and `balance_advice` if it balances the load itself.
-    Class attributes describe it:
-
-    - `has_smooth_load`: True if the `load` of its routings has a gradient in training.
-    - `causal`: False if a token's experts depend on other tokens of the batch, which rules the
-      router out for language models.
-    - `default_losses`: names of the losses of a layer that is given none.
-    - `tokens_choose`: True if tokens choose experts, so that too many may choose one.
-    - `replays_indices`: True if `route` chooses `indices` where they are given.
-    - `serves_all`: True if all experts serve each token.
-    - `counted_by_weight`: True if an expert's load is the sum of its weights: K is E, and few
-      weights are zero.
-    - `serves_tasks`: False if it cannot serve as the router of one of many tasks.
-    - `has_logits`: True if its logits are learned, so that `report` judges them.
-    - `normalizes_kernel`: True if rescaling the kernel leaves the logits unchanged; their size is
-      not judged then.
-    - `shift_invariant`: False if a number that is added to all logits of a token matters; the
-      logits themselves are judged then, else how far they are above their mean.
-    - `surgeries`: "cut", "merge" and "copy", as far as `surgery` can do that with its experts.
-    - `has_fixed_top_k`: True if weights depend on `top_k`, so that `surgery` cannot change it.
+    Class attributes describe it: `causal`, `default_losses`, `tokens_choose`, `replays_indices`,
+    `serves_all`, `counted_by_weight`, `has_smooth_load`, `serves_tasks`, `has_logits`,
+    `normalizes_kernel`, `shift_invariant`, `surgeries` and `has_fixed_top_k`. The guide to
+    extending explains them.
 
     Args:
         num_experts: Integer. Number of experts, E. None: the number of the layer around the router.
@@ -89,18 +70,19 @@ class Router(BaseLayer):
     """
 
     _top_k: Any = None
-    has_smooth_load = False
-    causal = True
-    default_losses: tuple = ("load_balance", "router_z")
-    replays_indices = False
-    serves_tasks = True
-    has_logits = False
-    normalizes_kernel = False
-    surgeries: tuple = ()
-    has_fixed_top_k = False
-    tokens_choose = True
-    serves_all = False
-    counted_by_weight = False
+    causal = True  # whether a token's experts depend on no other token
+    default_losses: tuple = ("load_balance", "router_z")  # of a layer that is given none
+    tokens_choose = True  # so that too many may choose an expert
+    replays_indices = False  # whether `route` chooses `indices` where they are given
+    serves_all = False  # whether all experts serve each token
+    counted_by_weight = False  # whether an expert's load is the sum of its weights; K is E
+    has_smooth_load = False  # whether the `load` of its routings has a gradient in training
+    serves_tasks = True  # whether it can be the router of one of many tasks
+    has_logits = False  # whether its logits are learned, so that reports judge them
+    normalizes_kernel = False  # whether rescaling the kernel leaves the logits unchanged
+    shift_invariant: Any = True  # whether a number added to all logits of a token changes nothing
+    surgeries: tuple = ()  # "cut", "merge", "copy": what `surgery` can do with its experts
+    has_fixed_top_k = False  # whether weights depend on `top_k`, which `surgery` cannot change then
 
     def __init__(self, num_experts: int | None = None, **kwargs: Any):
         dtype = kwargs.pop("dtype", None)
@@ -141,8 +123,8 @@ class Router(BaseLayer):
     def __call__(self, *args, **kwargs):
         if self.num_experts is None:
             raise ValueError("A router that is called needs `num_experts`. Received: None")
-        # Here, as Keras turns arrays into tensors before `call`.
-        check_indices("indices", kwargs.get("indices"), self.num_experts)
+        if kwargs.get("indices") is not None:  # Keras turns arrays into tensors before `call`.
+            check_indices("indices", kwargs["indices"], self.num_experts)
         return super().__call__(*args, **kwargs)
 
     def call(
@@ -165,6 +147,7 @@ class Router(BaseLayer):
         if indices is not None and not self.replays_indices:
             rule = "`indices` can be replayed by routers with `replays_indices`"
             raise ValueError(f"{rule}. Received: indices for a `{type(self).__name__}`")
+        max_top_k = self.max_top_k
         tensors = {
             "tokens": (tokens, "TD", "float"),
             "mask": (mask, "T", "mask"),
@@ -172,7 +155,7 @@ class Router(BaseLayer):
             "indices": (indices, "TK", "int"),
         }
         given = {name: each for name, each in tensors.items() if each[0] is not None}
-        check_tensors({"K": self.max_top_k}, **given)
+        check_tensors({"K": max_top_k}, **given)
         if mask is None:
             real = ops.ones(ops.shape(tokens)[:1], "bool")
         else:
@@ -188,7 +171,7 @@ class Router(BaseLayer):
                 "`ops.top_k_routing(logits, top_k, mask)` does. Received: an object of type "
                 f"{type(routing).__name__}"
             )
-        check_fields(routing, {"T": tokens.shape[0], "E": self.num_experts, "K": self.max_top_k})
+        check_fields(routing, {"T": tokens.shape[0], "E": self.num_experts, "K": max_top_k})
         if self.counted_by_weight and indices is None:
             counts = weighted_counts(routing.indices, routing.weights, real)
             routing = routing._replace(counts=counts)
@@ -231,11 +214,6 @@ class Router(BaseLayer):
     def min_top_k(self) -> int:
         """Minimum number of experts that serve a token; K, or 1 where the weights of all decide."""
         return 1 if self.serves_all else self.top_k
-
-    @property
-    def shift_invariant(self) -> bool:
-        """Whether adding a number to all logits of a token changes nothing."""
-        return True
 
     def balance_advice(self) -> str | None:
         """Return advice for an uneven load in spite of the router, None if it balances nothing."""

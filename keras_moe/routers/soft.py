@@ -8,8 +8,14 @@ from keras import ops
 from keras_moe._internal.checks import check_integer, check_number
 from keras_moe._internal.initializers import reseeded
 from keras_moe._internal.serialization import register
-from keras_moe.ops.routing import _make_routing
-from keras_moe.ops.scores import cosine_logits, l2_normalize, selector_scores, smooth_step, softmax
+from keras_moe.ops.routing import Routing
+from keras_moe.ops.selection import (
+    cosine_logits,
+    l2_normalize,
+    selector_scores,
+    smooth_step,
+    softmax,
+)
 from keras_moe.ops.soft import soft_routing
 from keras_moe.routers.logit_router import LogitRouter
 from keras_moe.routers.router import Router
@@ -38,11 +44,11 @@ class DenseRouter(LogitRouter):
         return self.num_experts
 
     def route(self, tokens, mask, training, **context):
-        logits, mask = self.logits(tokens, mask, training)
+        logits = self.logits(tokens, training)
         probs = softmax(logits)
         experts = ops.arange(self.num_experts, dtype="int32")
         indices = ops.broadcast_to(experts, ops.shape(probs))
-        return _make_routing(indices, probs, probs, logits, mask)
+        return Routing(indices, probs, probs, logits, mask)
 
 
 @register
@@ -92,7 +98,7 @@ class SoftRouter(LogitRouter):
         return cosine_logits(tokens, self.scale * l2_normalize(self.kernel, axis=0))
 
     def route(self, tokens, mask, training, sequence_length=None, **context):
-        logits, mask = self.logits(tokens, mask, training)
+        logits = self.logits(tokens, training)
         return soft_routing(logits, self.num_experts, mask, sequence_length)
 
 
@@ -102,18 +108,13 @@ class DSelectKRouter(Router):
 
     A selector encodes the number of its expert in about log2 E bits. Each bit is a smooth step of a
     number that is learned: between 0 and 1 at first, so that all experts serve, and exactly 0 or 1
-    in the end. The weights of the selectors come from a softmax. Nothing is discontinuous, unlike
-    the choice of a `TopKRouter`.
-
-    Experts whose weight is exactly 0 are not computed, in training and in inference, and neither
-    the outputs nor a gradient change by that. `losses.SelectorEntropy`, the loss by default, makes
-    the selectors choose; raise its weight if, at the end, more than `top_k` experts have weights.
+    in the end; `losses.SelectorEntropy`, the loss by default, makes the selectors choose. Experts
+    whose weight is exactly 0 are not computed, which changes no output and no gradient.
 
     Args:
         top_k: Integer. Number of selectors, K, at most E. Two may select the same expert.
         per_example: Boolean. Whether a token has a choice of its own. False: all tokens have the
-            same experts and weights, as where each task of a
-            `layers.MultiGateMixtureOfExperts` should find its experts.
+            same experts and weights, as for the tasks of a `layers.MultiGateMixtureOfExperts`.
         gamma: Float above 0. Width of the smooth step. A bit is exact when its number leaves the
             interval from `-gamma / 2` to `gamma / 2`.
         seed: Integer seed of the initial weights, or None.
@@ -185,8 +186,7 @@ class DSelectKRouter(Router):
         # `not <=` instead of `>`: a NaN weight stays visible.
         serves = ops.logical_not(weights <= 0)
         indices = ops.where(serves, ops.arange(self.num_experts, dtype="int32"), -1)
-        routing = _make_routing(indices, weights, weights, weights, mask)
-        return routing._replace(selectors=selectors)
+        return Routing(indices, weights, weights, weights, mask, selectors=selectors)
 
     def compute_output_spec(self, tokens, *args, **kwargs):
         selectors = keras.KerasTensor((tokens.shape[0], self.top_k, self.num_experts), "float32")

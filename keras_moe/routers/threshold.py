@@ -8,9 +8,8 @@ from keras import ops
 from keras_moe._internal.checks import check_integer, check_number
 from keras_moe._internal.serialization import register
 from keras_moe.backend import backend
-from keras_moe.ops.routing import _make_routing
-from keras_moe.ops.scores import distribution, softmax
-from keras_moe.ops.selection import take_scores, top_k_indices
+from keras_moe.ops.routing import Routing
+from keras_moe.ops.selection import distribution, softmax, take_scores, top_k_indices
 from keras_moe.routers.logit_router import LogitRouter
 
 
@@ -51,7 +50,7 @@ class TopPRouter(LogitRouter):
         super().check_num_experts()
 
     def route(self, tokens, mask, training, **context):
-        logits, mask = self.logits(tokens, mask, training)
+        logits = self.logits(tokens, training)
         probs = softmax(logits)
         indices = top_k_indices(probs, self.top_k)
         weights = take_scores(probs, indices)
@@ -59,7 +58,7 @@ class TopPRouter(LogitRouter):
         needed = before < self.threshold
         needed = ops.logical_or(needed, ops.arange(self.top_k) == 0)
         indices = ops.where(needed, indices, -1)
-        return _make_routing(indices, ops.where(needed, weights, 0.0), probs, logits, mask)
+        return Routing(indices, ops.where(needed, weights, 0.0), probs, logits, mask)
 
 
 @register
@@ -121,13 +120,13 @@ class ReLURouter(LogitRouter):
         )
 
     def route(self, tokens, mask, training, **context):
-        logits, mask = self.logits(tokens, mask, training)
+        logits = self.logits(tokens, training)
         scores = ops.relu(logits)
         indices = top_k_indices(scores, self.max_top_k)
         weights = take_scores(scores, indices)
         # `not <=` instead of `>`: a NaN score stays visible.
         indices = ops.where(ops.logical_not(weights <= 0), indices, -1)
-        routing = _make_routing(indices, weights, distribution(scores), logits, mask)
+        routing = Routing(indices, weights, distribution(scores), logits, mask)
         if training:
             self._add_sparsity_loss(routing, scores)
         return routing

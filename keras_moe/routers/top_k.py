@@ -11,9 +11,15 @@ from keras_moe._internal.checks import check_choice, check_integer, check_number
 from keras_moe._internal.initializers import reseeded
 from keras_moe._internal.serialization import register
 from keras_moe.backend import backend
-from keras_moe.ops.routing import _top_k_routing
-from keras_moe.ops.scores import SCORES, cosine_logits, l2_normalize
-from keras_moe.ops.selection import group_limited_scores, mask_invalid, top_k_indices
+from keras_moe.ops.routing import checked_choice, weigh
+from keras_moe.ops.selection import (
+    SCORES,
+    cosine_logits,
+    group_limited_scores,
+    l2_normalize,
+    mask_invalid,
+    top_k_indices,
+)
 from keras_moe.routers import balancers
 from keras_moe.routers.logit_router import LogitRouter
 
@@ -22,9 +28,9 @@ from keras_moe.routers.logit_router import LogitRouter
 class TopKRouter(LogitRouter):
     """Each token goes to the `top_k` experts with the highest scores.
 
-    With softmax scores and `top_k=1` the combine weight is the probability itself, so that the
-    router learns from the task (Switch Transformer, Fedus et al. 2021, arXiv:2101.03961). With
-    more, the chosen scores are divided by their sum (Mixtral, Jiang et al. 2024, arXiv:2401.04088).
+    With `top_k=1` the combine weight is the score itself, as in Switch Transformer
+    (arXiv:2101.03961). With more, the chosen scores are divided by their sum, as in Mixtral
+    (arXiv:2401.04088).
 
     A subclass may override `project(tokens)` for other logits, or `select(scores)` for another
     choice.
@@ -105,18 +111,18 @@ class TopKRouter(LogitRouter):
         return top_k_indices(scores, self.top_k)
 
     def route(self, tokens, mask, training, indices=None, **context):
-        logits, mask = self.logits(tokens, mask, training)
+        logits, top_k = self.logits(tokens, training), self.top_k
         if self.use_bias:
             logits = logits + self.bias
-
-        def select(scores):
-            if indices is not None:
-                return mask_invalid(ops.cast(indices, "int32"), self.num_experts)
-            return self.select(scores if self.balancer is None else scores + self.selection_bias)
-
-        return _top_k_routing(
-            logits, self.top_k, mask, self.score, self.renormalize, self.scaling_factor, select
-        )
+        scores = SCORES[self.score](logits)
+        if indices is not None:
+            indices = mask_invalid(ops.cast(indices, "int32"), self.num_experts)
+        else:
+            biased = scores if self.balancer is None else scores + self.selection_bias
+            selected = self.select(ops.stop_gradient(biased))
+            indices = checked_choice(selected, scores, top_k)
+        renormalize = top_k > 1 if self.renormalize is None else self.renormalize
+        return weigh(logits, scores, indices, mask, self.score, renormalize, self.scaling_factor)
 
     def update(self, routing):
         if self.balancer is None or not self.updates_selection_bias:

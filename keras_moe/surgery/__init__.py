@@ -63,8 +63,8 @@ def prune_experts(
 ) -> Surgery:
     """Take the least important experts out of a model, in place.
 
-    Routers lose the columns of those experts. A compiled model trains on with an optimizer that
-    starts again. The layers of a converted KerasHub model keep one number of experts.
+    A compiled model trains on with an optimizer that starts again. The layers of a converted
+    KerasHub model keep one number of experts.
 
     Args:
         model: Keras model. A built model with MoE layers, or one such layer.
@@ -138,30 +138,22 @@ def add_experts(
     """Copy all experts of a model, in place, so that it has more of them to train on with.
 
     Expert e becomes the experts `factor * e` to `factor * e + factor - 1`, with copies of its
-    column of the router. A token still goes to K experts. Without noise, and without groups as in
-    `GroupLimitedRouter`, outputs stay the same if K is 1. With K > 1 the copies of one expert fill
-    several places: if K <= `factor`, a token is served by its best expert alone, as after
-    `set_top_k(model, 1)`. After `set_top_k` to `factor * K` outputs are as before, at a higher
-    cost. Both hold for routers that renormalize weights.
+    column of the router. A token still goes to K experts. If K is 1, outputs stay the same without
+    noise. Else the copies of one expert fill several places; after `set_top_k` to `factor * K`
+    outputs are as before, at a higher cost, for routers that renormalize weights.
 
     A compiled model trains on, with copies of optimizer slots such as the moments of Adam; its
-    optimizer starts again, with a warning, if other weights trained when it was built. Router
-    losses with state start again. Call it between two calls of `fit`, not within one.
+    optimizer starts again, with a warning, if other weights trained when it was built.
 
     Args:
-        model: Keras model. A built model with MoE layers with a `routers.TopKRouter` or one derived
-            from it and stacked experts, or one such layer, whose model must then be compiled again.
+        model: Keras model. A built model with MoE layers of stacked experts, or one such layer.
         factor: Integer of at least 2. Copies of each expert, or a dict for some layers, by name.
         noise: Float. Standard deviation of the noise that is added to each copy of a weight that
             trains, in standard deviations of the weight. Without noise, copies may stay equal.
         data: List of batches, for the losses: each inputs, targets and weights.
         seed: Integer or None. None draws one from Keras's, see `keras.utils.set_random_seed`.
 
-    Returns:
-        A `Surgery`, with the loss before and after. `surgery.apply_selection` does not take it.
-
-    Raises:
-        ValueError: If an argument is out of its range, or a router or bank cannot be copied.
+    Returns and raises: as `prune_experts`; `surgery.apply_selection` does not take the result.
 
     Example:
 

@@ -11,6 +11,7 @@ import keras
 import numpy as np
 from keras import ops
 
+from keras_moe._internal.base_layer import Adaptable
 from keras_moe._internal.checks import check_integer, check_number, shortened
 from keras_moe._internal.keras_internals import (
     float_array,
@@ -19,7 +20,6 @@ from keras_moe._internal.keras_internals import (
     parameters_of,
     set_state,
 )
-from keras_moe._internal.lora import Adaptable
 from keras_moe._internal.serialization import register
 from keras_moe.inspection.summaries import architecture
 from keras_moe.layers import FeedForwardExperts, GatedExperts, LowRankExperts, MixtureOfExperts
@@ -46,37 +46,26 @@ def upcycle(
     """Turn dense feed-forward layers of a model into mixtures of experts that start from them.
 
     Each expert begins as a copy of the dense layer, or as one of `granularity` equal parts of it,
-    and the router at random. The outputs of a model do not change at the start, as the weights of a
-    token sum to 1, except at padding, where a mixture returns zeros; training makes the experts
-    differ. `L1` and `L2` regularizers add to the loss what they did, except for the kernels that a
-    `rank` freezes: Keras regularizes weights that train. The experts of frozen layers are frozen;
-    their router is new, and trains.
-
-    Several models of one architecture, such as one that was trained on from the same weights on
-    different data, become one: experts come from each, and all other weights are averaged.
-
-    These layers are found: `Dense` layers from D to H features with an activation, then back to D
-    without, in a functional or sequential model (dropout between them becomes the experts'); a
-    `keras.Sequential` of such two in an attribute of another layer, as of our Transformer blocks;
-    and in KerasHub's Transformer blocks (Bert, GPT-2, Llama, Mistral, Qwen and others). A warning
-    says which similar `Dense` layers stay dense, and why.
+    and the router at random. The outputs of a model do not change at the start, except at padding,
+    where a mixture returns zeros. The experts of frozen layers are frozen; their router trains.
+    Several models of one architecture become one: experts come from each, and all other weights are
+    averaged. The guide to upcycling says which layers are found; a warning, which stay dense.
 
     Args:
         model: Built Keras model, or list of M models. The first changes in place, and the result
-            shares its other layers: use the result only. The others stay as they are. Weights that
-            were not created to train, such as integers, are the first's.
+            shares its other layers: use the result only. The others stay as they are.
         num_experts: Integer or None. Number of experts, E, divisible by `granularity` times M; copy
             c is of model c modulo M. None: 8 for one model, otherwise one copy of each.
-        top_k: Integer. Experts per token, K, divisible by `granularity`. With 1 the weight of an
-            expert is always 1, and the router learns from its losses only.
-        granularity: Integer. Parts into which each copy is split; divides the hidden width. Parts
-            of one copy have equal columns in the router's kernel, so a token first goes to all
-            parts of its best copies. `top_k=granularity` costs what the dense layer costs.
+        top_k: Integer. Experts per token, K, divisible by `granularity`. With 1 the router learns
+            from its losses only.
+        granularity: Integer. Parts into which each copy is split; divides the hidden width. The
+            router's columns are equal for the parts of a copy. `top_k=granularity` costs what the
+            dense layer costs.
         reinitialized: Float from 0 to below 1. Share of the hidden features of each expert that is
-            drawn again, so that experts, and with them outputs, differ from the start.
-        select: List of strings, string, function or None. Which of the layers: their names, a
-            regular expression that their names match somewhere, or a function of a name. A layer is
-            named after the block that holds it, or after its first `Dense`. None: all.
+            drawn again, so that experts differ from the start.
+        select: List of strings, string, function or None. Names of the layers, a regular expression
+            that is found in them, or a function of a name. A layer is named after the block that
+            holds it, or after its first `Dense`. None: all.
         every: Integer. n for every n-th of them, beginning with the n-th.
         router_losses: List or None. As in `layers.MixtureOfExperts`.
         seed: Integer or None. None draws one from Keras's, see `keras.utils.set_random_seed`.
@@ -85,13 +74,11 @@ def upcycle(
 
     Returns:
         The model, with a `layers.MixtureOfExperts` for each of the layers, called
-        `"{name}_experts"`. If it was compiled it still is, with an optimizer that starts again. A
-        functional or sequential model whose own `Dense` layers were replaced is a new one.
+        `"{name}_experts"`. If it was compiled it still is, with an optimizer that starts again.
 
     Raises:
         ValueError: If arguments are out of their range or do not go together, models differ or have
-            no such layers, `select` names none or others, or a mixture cannot compute, freeze and
-            regularize as the dense layers of one place do.
+            no such layers, or a mixture cannot compute, freeze and regularize as they do.
 
     Example:
 
@@ -116,11 +103,9 @@ def upcycle(
     reinitialized = check_number("reinitialized", reinitialized, below=1)
     every = check_integer("every", every)
     if not models or num_experts % (len(models) * granularity) or top_k % granularity:
-        raise ValueError(
-            "`num_experts` must be a multiple of the number of models times `granularity`, and "
-            f"`top_k` of `granularity`. Received: {len(models)} models, num_experts={num_experts}, "
-            f"top_k={top_k}, granularity={granularity}"
-        )
+        rule = "`num_experts` must be a multiple of the number of models times `granularity`"
+        received = f"{len(models)} models, {num_experts=}, {top_k=}, {granularity=}"
+        raise ValueError(f"{rule}, and `top_k` of `granularity`. Received: {received}")
     if rank is not None and (granularity > 1 or reinitialized or len(models) > 1):
         rule = "With a `rank` all experts share the dense layer of one model"
         received = f"{granularity=}, {reinitialized=}, {len(models)} models"
@@ -173,11 +158,8 @@ def freeze_all_but(model: keras.Model, pattern: str = "_lora_|router") -> None:
 
     Args:
         model: Keras model. It must be built. It changes in place.
-        pattern: Regular expression, found in the paths of the weights that train. The default is
-            for low-rank factors and routers.
-
-    Raises:
-        ValueError: If no weight has such a path.
+        pattern: Regular expression, found in the paths of the weights that train, else a ValueError
+            is raised. The default is for low-rank factors and routers.
 
     Example:
 
@@ -204,13 +186,10 @@ def merge_lora(model: keras.Model) -> None:
     """Merge low-rank corrections of experts and routers into their kernels; the outputs stay.
 
     Banks and routers with `enable_lora` lose their factors. In `layers.LowRankExperts` each expert
-    gets kernels of its own.
+    gets kernels of its own. Raises a ValueError if a model has no such layers.
 
     Args:
         model: Keras model. It changes in place, with a new optimizer. Merged kernels are frozen.
-
-    Raises:
-        ValueError: If the model has no such layers.
 
     Example:
 
@@ -250,11 +229,8 @@ def _select(model, found, select, every):
     left = left_dense(model, found)
     if not found:
         others = f" with {'; '.join(left)}" if left else ""
-        raise ValueError(
-            "`model` must be built and have dense feed-forward layers: a `Dense` layer with an "
-            "activation, then one back to as many features without, side by side in a model or in "
-            f"a `keras.Sequential` inside a layer. Received: model={shortened(model)}{others}"
-        )
+        rule = "`model` must be built and have `Dense` layers with an activation, then back without"
+        raise ValueError(f"{rule}. Received: model={shortened(model)}{others}")
     names = wanted = [feed_forward.name for feed_forward in found]
     if select is None and left:
         warnings.warn(f"These layers stay dense: {'; '.join(left)}.", stacklevel=3)
@@ -290,9 +266,10 @@ def _obstacles(feed_forward, granularity):
     denses, width = feed_forward.denses, feed_forward.up.units
     if width % granularity:
         yield f"granularity={granularity}, which does not divide the hidden width, {width}"
-    elif granularity > 1 and not _treats_features_alone(feed_forward.activation):
-        activation = shortened(feed_forward.activation)
-        yield f"granularity={granularity}, but activation={activation} mixes hidden features"
+    elif granularity > 1:
+        hidden, act = keras.random.normal((4, 8), seed=0), feed_forward.activation
+        if not ops.all(ops.abs(act(hidden)[:, :4] - act(hidden[:, :4])) < 1e-5):
+            yield f"granularity={granularity}, but activation={shortened(act)} mixes features"
     if any(dense.quantization_mode or dense.lora_enabled for dense in denses):
         yield "quantized kernels or LoRA"
     if len({dense.trainable for dense in denses}) > 1:
@@ -311,12 +288,6 @@ def _obstacles(feed_forward, granularity):
         elif kind == "bias" and granularity > 1 and any(map(any, factors)):
             # The squares of the parts' shares of the last bias do not add up to its square.
             yield f"a `bias_regularizer` with granularity={granularity}"
-
-
-def _treats_features_alone(activation):
-    features = keras.random.normal((4, 8), seed=0)
-    difference = activation(features)[:, :4] - activation(features[:, :4])
-    return bool(ops.all(ops.abs(difference) < 1e-5))
 
 
 def _regularization(denses, kind):
@@ -369,17 +340,14 @@ def _mixture(feed_forward, num_experts, top_k, granularity, router_losses, rng, 
 
 
 def _expert_weights(feed_forwards, num_experts, granularity):
-    """Stacked weights of experts, float32 arrays by the names of a bank's.
-
-    Expert `c * G + g` gets the g-th of G equal parts of the hidden features of copy c, and of the
-    bias of the output: G parts sum to the whole network. Copies are of the models in turn.
-    """
+    """Stacked weights by their names in a bank: expert `c * G + g` gets part g of copy c."""
     parts = [_parts(each, granularity) for each in feed_forwards]
     turns = num_experts // (granularity * len(parts))
     return {name: np.stack(sum((each[name] for each in parts), []) * turns) for name in parts[0]}
 
 
 def _parts(feed_forward, granularity):
+    """Lists of equal parts of the hidden features; biases of the output sum to the whole."""
     down = feed_forward.down
     parts = {"down_kernel": np.split(float_array(down.kernel), granularity)}
     parts["down_bias"] = [_bias(down) / granularity] * granularity

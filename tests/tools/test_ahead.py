@@ -26,25 +26,12 @@ def whole(*lines, others=""):
     return f"HloModule m\n\n{others}\nENTRY %main (a: f32[2]) -> f32[2] {{\n{body}}}\n"
 
 
-def work(*lines, others="", chip=TPU):
-    return roofline.work(whole(*lines, others=others), chip)
-
-
 def product(line, *operands):
     """The product of an instruction, after `operands` that are named %a, %b, ..."""
     named = (f"%{name} = {shape} parameter(0)" for name, shape in zip("abcdefg", operands))
     computations, entry = program.read(whole(*named, line))
     found = products(computations[entry].root, computations[entry], computations)
     return found[0] if found else None
-
-
-def test_metadata_of_a_kernel_goes_over_several_lines():
-    metadata = 'kernel_metadata={\n"a":"(b) {}",\n"c":"d"\n}}, metadata={}'
-    kernel = f"%k = f32[2] custom-call(%a), frontend_attributes={{{metadata}"
-    text = whole("%a = f32[2] parameter(0)", kernel, "ROOT %r = f32[2] negate(%k)")
-    computations, entry = program.read(text)
-    assert list(computations[entry]) == ["a", "k", "r"]
-    assert computations[entry]["k"].attributes.endswith("metadata={}")
 
 
 def test_products_of_all_compilers():
@@ -63,66 +50,6 @@ def test_products_of_all_compilers():
         'backend_config={"dot_dimension_numbers":{"lhs_contracting_dimensions":["1"]}}'
     )
     assert product(library, "f32[7,5]", "f32[5,4]") == Product(280, "f32", (7, 4, 5), False)
-
-
-@pytest.mark.parametrize("target", ["tpu_custom_call", "__gpu$xla.gpu.triton"])
-def test_grouped_kernels_count_all_rows_once_for_each_kernel(target):
-    def call(result, operands):
-        return f'ROOT %p = {result} custom-call({operands}), custom_call_target="{target}"'
-
-    one = 2 * 32 * 16 * 24
-    forward = call("bf16[32,24]", "%a, %b, %c")
-    expected = Product(one, "bf16", (32, 16, 24), exact=True)
-    # Sizes and biases, (E, H) or (E, 1, H), are no kernels.
-    assert product(forward, "s32[4]", "bf16[32,16]", "f32[4,16,24]") == expected
-    assert product(
-        call("bf16[32,24]", "%a, %b, %c, %d"), "bf16[32,16]", "f32[4,16,24]", "f32[4,24]", "s32[4]"
-    ) == (expected)
-    gated = call("(bf16[32,24], bf16[32,24])", "%a, %b, %c, %d")
-    stacks = ("f32[4,16,24]", "f32[4,16,24]", "f32[4,1,24]")
-    assert product(gated, "bf16[32,16]", *stacks).flops == 2 * one
-    transposed = call("bf16[32,16]", "%a, %b")
-    assert product(transposed, "bf16[32,24]", "f32[4,16,24]").flops == one
-    gradient = call("(f32[4,16,24], f32[4,24])", "%a, %b")
-    assert product(gradient, "bf16[32,16]", "bf16[32,24]") == expected
-    # As many rows as experts.
-    assert product(call("f32[4,24]", "%a, %b"), "f32[4,16]", "f32[4,16,24]").flops == one // 8
-    assert product(call("f32[32,16]", "%a, %b"), "f32[99,16]", "s32[32]") is None
-
-
-def test_an_instruction_moves_what_it_reads_and_writes():
-    others = """
-%slices (p: f32[100,8], q: s32[]) -> f32[5,8] {
-  %p = f32[100,8] parameter(0)
-  %q = s32[] parameter(1)
-  %view = f32[100,8] bitcast(%p)
-  ROOT %s = f32[5,8] dynamic-slice(%view, %q, %q), dynamic_slice_sizes={5,8}
-}
-
-%updates (p.1: f32[100,8], q.1: f32[5,8]) -> (f32[100,8], f32[5]) {
-  %p.1 = f32[100,8] parameter(0)
-  %q.1 = f32[5,8] parameter(1)
-  %zero = s32[] constant(0)
-  %u = f32[100,8] dynamic-update-slice(%p.1, %q.1, %zero, %zero)
-  %sums = f32[5] reduce(%q.1, %zero), dimensions={1}, to_apply=%add
-  ROOT %t = (f32[100,8], f32[5]) tuple(%u, %sums)
-}
-"""
-    operands = ("%a = f32[100,8] parameter(0)", "%i = s32[] parameter(1)")
-    part = 5 * 8 * 4
-    sliced = work(
-        *operands, "ROOT %f = f32[5,8] fusion(%a, %i), kind=kLoop, calls=%slices", others=others
-    )
-    assert sliced.bytes == part + 4 + part and sliced.kernels == 1
-    updated = work(
-        *operands,
-        "%b = f32[5,8] parameter(2)",
-        "ROOT %f = (f32[100,8], f32[5]) fusion(%a, %b), kind=kLoop, calls=%updates",
-        others=others,
-    )
-    assert updated.bytes == part + part + 5 * 4
-    near = work("%a = f32[9]{0:S(1)} parameter(0)", "ROOT %n = f32[9]{0} negate(%a)")
-    assert near.bytes == 9 * 4
 
 
 def test_a_program_of_the_real_compiler():

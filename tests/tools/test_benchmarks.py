@@ -24,7 +24,6 @@ from benchmarks import (
     peers,
     tasks,
 )
-from benchmarks.observed import in_observed_process
 from benchmarks.rivals import ANY, RIVALS, Rival
 
 T, D, H, E, K = 64, 8, 16, 4, 2
@@ -59,75 +58,40 @@ def run(program, *arguments):
     return rows
 
 
-def assert_timed(rows):
+TWIN = "dense twin"
+TASKS = ["MMoE by hand", "MMoE of keras_moe", "PLE by hand", "PLE of keras_moe", "dense gates"]
+TASKS += ["top-2 gates", "one network", "8 networks, top-1"]
+PROGRAMS = [
+    (layer, "--skew zipf", [TWIN, "E=4 zipf"] * 2),
+    (layer, "--gated --dtype bfloat16 --skew all-to-one", [TWIN, "E=4 all-to-one"] * 2),
+    (model, "", [TWIN, "E=4"]),
+    (memory, "", ["0 MB"]),
+    (first_step, "", [f"{TWIN}, 1 blocks", "E=4, 1 blocks"]),
+    (batch_sizes, "--calls train layer", ["train"] * 2 + ["layer"] * 2),
+    (tasks, "", TASKS),
+    (generation, "--models 4:halves --modes float32", ["dense", "4 halves"]),
+    (decode, "--tokens 4", [TWIN, "all experts", "keras_moe", "keras_moe", "int8", "int4"]),
+    (peers, "--models", ["KerasHub Mixtral model", "the same, converted"] * 2),
+]
+
+
+@on_one_backend
+@pytest.mark.filterwarnings("ignore")  # of Keras, about layers without kernels, `x.T` and shuffling
+@pytest.mark.parametrize("program, arguments, names", PROGRAMS)
+def test_contestants_are_timed(program, arguments, names):
+    rows = run(program, *(each.replace(":", " ") for each in arguments.split()))
+    assert [row["name"] for row in rows] == names
     for row in rows:
-        assert row["ms"] > 0
+        if "ms" in row:
+            assert row["ms"] > 0
         if "ratio" in row:
             assert 0 < row["ratio_low"] <= row["ratio"] <= row["ratio_high"]
+        assert max(row.get("max_difference", 0.0), row.get("difference", 0.0)) <= 1e-5
 
 
-@on_one_backend
-def test_first_calls_are_timed():
-    twin, mixture = run(first_step)
-    assert [twin["name"], mixture["name"]] == ["dense twin, 1 blocks", "E=4, 1 blocks"]
-    assert twin["first_step_ratio"] == twin["first_predict_ratio"] == 1
-    assert mixture["first_step_ratio"] == mixture["first_step_s"] / twin["first_step_s"] > 0
-
-
-@pytest.mark.backends("jax")
-def test_lines_of_a_compiled_layer_are_counted():
-    small = first_step.parse(first_step.parser("A layer"), ["--smoke"])
-    lines = in_observed_process(first_step.hlo_lines, small, "E=4")
-    assert 500 < lines < 5000
-
-
-@on_one_backend
-@pytest.mark.filterwarnings("ignore")  # of Keras, about layers without kernels and `x.T`
-def test_generation_is_timed_and_starts_as_the_dense_model():
-    rows = run(generation, "--models", "4 halves", "--modes", "float32", "int8")
-    assert_timed(rows)
-    assert [row["mode"] for row in rows] == ["float32", "float32", "int8", "int8"]
-    assert rows[1]["difference"] < 1e-5 and rows[3]["MB"] < 0.5 * rows[1]["MB"]
-
-
-def test_layers_are_compared(capsys):
-    rows = run(layer, "--skew", "zipf")
-    assert_timed(rows)
-    contests = [(row["pass"], row["tokens"], row["name"]) for row in rows]
-    assert contests == [
-        (direction, 32, name)
-        for direction in ("forward", "forward+backward")
-        for name in ("dense twin", "E=4 zipf")
-    ]
-    assert {row["ratio"] for row in rows if row["name"] == "dense twin"} == {1.0}
-    assert "E=4 zipf" in capsys.readouterr().out
-
-
-@on_one_backend
-@pytest.mark.filterwarnings("ignore:`shuffle=True` was passed:UserWarning")
-@pytest.mark.parametrize(
-    "program, arguments, names",
-    [
-        (
-            layer,
-            ["--gated", "--dtype", "bfloat16", "--skew", "all-to-one"],
-            ["dense twin", "E=4 all-to-one"] * 2,
-        ),
-        (model, [], ["dense twin", "E=4"]),
-        (memory, [], ["0 MB"]),
-        (
-            decode,
-            ["--tokens", "4"],
-            ["dense twin", "all experts", "keras_moe"] + ["keras_moe", "int8", "int4"],
-        ),
-        (peers, ["--models"], ["KerasHub Mixtral model", "the same, converted"] * 2),
-    ],
-)
-def test_contestants_are_timed(program, arguments, names):
-    rows = run(program, *arguments)
-    assert [row["name"] for row in rows] == names
-    assert_timed(rows)
-    assert all(row.get("max_difference", 0.0) <= 1e-5 for row in rows)
+@pytest.mark.backends("tensorflow", "jax")
+def test_layers_are_compared():
+    assert len(run(layer)) == 4
 
 
 @pytest.mark.filterwarnings("ignore")  # what exporters warn of is not about this package
@@ -136,27 +100,6 @@ def test_exported_programs_with_more_experts_are_timed_against_those_with_few():
     rows = run(exported, "--programs", program)
     assert [(row["program"], row["name"]) for row in rows] == [(program, "E=2"), (program, "E=4")]
     assert rows[0]["ratio"] == 1.0
-
-
-@on_one_backend
-def test_layers_of_many_tasks_are_timed_against_the_same_by_hand():
-    rows = run(tasks)
-    assert [row["name"] for row in rows] == [
-        *("MMoE by hand", "MMoE of keras_moe", "PLE by hand", "PLE of keras_moe"),
-        *("dense gates", "top-2 gates", "one network", "8 networks, top-1"),
-    ]
-    assert_timed(rows)
-    assert max(row.get("max_difference", 0.0) for row in rows) < 1e-5
-
-
-@pytest.mark.parametrize("gated", [False, True])
-def test_all_experts_compute_what_the_chosen_ones_do(gated):
-    mixture = contestants.mixture(E, options(gated=gated))
-    for bias in [weight for weight in mixture.experts.weights if "bias" in weight.name]:
-        bias.assign(keras.random.normal(bias.shape, seed=1))
-    inputs = contestants.tokens(T, options())
-    outputs = peers.infer(contestants.AllExperts(mixture), inputs)
-    np.testing.assert_allclose(outputs, peers.infer(mixture, inputs), atol=1e-5)
 
 
 @pytest.mark.parametrize("gated", [False, True])
@@ -169,17 +112,6 @@ def test_a_dense_twin_is_one_wide_expert(gated):
     (twin.gate or twin.up).activation = mixture.experts.activation
     inputs = contestants.tokens(T, options())
     np.testing.assert_allclose(peers.infer(twin, inputs), peers.infer(mixture, inputs), atol=1e-5)
-
-
-@pytest.mark.parametrize(
-    "skew, least, most", [("balanced", 0.08, 0.2), ("zipf", 0.2, 0.45), ("all-to-one", 0.5, 0.5)]
-)
-def test_loads_lean_as_their_name_says(skew, least, most):
-    mixture = contestants.mixture(8, options(), skew)
-    routing = mixture.router(keras.ops.convert_to_tensor(contestants.tokens(1024, options())))
-    load = keras.ops.convert_to_numpy(routing.counts)
-    assert load.sum() == 1024 * K
-    assert least <= load.max() / load.sum() <= most
 
 
 def wrong(mixture):
@@ -201,20 +133,10 @@ def test_peers_agree_or_say_why_they_are_not_timed(monkeypatch):
     assert reasons["wrong"].startswith("ValueError: its outputs differ from ours by ")
     assert reasons["jax.lax.ragged_dot"] == "NotImplementedError: runs on jax, not on torch"
     others = [row for row in rows if "not timed" not in row]
-    assert_timed(others)
     assert all(row["max_difference"] <= 1e-5 for row in others[1:])
     # Packages of the extra `bench` may be missing, and nothing else.
     for name in set(RIVALS) - {row["name"] for row in others} - {"jax.lax.ragged_dot"}:
         assert reasons[name].startswith("ModuleNotFoundError: No module named")
-
-
-@pytest.mark.backends("jax")
-def test_ragged_dot_agrees():
-    mixture = contestants.mixture(E, options(gated=True, activation="silu"))
-    _, difference = peers.admit(
-        RIVALS["jax.lax.ragged_dot"], mixture, contestants.tokens(T, options())
-    )
-    assert difference <= 1e-5
 
 
 @on_one_backend
@@ -249,24 +171,6 @@ def test_endurance_watches_numbers_experts_and_memory():
         assert row["not_finite"] == 0 and np.isfinite(row["loss_last"]) and row["last_mb"] > 0
     numbers = [keras.Variable([1.0, np.nan, np.inf]), keras.Variable([1, 2], trainable=False)]
     assert endurance.not_finite(numbers) == 2
-
-
-@on_one_backend
-def test_batches_of_all_sizes_are_counted_with_and_without_buckets():
-    rows = run(batch_sizes, "--calls", "train", "layer")
-    assert [(row["name"], row["lengths"]) for row in rows] == [
-        (call, lengths) for call in ("train", "layer") for lengths in ("all", "buckets")
-    ]
-    assert all(row["ms"] > 0 for row in rows)
-
-
-@on_one_backend
-def test_peak_memory_sees_what_a_step_holds():
-    megabytes = 64
-    rise = counts.peak_mb(lambda: np.ones(megabytes * 10**6, "uint8"))
-    if rise is None:
-        pytest.skip("the system tells no peak")
-    assert 0.9 * megabytes < rise < 1.5 * megabytes
 
 
 def test_the_table_shows_every_key_and_what_is_missing(capsys):

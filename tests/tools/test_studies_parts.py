@@ -1,22 +1,20 @@
 """What studies share: data, batches, translators, resuming, and whole files."""
 
-import gzip
 import pathlib
 import subprocess
 
-import decoding
 import files
 import keras
 import numpy as np
 import pytest
 import resuming
 import translation
-from backends import on_one_backend, to_numpy
-from datasets import downloads, manual_pages
+from backends import on_one_backend
+from datasets import downloads
 from id_batches import Batches
 from made_up_text import made_up_pairs
 from sentence_batches import SentenceBatches, Shapes
-from subwords import END, PADDING, START, Subwords, pad
+from subwords import Subwords
 
 pytestmark = on_one_backend
 
@@ -88,78 +86,9 @@ def made_up_batches(folder):
     return subwords, SentenceBatches(*encoded, Shapes((4, 7), 56))
 
 
-def test_sentences_are_batched_once_in_few_shapes(tmp_path):
-    _, batches = made_up_batches(tmp_path)
-    seen = []
-    for inputs, following, weights in batches:
-        source, target = inputs["source"], inputs["target"]
-        assert source.shape in {(14, 4), (8, 7)} and source.shape == target.shape
-        np.testing.assert_array_equal(weights, following != PADDING)
-        shifted = np.where(target[:, 1:] > 0, following[:, :-1], 0)
-        np.testing.assert_array_equal(target[:, 1:], shifted)
-        rows = zip(source, following)
-        seen += [(*row[row > 0], -1, *pieces[pieces > 0]) for row, pieces in rows if row.any()]
-    pairs = [each for each in zip(batches.sources, batches.targets) if max(map(len, each)) <= 7]
-    assert sorted(seen) == sorted((*source, -1, *target) for source, target in pairs)
-    assert batches.left_out == 64 - len(pairs) > 0
-    assert len(batches) == len(list(batches)) == len(batches.dataset())
-
-
 def small_translator(batches, vocabulary_size):
     setting = translation.Setting(experts=4)
     return translation.build_model(setting, batches, vocabulary_size, translation.SMOKE, True)
-
-
-@pytest.fixture
-def translator(tmp_path):
-    """Subwords, and a translator with weights so large that what is written differs by source."""
-    subwords, batches = made_up_batches(tmp_path)
-    keras.utils.set_random_seed(3)
-    model = small_translator(batches, len(subwords))
-    generator = np.random.default_rng(3)
-    for variable in model.trainable_variables:
-        if "kernel" in variable.path or "embedding" in variable.path:
-            variable.assign(generator.normal(size=variable.shape))
-    return subwords, model
-
-
-def random_sources(rows, length, vocabulary_size=20):
-    generator = np.random.default_rng(0)
-    lengths = generator.integers(1, length, rows)
-    return pad([[*generator.integers(END + 2, vocabulary_size, n), END] for n in lengths], length)
-
-
-def test_writing_with_a_cache_equals_writing_without(translator):
-    _, model = translator
-    source = random_sources(rows=5, length=6)
-    written = to_numpy(decoding.Writer(model, max_length=7).predict_on_batch(source))
-    target = np.full((5, 8), PADDING, "int32")
-    target[:, 0] = START
-    for position in range(7):
-        logits = to_numpy(model({"source": source, "target": target}))
-        over = (target[:, position] == END) | (target[:, position] == PADDING)
-        token = logits[:, position].argmax(axis=-1)
-        target[:, position + 1] = np.where(over, PADDING, token)
-    np.testing.assert_array_equal(written, target[:, 1:])
-    assert len(np.unique(written, axis=0)) > 1, "the source matters"
-
-
-def test_manual_pages_are_labelled_and_a_page_is_in_one_split(monkeypatch, tmp_path):
-    page = gzip.compress(b".TH A 1\n.SH NAME\n" + b"some words of it " * 40)
-    members = {
-        f"./usr/share/man/{folder}man1/{name}.1.gz": page
-        for folder in ("", "de/", "pt_BR/")
-        for name in map(str, range(40))
-    }
-    members["./usr/share/doc/manpages/changelog.gz"] = page
-    members["./usr/share/man/de/man1/short.1.gz"] = gzip.compress(b".so man1/other.1")
-    monkeypatch.setattr(manual_pages, "fetch_packages", lambda names, folder: ["all"])
-    monkeypatch.setattr(manual_pages, "read_members", lambda package, suffix: members)
-    splits = manual_pages.ManualPages(data_dir=str(tmp_path)).read(tmp_path)
-    pages = [{key.split("/")[1] for key in rows} for rows in splits.values()]
-    assert sum(map(len, pages)) == 40, "no page is in two splits"
-    labels = [row["label"] for rows in splits.values() for row in rows.values()]
-    assert set(labels) == {"en", "de", "pt"} and len(labels) == 120
 
 
 @pytest.fixture
