@@ -221,7 +221,8 @@ def test_experts_choose_a_token_of_nan_last(factor, has_nan, mode):
     logits[1] = np.nan
     router, expected = make("ExpertChoice", 2, factor), oracle.expert_choice(factor, 6)
     routing = compiled(lambda *given: routing_of(router, *given, 6, False), mode)(logits, mask)
-    assert_close(dense_weights(routing), expected(logits, mask)[0])
+    weights = to_numpy(dense_weights(routing))
+    np.testing.assert_allclose(weights, expected(logits, mask)[0], rtol=1e-5)
     assert np.isnan(routing.weights[1]).all() == has_nan and not np.isnan(routing.weights[2:]).any()
 
 
@@ -331,6 +332,7 @@ WITHOUT_TOKENS = [
 ]
 
 
+@pytest.mark.filterwarnings("ignore:.*has no effect with a")
 @pytest.mark.parametrize("name, capacity", unless_compiled(WITHOUT_TOKENS, WITHOUT_TOKENS[:3]))
 def test_no_tokens_give_no_outputs(name, capacity, mode):
     layer = layers.MixtureOfExperts(

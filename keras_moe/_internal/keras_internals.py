@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+from typing import Any
 
 import keras
 import numpy as np
@@ -37,12 +38,24 @@ def own_losses(layer):
     return layer._get_own_losses()
 
 
+def is_first_in_pass(layer):
+    """Whether the call of the outermost layer has not called a layer before. Ask once a call."""
+    call = get_global_attribute("current_call_ctx")
+    seen = set() if call is None else vars(call).setdefault("called_gates", set())
+    is_first = layer not in seen
+    seen.add(layer)
+    return is_first
+
+
 class KeepsLosses:
     """A layer that is called several times in a pass, all of whose losses count; before `Layer`.
 
     On JAX a pass is a stateless scope, in which Keras takes the call of a layer for the whole pass,
     and would remove the losses of its earlier calls.
     """
+
+    _loss_ids: Any
+    _layers: Any
 
     def _clear_losses(self):
         scope = get_global_attribute("stateless_scope")

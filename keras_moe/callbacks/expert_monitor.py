@@ -89,7 +89,7 @@ class ExpertMonitor(keras.callbacks.Callback):
         self.history: dict = {}
         self.shares: dict = {}
         self.validation_shares: dict = {}
-        listed = metrics if isinstance(metrics, (list, tuple)) else [None]
+        listed: Sequence[Any] = metrics if isinstance(metrics, (list, tuple)) else [None]
         self._metrics = {getattr(function, "__name__", ""): function for function in listed}
         if len(self._metrics) < len(listed) or not all(map(str.isidentifier, self._metrics)):
             rule = "`metrics` must be a list of functions of different names, theirs in the logs"

@@ -21,6 +21,7 @@ from keras_moe._internal.checks import check_number, fixed, shortened
 from keras_moe._internal.keras_internals import (
     drops_losses,
     in_symbolic_scope,
+    is_first_in_pass,
     names_below,
     own_losses,
     set_state,
@@ -222,7 +223,8 @@ class Gate(Recomputable):
         for observer in observers:
             indices = observer.indices if indices is None else indices
         earlier = own_losses(self.router)
-        is_first = not (earlier or own_losses(self))
+        # On JAX the call of a gate is the outermost, in PyTorch's recomputation losses come later.
+        is_first = is_first_in_pass(self) and not (earlier or own_losses(self))
         routing = self.router(
             tokens.vectors(router_inputs),
             mask=tokens.mask,
