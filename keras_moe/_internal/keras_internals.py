@@ -60,7 +60,7 @@ class KeepsLosses:
     def _clear_losses(self):
         scope = get_global_attribute("stateless_scope")
         if scope is None:
-            return super()._clear_losses()
+            return super()._clear_losses()  # type: ignore[misc]
         self._loss_ids &= {id(loss) for loss in scope.losses}
         for layer in self._layers:
             layer._clear_losses()
