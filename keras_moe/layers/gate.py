@@ -32,7 +32,6 @@ from keras_moe.layers.expert_bank import ExpertBank
 from keras_moe.layers.recomputation import Recomputable
 from keras_moe.layers.sublayers import warn_of_second_use
 from keras_moe.layers.tokens import Tokens
-from keras_moe.ops.balance import router_entropy
 from keras_moe.ops.routing import Routing, token_shares
 from keras_moe.ops.selection import mask_invalid, weights_of_experts
 from keras_moe.ops.sorting import as_dtype
@@ -203,15 +202,16 @@ class Gate(Recomputable):
         observers, sequence_length = self._present_observers(), tokens.sequence_length
         for observer in observers:
             indices = observer.indices if indices is None else indices
-        routing = self.router(
-            tokens.vectors(router_inputs),
-            mask=tokens.mask,
-            training=training,
-            sequence_length=sequence_length,
-            token_ids=token_ids,
-            indices=indices,
-            with_plan=True,
-        )
+        context = {
+            "mask": tokens.mask,
+            "sequence_length": sequence_length,
+            "token_ids": token_ids,
+            "indices": indices,
+        }
+        # Keras looks through each argument.
+        given = {name: each for name, each in context.items() if each is not None}
+        vectors = tokens.vectors(router_inputs)
+        routing = self.router(vectors, training=training, with_plan=True, **given)
         if self.capacity is not None:
             limited = sum(bank.num_capacity_limited for bank in self.banks)
             routing = self.capacity.admit(
@@ -241,7 +241,7 @@ class Gate(Recomputable):
                 "`stateless_call` with `return_losses=True`, and add what it returns to the loss.",
                 stacklevel=2,
             )
-        self._count(routing, [*values, router_entropy(routing)], training)
+        self._count(routing, [*values, routing.entropy()], training)
 
     def _count(self, routing, values, training):
         added = [routing.counts, *_finite(values)]
