@@ -225,4 +225,6 @@ def packed_order(sort, integers, bound):
 
 
 def _one_hot(integers, number):
-    return ops.expand_dims(integers, -1) == ops.arange(number, dtype=integers.dtype)
+    if integers.dtype != "int32":
+        integers = ops.cast(integers, "int32")
+    return ops.expand_dims(integers, -1) == ops.arange(number, dtype="int32")
