@@ -15,11 +15,11 @@ sys.modules["tensorflow"] = None
 import keras  # noqa: E402
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
+from forced_router import ForcedRouter  # noqa: E402
 from replicas_models import EXPERTS, X, every_layer, global_layers, model_of  # noqa: E402
 
 from keras_moe import callbacks, layers, losses, routers  # noqa: E402
 from keras_moe.distribution import expert_parallel  # noqa: E402
-from keras_moe.routers.fixed import ForcedRouter  # noqa: E402
 
 
 def idle_layers():
@@ -30,7 +30,7 @@ def idle_layers():
         ("layer_bank", layers.LayerExperts([keras.layers.Dense(4) for _ in range(EXPERTS)])),
         ("constant_bank", with_constants(layers.FeedForwardExperts(2, 8))),
     ):
-        router = ForcedRouter(EXPERTS, top_k=1, pattern="one")
+        router = ForcedRouter(EXPERTS, top_k=1, to_one=True)
         yield layers.MixtureOfExperts(bank, router, name=name)
 
 
@@ -50,7 +50,7 @@ def spread_layers():
     bank = layers.GatedExperts(8, 8, kernel_regularizer="l2", bias_initializer="ones")
     shared = keras.layers.Dense(4)
     yield layers.MixtureOfExperts(bank, router, shared_expert=shared, name="gated")
-    router = ForcedRouter(8, top_k=1, pattern="one")
+    router = ForcedRouter(8, top_k=1, to_one=True)
     yield layers.MixtureOfExperts(layers.FeedForwardExperts(8, 8), router, name="idle")
     yield layers.MixtureOfExperts(layers.FeedForwardExperts(8, 8), "top_p", sums, name="threshold")
     bank = with_constants(layers.FeedForwardExperts(8, 8))

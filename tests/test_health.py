@@ -7,11 +7,11 @@ import keras
 import numpy as np
 import pytest
 from backends import QUICK_JIT, on_one_backend
+from forced_router import ForcedRouter
 from layer_checks import D, E, array, moe, one_hot_router
 
 from keras_moe import health, layers, losses, routers
 from keras_moe.callbacks import ExpertHealth, ExpertMonitor
-from keras_moe.routers.fixed import ForcedRouter
 
 EXPERTS, STEPS, BATCH = 8, 60, 16
 

@@ -4,12 +4,12 @@ import keras
 import numpy as np
 import pytest
 from backends import on_each_backend, on_one_backend
+from forced_router import ForcedRouter
 from layer_checks import D, E, array, model_of, moe, normal, one_hot_router
 
 import keras_moe
 from keras_moe import inspection, layers, routers
 from keras_moe.callbacks import ExpertMonitor
-from keras_moe.routers.fixed import ForcedRouter
 
 pytestmark = on_one_backend
 

@@ -19,11 +19,11 @@ from backends import (
     unless_compiled,
 )
 from drawn import MASKS, SKEWS, draw_logits, draw_mask
+from forced_router import ForcedRouter
 from keras import ops
 from layer_checks import gradients, normal
 
 from keras_moe import layers, losses, routers
-from keras_moe.routers.fixed import ForcedRouter
 
 
 def make(name, *arguments, **kwargs):

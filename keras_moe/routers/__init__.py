@@ -6,7 +6,7 @@ from typing import Any
 from keras_moe._internal.initializers import reseeded
 from keras_moe._internal.serialization import resolve
 from keras_moe.routers.balancers import LossFreeBias, QuantileBias, SelectionBalancer
-from keras_moe.routers.fixed import HashRouter
+from keras_moe.routers.hashing import HashRouter
 from keras_moe.routers.logit_router import LogitRouter
 from keras_moe.routers.matching import BalancedAssignmentRouter, ExpertChoiceRouter, SinkhornRouter
 from keras_moe.routers.noisy import GShardRouter, NoisyTopKRouter, VMoERouter

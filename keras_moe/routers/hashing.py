@@ -1,4 +1,4 @@
-"""Routers whose choice is not learned: a table of token ids, and patterns for measurements."""
+"""A router whose choice is not learned: a table of token ids."""
 
 from typing import Any
 
@@ -8,12 +8,9 @@ from keras import ops
 
 from keras_moe._internal.checks import check_choice, check_integer
 from keras_moe._internal.serialization import register
-from keras_moe.ops import draws
 from keras_moe.ops.routing import Routing, weigh
-from keras_moe.ops.selection import SCORES, chosen_experts, mask_invalid, top_k_indices
+from keras_moe.ops.selection import SCORES, chosen_experts, mask_invalid
 from keras_moe.routers.router import Router
-
-PATTERNS = ("round_robin", "random", "zipf", "one")
 
 
 @register
@@ -90,65 +87,14 @@ class HashRouter(Router):
         ids = ops.cast(token_ids, "int32") % self.vocabulary_size
         indices = mask_invalid(ops.take(self.table, ids, axis=0), self.num_experts)
         if self.score is None:
-            return _fixed_routing(indices, mask, self.num_experts)
+            num_tokens, top_k = ops.shape(indices)
+            return Routing(
+                indices=indices,
+                weights=ops.full((num_tokens, top_k), 1 / top_k, "float32"),
+                probs=ops.cast(chosen_experts(indices, self.num_experts), "float32") / top_k,
+                logits=ops.zeros((num_tokens, self.num_experts), "float32"),
+                mask=mask,
+            )
         logits = ops.matmul(tokens, self.kernel)
         scores = SCORES[self.score](logits)
         return weigh(logits, scores, indices, mask, self.score, renormalize=self.top_k > 1)
-
-
-@register
-class ForcedRouter(Router):
-    """Routes by a fixed pattern, to measure what the layer costs under that load.
-
-    Args:
-        top_k: Integer. Experts per token, K, at most E. They have the weight 1 / K.
-        pattern: "round_robin": token t goes to experts t K, t K + 1, ..., modulo E; "random";
-            "zipf": at random, expert e with a probability proportional to 1 / (e + 1); or "one":
-            all tokens go to the first K experts.
-        seed: Integer seed of the draws, or None.
-
-    Other arguments, errors, call arguments and returns: as for `Router`, without `indices`.
-    """
-
-    default_losses = ()
-
-    def __init__(
-        self,
-        num_experts: int | None = None,
-        top_k: int = 2,
-        pattern: str = "round_robin",
-        seed: int | None = None,
-        **kwargs: Any,
-    ):
-        super().__init__(num_experts, **kwargs)
-        self.top_k = check_integer("top_k", top_k)
-        self.pattern = check_choice("pattern", pattern, PATTERNS)
-        self.seed = seed if seed is None else check_integer("seed", seed, minimum=0)
-        self._draws = keras.random.SeedGenerator(self.seed)
-        self.check_num_experts()
-
-    def route(self, tokens, mask, training, **context):
-        num_tokens, num_experts = ops.shape(tokens)[0], self.num_experts
-        if self.pattern in ("one", "round_robin"):
-            step = self.top_k if self.pattern == "round_robin" else 0
-            first = ops.expand_dims(ops.arange(num_tokens, dtype="int32"), 1) * step
-            indices = (first + ops.arange(self.top_k, dtype="int32")) % num_experts
-        else:
-            # The best of log p + Gumbel noise are draws without replacement.
-            noise = -ops.log(-ops.log(draws.uniform((num_tokens, num_experts), self._draws)))
-            if self.pattern == "zipf":
-                noise = noise - ops.log(ops.arange(1, num_experts + 1, dtype="float32"))
-            indices = top_k_indices(noise, self.top_k)
-        return _fixed_routing(indices, mask, num_experts)
-
-
-def _fixed_routing(indices, mask, num_experts):
-    """A routing to given experts (T, K) with equal weights."""
-    num_tokens, top_k = ops.shape(indices)
-    return Routing(
-        indices=indices,
-        weights=ops.full((num_tokens, top_k), 1 / top_k, "float32"),
-        probs=ops.cast(chosen_experts(indices, num_experts), "float32") / top_k,
-        logits=ops.zeros((num_tokens, num_experts), "float32"),
-        mask=mask,
-    )
