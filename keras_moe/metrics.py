@@ -15,10 +15,9 @@ from keras import ops
 from keras_moe._internal import Tensor
 from keras_moe._internal.checks import check_indices, check_integer, check_tensors, host_values
 from keras_moe._internal.serialization import register
-from keras_moe.ops import balance
 from keras_moe.ops.plans import GroupedPlan, plan_routing
 from keras_moe.ops.routing import Routing, count_assignments
-from keras_moe.ops.selection import chosen_experts, mask_invalid
+from keras_moe.ops.selection import chosen_experts, entropy, mask_invalid
 from keras_moe.ops.soft import SoftPlan
 
 __all__ = [
@@ -58,7 +57,7 @@ def load_entropy(counts: Tensor) -> Tensor:
     1 at balance, 0 if one of several has everything or without assignments.
     """
     share = expert_share(counts)
-    return share[0] if share.shape[0] == 1 else balance.entropy(share) / math.log(share.shape[0])
+    return share[0] if share.shape[0] == 1 else entropy(share) / math.log(share.shape[0])
 
 
 @register
@@ -86,7 +85,7 @@ def router_entropy(routing: Routing) -> Tensor:
 
     Float32 scalar: 1 for a router without a preference, 0 for a certain one or padding alone.
     """
-    return balance.router_entropy(routing) / math.log(max(routing.counts.shape[0], 2))
+    return routing.entropy() / math.log(max(routing.counts.shape[0], 2))
 
 
 def unserved_fraction(routing: Routing, plan: GroupedPlan | SoftPlan) -> Tensor:

@@ -112,7 +112,7 @@ def small_tiles(monkeypatch):
     for place in ("tiles", "padded"):
         monkeypatch.setattr(f"keras_moe.backend.{place}.tile_length", lambda *_: 4)
     if BACKEND == "torch":
-        monkeypatch.setattr("keras_moe.backend.torch_groups.CPU_RUN_ROWS", 8)
+        monkeypatch.setattr("keras_moe.backend.torch_groups.CPU_RUN_VALUES", 64)
     if BACKEND == "jax":
         # It keeps what it traced by the function: this one has traced no other tiles.
         compute = networks._run.__wrapped__

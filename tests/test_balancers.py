@@ -9,7 +9,7 @@ from keras import ops
 from layer_checks import array
 
 from keras_moe import metrics, routers
-from keras_moe import ops as moe_ops
+from keras_moe.routers.noisy import noisy_load
 
 pytestmark = on_one_backend
 
@@ -127,5 +127,5 @@ def test_the_smooth_load_equals_the_oracle():
     mask = rng.random(T) < 0.8
     tensors = [ops.convert_to_tensor(each.astype("float32")) for each in arrays]
     for top_k in (1, 2, E):
-        load = moe_ops.balance.noisy_load(*tensors, top_k, ops.convert_to_tensor(mask))
+        load = noisy_load(*tensors, top_k, ops.convert_to_tensor(mask))
         assert_close(array(load), oracle.noisy_load(*arrays, top_k, mask))

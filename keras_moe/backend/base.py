@@ -145,8 +145,9 @@ class Backend:
         return ops.sum(ops.where(chosen, ops.expand_dims(matrix, 1), 0.0), axis=-1)
 
     def count_integers(self, integers, number):
-        """Count each of 0, ..., `number` - 1 in a vector of integers: (number,) int32."""
-        return ops.sum(ops.cast(_one_hot(integers, number), "int32"), axis=0)
+        """Count each of 0, ..., `number` - 1 in integers of any shape: (number,) int32."""
+        axes = tuple(range(len(integers.shape)))
+        return ops.sum(ops.cast(_one_hot(integers, number), "int32"), axis=axes)
 
     def argsort(self, integers, bound):
         """Return a stable order of integers (N,) from 0 to `bound` - 1, int32."""
@@ -224,4 +225,6 @@ def packed_order(sort, integers, bound):
 
 
 def _one_hot(integers, number):
-    return ops.expand_dims(ops.cast(integers, "int32"), -1) == ops.arange(number, dtype="int32")
+    if integers.dtype != "int32":
+        integers = ops.cast(integers, "int32")
+    return ops.expand_dims(integers, -1) == ops.arange(number, dtype="int32")

@@ -129,6 +129,7 @@ class TorchBackend(Backend):
         return torch.where(existing == columns, taken, 0.0)
 
     def count_integers(self, integers, number):
+        integers = integers.reshape(-1)
         if is_traced() or len(integers) * number > MAX_COMPARED:
             # One more count, of all others.
             places = integers.clamp(-1, number).to(torch.int64) % (number + 1)

@@ -10,8 +10,8 @@ from keras_moe.backend import torch_integers
 from keras_moe.backend.base import split_rows
 from keras_moe.backend.layouts import Parts
 
-# So many rows outweigh the overhead of a call on a CPU, and still fit into the cache.
-CPU_RUN_ROWS = 512
+# So many values outweigh the overhead of a call on a CPU, and still fit into the cache.
+CPU_RUN_VALUES = 2**19
 
 
 def is_traced():
@@ -41,8 +41,8 @@ def split(rows, sizes):
 class Runs(Parts):
     """Neighbouring groups form a run: they share all operations but their products.
 
-    On a CPU a run has up to `CPU_RUN_ROWS` rows, or one group. On a GPU one run has all groups, for
-    the fewest kernels. In a program of unknown sizes each run has one group.
+    On a CPU a run has up to `CPU_RUN_VALUES` values of the widest map, or one group. On a GPU one
+    run has all groups, for the fewest kernels. In a program of unknown sizes each run has one.
     """
 
     def __init__(self, problem, platform):
@@ -54,12 +54,15 @@ class Runs(Parts):
             self.parts = [_AllOnDevice(sizes, num_rows)]
             return
         *numbers, self._num_padding = sizes_on_host(sizes, num_rows)
-        start, run = 0, None
+        start, run, most_rows = 0, None, 0
+        if not self._is_traced:
+            widths = (max(linear.kernel.shape[1:]) for linear in problem.maps.values())
+            most_rows = CPU_RUN_VALUES // max(widths)
         for expert, size in enumerate(numbers):
             # An operation on zero rows would cost as much as on a few.
             if not self._is_traced and size == 0:
                 continue
-            if run is None or self._is_traced or run.num_rows + size > CPU_RUN_ROWS:
+            if run is None or self._is_traced or run.num_rows + size > most_rows:
                 run = _Run(start)
                 self.parts.append(run)
             run.add(expert, size)

@@ -35,7 +35,6 @@ from keras_moe.layers.expert_bank import ExpertBank
 from keras_moe.layers.recomputation import Recomputable
 from keras_moe.layers.sublayers import warn_of_second_use
 from keras_moe.layers.tokens import Tokens
-from keras_moe.ops.balance import router_entropy
 from keras_moe.ops.routing import Routing, token_shares
 from keras_moe.ops.selection import mask_invalid, weights_of_experts
 from keras_moe.ops.sorting import as_dtype
@@ -225,15 +224,16 @@ class Gate(Recomputable):
         earlier = own_losses(self.router)
         # On JAX the call of a gate is the outermost, in PyTorch's recomputation losses come later.
         is_first = is_first_in_pass(self) and not (earlier or own_losses(self))
-        routing = self.router(
-            tokens.vectors(router_inputs),
-            mask=tokens.mask,
-            training=training,
-            sequence_length=sequence_length,
-            token_ids=token_ids,
-            indices=indices,
-            with_plan=True,
-        )
+        context = {
+            "mask": tokens.mask,
+            "sequence_length": sequence_length,
+            "token_ids": token_ids,
+            "indices": indices,
+        }
+        # Keras looks through each argument.
+        given = {name: each for name, each in context.items() if each is not None}
+        vectors = tokens.vectors(router_inputs)
+        routing = self.router(vectors, training=training, with_plan=True, **given)
         if self.capacity is not None:
             limited = sum(bank.num_capacity_limited for bank in self.banks)
             routing = self.capacity.admit(
@@ -266,7 +266,7 @@ class Gate(Recomputable):
                 "`stateless_call` with `return_losses=True`, and add what it returns to the loss.",
                 stacklevel=2,
             )
-        values.append(router_entropy(routing))
+        values.append(routing.entropy())
         self._count(routing, _finite(values, added, is_first), training)
 
     def _count(self, routing, values_and_numbers, training):

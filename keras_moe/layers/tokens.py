@@ -54,12 +54,16 @@ class Tokens(NamedTuple):
 
     def unflatten(self, values, dtype):
         """Values (T, ...) with the leading axes of the inputs, in a dtype."""
-        return as_dtype(ops.reshape(values, (*self.sizes, *values.shape[1:])), dtype)
+        if len(self.sizes) > 1:
+            values = ops.reshape(values, (*self.sizes, *values.shape[1:]))
+        return as_dtype(values, dtype)
 
 
 def _flatten(inputs, mask, num_axes):
     # Padding may hold anything, NaN included, which no product with a zero weight removes.
     inputs = inputs if mask is None else zero_padding(inputs, mask)
+    if len(inputs.shape) == 2:  # as they are
+        return inputs
     return ops.reshape(inputs, (-1, *inputs.shape[num_axes:]))
 
 

@@ -9,9 +9,8 @@ from keras_moe._internal.checks import check_choice, check_integer, check_number
 from keras_moe._internal.serialization import Configured, register, resolve
 from keras_moe.backend import backend
 from keras_moe.losses.likelihood import MixtureNegativeLogLikelihood, pack_mixture
-from keras_moe.ops.balance import entropy, load_importance_product, router_entropy
 from keras_moe.ops.routing import Routing
-from keras_moe.ops.selection import chosen_experts
+from keras_moe.ops.selection import chosen_experts, entropy
 
 __all__ = [
     "ImportanceVariation",
@@ -220,7 +219,7 @@ class RouterEntropy(RouterLoss):
         super().__init__(weight)
 
     def compute(self, routing):
-        return router_entropy(routing)
+        return routing.entropy()
 
 
 @register
@@ -235,13 +234,23 @@ class SelectorEntropy(RouterLoss):
 
     def compute(self, routing):
         if isinstance(routing.selectors, tuple):
-            return router_entropy(routing)
+            return routing.entropy()
         return routing.mean(ops.sum(entropy(routing.selectors), axis=1, keepdims=True))[0]
 
 
 @backend.jit_when_eager
 def _load_balance(counts, routing):
-    return load_importance_product(counts, routing.mean(routing.probs))
+    return _balance(counts, routing.mean(routing.probs))
+
+
+def _balance(counts, mean_probs):
+    """`E * sum_e f_e * P_e` of counts and mean scores (..., E): f, their shares, has no gradient.
+
+    Fedus et al. 2021 (arXiv:2101.03961), eq. 4, divided by K: the value is 1 at balance.
+    """
+    counts = ops.cast(counts, "float32")  # without a gradient
+    share = counts / ops.maximum(ops.sum(counts, axis=-1, keepdims=True), 1.0)
+    return mean_probs.shape[-1] * ops.sum(share * mean_probs, axis=-1)
 
 
 def _mean_of_sequences(routing, sequence_length):
@@ -254,7 +263,7 @@ def _mean_of_sequences(routing, sequence_length):
     mean_probs = ops.sum(probs, axis=1) / ops.maximum(num_real, 1.0)
     chosen = ops.reshape(chosen_experts(routing.indices, num_experts), by_sequence)
     counts = ops.sum(ops.cast(ops.logical_and(chosen, mask), "float32"), axis=1)
-    losses = load_importance_product(counts, mean_probs)
+    losses = _balance(counts, mean_probs)
     num_sequences = ops.sum(ops.cast(num_real > 0, "float32"))
     return ops.sum(losses) / ops.maximum(num_sequences, 1.0)
 

@@ -90,7 +90,7 @@ class GroupedPlan(NamedTuple):
         order, rank = sort_by_expert(expert, number + 1)
         rows = ops.where(expert < number, rank, -1)
         if self.places is None:
-            rows = ops.transpose(ops.reshape(rows, ops.shape(self.experts)[::-1]))
+            rows = ops.transpose(ops.reshape(rows, (self.experts.shape[1], -1)))
         return self._replace(order=order, rows=rows)
 
     def with_rows(self) -> "GroupedPlan":

@@ -15,11 +15,13 @@ from keras_moe.ops.selection import (
     SCORES,
     SMALLEST_SCORE,
     distribution,
+    entropy,
     mask_invalid,
     take_scores,
     top_k_indices,
     weights_of_experts,
 )
+from keras_moe.ops.sorting import as_dtype
 
 
 class Routing(NamedTuple):
@@ -61,6 +63,11 @@ class Routing(NamedTuple):
         """Mean (N,) of values (T, N) over the real tokens, 0 where there is none."""
         shares = token_shares(self.mask) if isinstance(self.shares, tuple) else self.shares
         return _weighted_sum(values, shares)
+
+    @backend.jit_when_eager
+    def entropy(self) -> Tensor:
+        """Mean over real tokens of the entropy of the scores, from 0 to `log E`; 0 without any."""
+        return self.mean(entropy(ops.convert_to_tensor(self.probs), keepdims=True))[0]
 
 
 @backend.jit_when_eager
@@ -216,7 +223,7 @@ def checked_choice(indices, scores, top_k):
     indices = ops.convert_to_tensor(indices)
     sizes = {"T": scores.shape[0], "K": top_k}
     check_tensors(sizes, **{"select(scores)": (indices, "TK", "int")})
-    return ops.cast(indices, "int32")
+    return as_dtype(indices, "int32")
 
 
 def weigh(logits, scores, indices, mask, score, renormalize, scale=1.0):
@@ -248,7 +255,7 @@ def weighted_counts(indices, weights, mask):
 def served_and_counts(indices, mask, num_experts):
     """Indices (T, K), -1 for none and for padding, and how often each expert is in them, (E,)."""
     served = mask_invalid(indices, num_experts, mask)
-    return served, backend.count_integers(ops.reshape(served, (-1,)), num_experts)
+    return served, backend.count_integers(served, num_experts)
 
 
 def count_assignments(indices, mask, num_experts):

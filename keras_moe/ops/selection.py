@@ -44,6 +44,13 @@ def distribution(scores):
     return scores / ops.maximum(ops.sum(scores, axis=-1, keepdims=True), 1e-20)
 
 
+def entropy(probs, keepdims=False):
+    """Entropy (...) of distributions (..., E), in nats."""
+    # The logarithm of what is above zero only: the slope of p log p at 0 is infinite.
+    logs = ops.log(ops.where(probs > 0, probs, 1.0))
+    return -ops.sum(probs * logs, axis=-1, keepdims=keepdims)
+
+
 def smooth_step(values):
     """From exactly 0 below -1/2 to exactly 1 above 1/2, a cubic between, with slopes of 0 there.
 
@@ -99,7 +106,6 @@ def top_k_indices(scores, top_k):
         raise ValueError(f"{rule}. Received: top_k={top_k}, {num_experts} experts")
     if num_tokens == 0:  # Keras cannot take the maximum of an empty axis.
         return ops.zeros((0, top_k), "int32")
-    scores = ops.stop_gradient(scores)
     # NaN and minus infinity rank above the experts that are taken already.
     rest = ops.where(scores > LOW, scores, LOW)
     experts = ops.arange(num_experts, dtype="int32")

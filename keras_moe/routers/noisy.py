@@ -7,11 +7,37 @@ from keras import ops
 from keras_moe._internal import Tensor
 from keras_moe._internal.checks import check_integer, check_number
 from keras_moe._internal.serialization import register
+from keras_moe.backend import backend
 from keras_moe.ops import draws
-from keras_moe.ops.balance import noisy_load
 from keras_moe.ops.routing import Routing
-from keras_moe.ops.selection import distribution, softmax, take_scores, top_k_indices
+from keras_moe.ops.selection import (
+    chosen_experts,
+    distribution,
+    softmax,
+    take_scores,
+    top_k_indices,
+)
 from keras_moe.routers.logit_router import LogitRouter
+
+
+@backend.jit_when_eager
+def noisy_load(clean, noisy, deviation, top_k, mask):
+    """Expected assignments (E,) of each expert if its own noise were drawn again.
+
+    The probability that the logit of an expert, with new noise, is above the best K others: a load
+    with a gradient. Shazeer et al. 2017 (arXiv:1701.06538), eq. 8 to 10. `clean` and `noisy` are
+    logits (T, E), `deviation` (T, E), or a number, is the standard deviation of the noise.
+    """
+    num_experts = noisy.shape[-1]
+    if top_k == num_experts:
+        return ops.sum(ops.cast(ops.expand_dims(mask, 1), "float32") + 0.0 * clean, axis=0)
+    best = top_k_indices(noisy, top_k + 1)
+    values = take_scores(noisy, best)
+    last_in, first_out = values[:, top_k - 1 : top_k], values[:, top_k:]
+    is_in = chosen_experts(best[:, :top_k], num_experts)
+    threshold = ops.where(is_in, first_out, last_in)
+    chance = 0.5 * (1.0 + ops.erf((clean - threshold) / (deviation * 2**0.5)))
+    return ops.sum(ops.where(ops.expand_dims(mask, 1), chance, 0.0), axis=0)
 
 
 class NoisyRouter(LogitRouter):

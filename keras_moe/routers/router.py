@@ -157,7 +157,7 @@ class Router(BaseLayer):
         given = {name: each for name, each in tensors.items() if each[0] is not None}
         check_tensors({"K": max_top_k}, **given)
         if mask is None:
-            real = ops.ones(ops.shape(tokens)[:1], "bool")
+            real = ops.ones_like(tokens[:, 0], "bool")
         else:
             real = ops.cast(mask, "bool")
             # Padding may hold anything, NaN included, and its gradient must be zero.
