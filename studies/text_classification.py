@@ -40,9 +40,9 @@ class Size(typing.NamedTuple):
     documents: int | None
 
 
-FULL = Size(40_000, 50_021, 400, 8, features=128, hidden_dim=256, documents=None)
+FULL = Size(40_000, 50_021, 400, 16, features=64, hidden_dim=256, documents=None)
 SMOKE = Size(500, 251, 32, 4, features=16, hidden_dim=16, documents=256)
-TOP_K, BATCH_SIZE, LEARNING_RATE, LABEL_SMOOTHING = 2, 64, 1e-3, 0.3
+TOP_K, BATCH_SIZE, LEARNING_RATE, LABEL_SMOOTHING = 2, 128, 3e-3, 0.3
 
 
 def main(arguments=None):

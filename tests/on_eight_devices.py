@@ -217,8 +217,7 @@ def test_a_capacity_holds_for_the_tokens_of_each_device():
     expected = on(None, in_long_sequences)
     dropped = [state for state in expected[0][1][1] if np.shape(state) == ()]
     assert max(dropped) > 5
-    for mesh in ("data_parallel", "2x4"):
-        assert_same(on(mesh, pass_of(layer())), expected)
+    assert_same(on("2x4", pass_of(layer())), expected)
 
 
 def test_a_batch_that_does_not_divide_is_padded():
@@ -226,13 +225,11 @@ def test_a_batch_that_does_not_divide_is_padded():
     assert_same(on("2x4", called), on(None, called))
 
 
-@pytest.mark.parametrize(("mode", "block_size"), [("int8", None), ("int4", 2)])
-def test_integers_and_corrections_of_low_rank_are_split_as_kernels_are(mode, block_size):
+def test_integers_and_corrections_of_low_rank_are_split_as_kernels_are():
     def called():
         layer = bank_of(layers.GatedExperts)()
         layer.build((None, D))
-        config = keras.quantizers.Int4QuantizationConfig(block_size=block_size)
-        layer.experts.quantize(mode, config=None if mode == "int8" else config)
+        layer.experts.quantize("int4", config=keras.quantizers.Int4QuantizationConfig(block_size=2))
         layer.experts.enable_lora(2, b_initializer="glorot_uniform")
         distribution = keras.distribution.distribution()
         num_shards = 1 if distribution is None else distribution.device_mesh.shape[1]
@@ -248,7 +245,7 @@ def test_a_layer_may_be_called_outside_of_a_model():
     assert_same(*(on(mesh, lambda: bank_of(layers.GatedExperts)()(x)) for mesh in ("2x4", None)))
 
 
-@pytest.mark.parametrize(("mesh", "shards"), [("4x2", 2), ("2x4", 4), ("1x8", 8)])
+@pytest.mark.parametrize(("mesh", "shards"), [("4x2", 2), ("2x4", 4)])
 def test_tokens_cross_and_kernels_stay(mesh, shards):
     tokens, width = 8 * 32, 16
     keras.distribution.set_distribution(distribution_of(mesh))
@@ -261,7 +258,7 @@ def test_tokens_cross_and_kernels_stay(mesh, shards):
     )
     of_kernels = [c for c in found if any(shape[-1] == 40 for shape in c.shapes if shape)]
     # Gradients of kernels are summed over the data axis, and nothing else of them is sent.
-    assert {c.kind for c in of_kernels} <= ({"all-reduce"} if shards < 8 else set())
+    assert {c.kind for c in of_kernels} <= {"all-reduce"}
     of_tokens = [c for c in found if c.kind in ("all-gather", "reduce-scatter")]
     group = tokens * shards // 8
     values = sum(c.bytes for c in of_tokens) / 4
@@ -315,10 +312,9 @@ def test_the_products_of_a_device_do_not_grow_with_the_devices(monkeypatch):
         features=16, hidden=32, experts=[E], top_k=2, gated=False, activation="gelu"
     )
     one = scaling.examine("data", 1, 1024, options)
-    for kind in ("data", "expert"):
-        eight = scaling.examine(kind, 8, 1024, options)
-        assert eight["gflops"] <= 1.2 / 8 * one["gflops"]
-        assert eight["kernels_mb"] == 0
+    eight = scaling.examine("expert", 8, 1024, options)
+    assert eight["gflops"] <= 1.2 / 8 * one["gflops"]
+    assert eight["kernels_mb"] == 0
 
 
 def test_a_layer_that_was_built_under_another_distribution_is_refused():

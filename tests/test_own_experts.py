@@ -199,6 +199,15 @@ def test_second_derivatives_equal_a_formula(bank, router, mode, small_tiles):
         assert_close(one, other, tolerance=1e-4)
 
 
+@on_one_backend
+@pytest.mark.parametrize("name", ["gated", "linear"])
+def test_all_experts_have_their_corrections_of_low_rank(name):
+    bank, tokens = mixture_of(BANKS[name]()).experts, ops.convert_to_tensor(normal(T, D))
+    bank.enable_lora(2, lora_alpha=6, b_initializer="normal")
+    expected = super(layers.StackedExperts, bank).compute_all(tokens)  # by a plan
+    assert_close(to_numpy(bank.compute_all(tokens)), to_numpy(expected))
+
+
 def dropping():
     return mixture_of(NormalisedExperts(E, rate=0.4, activation="tanh"))
 
