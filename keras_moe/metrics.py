@@ -279,6 +279,8 @@ class DroppedFraction(UsageMetric):
 
 def as_counts(counts, axes="E", name="counts"):
     """Counts as a float32 tensor, checked: their axes and, on the host, their sign."""
+    if isinstance(counts, Routing):
+        raise TypeError(f"`{name}` must be numbers, such as `routing.counts`. Received: a routing")
     array = host_values(counts)
     if array is not None and not (array >= 0).all():
         raise ValueError(f"`{name}` must be numbers of at least 0. Received: {array.min()}")

@@ -93,7 +93,7 @@ def relu(k):
 
 
 def expert_choice(factor, length):
-    """Each expert, in each sequence of `length` tokens, takes its best real tokens."""
+    """Each expert, in each sequence of `length` tokens, takes its best real tokens, NaN last."""
 
     def route(logits, mask):
         scores = {t: softmax(logits[t].astype("float64")) for t in np.flatnonzero(mask)}
@@ -102,7 +102,8 @@ def expert_choice(factor, length):
             real = [t for t in scores if start <= t < start + length]
             room = reference.expert_capacity(len(real), logits.shape[1], 1, factor)
             for e in range(logits.shape[1]):
-                for t in sorted(real, key=lambda t: (-scores[t][e], t))[:room]:
+                of_expert = {t: np.nan_to_num(scores[t][e], nan=-1) for t in real}
+                for t in sorted(real, key=lambda t: (-of_expert[t], t))[:room]:
                     chosen[t][e] = scores[t][e]
         return routed(logits, mask, lambda t: (chosen[t], scores[t]))
 

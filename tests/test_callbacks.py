@@ -141,6 +141,20 @@ def test_each_router_loss_is_reported_by_its_name_before_its_weight():
     assert logs["router_loss"] == [pytest.approx(expected, rel=1e-5)]
 
 
+@on_each_backend
+def test_the_logged_router_loss_is_what_each_batch_adds_to_the_loss():
+    twice = moe(router_losses=[losses.LoadBalance(0.5)])
+    own = moe(router=routers.ReLURouter(E, initial_strength=50.0), name="own")
+    inputs = keras.Input((E,))
+    model = keras.Model(inputs, own(twice(twice(inputs))))
+    model.compile(keras.optimizers.SGD(0.0), "mse", metrics=["mse"], jit_compile=QUICK_JIT)
+    monitor = ExpertMonitor()
+    logs = fit(model, monitor, validation=False)
+    added = logs["loss"][0] - logs["mse"][0]
+    assert added > 1 and logs["router_loss"] == [pytest.approx(added, rel=1e-4)]
+    assert monitor.history["own_router_loss"][0] > 0.01, "a loss of the router itself"
+
+
 def test_shares_of_all_epochs_are_kept_and_a_resumed_training_continues_them():
     model, monitor, one, even = model_of(routed()), ExpertMonitor(), [0.75, 0.25, 0, 0], [0.25] * 4
     nothing = [np.nan] * 4
@@ -158,6 +172,10 @@ def test_shares_of_all_epochs_are_kept_and_a_resumed_training_continues_them():
     # An epoch that was not watched has none.
     fit(model, monitor, initial_epoch=6, epochs=7)
     np.testing.assert_allclose(monitor.shares["moe"], [even, even, *[one] * 3, nothing, one])
+    # Nor has another model any.
+    fit(model_of(routed()), monitor, initial_epoch=1, epochs=2, validation=False)
+    np.testing.assert_allclose(monitor.shares["moe"], [nothing, one])
+    assert not monitor.validation_shares
     # Shares of other layers are not those before.
     for others in ({"other": [one] * 9}, {"moe": [[0.5, 0.5]] * 9}):
         monitor.shares = others
@@ -214,6 +232,8 @@ def test_a_monitor_is_in_one_call_at_a_time():
     model, monitor = model_of(routed()), ExpertMonitor()
     with pytest.raises(ValueError, match="in one call at a time"):
         fit(model, evaluates(model, monitor), monitor, validation=False)
+    with pytest.raises(ValueError, match="in the list of callbacks once"):
+        fit(model, monitor, monitor)
     # What was interrupted is over.
     assert usage(fit(model, monitor, evaluates(model, monitor), epochs=2)) == about(BOTH)
 

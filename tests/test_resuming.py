@@ -69,6 +69,7 @@ def part(cls):
     return CASES[cls].layer(instance)
 
 
+@pytest.mark.filterwarnings("ignore:.*has no effect with a")
 @pytest.mark.parametrize("module", ["layers", "losses", "routers"])
 def test_every_class_resumes(module, tmp_path):
     keras.utils.set_random_seed(0)

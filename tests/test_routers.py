@@ -12,6 +12,7 @@ from backends import (
     assert_close,
     compiled,
     differentiated,
+    on_each_backend,
     on_one_backend,
     to_numpy,
     to_tensors,
@@ -213,6 +214,18 @@ def test_a_router_of_any_size_equals_the_oracle_whatever_padding_holds(name, mod
         assert not np.isnan(routing.weights).any()
 
 
+@on_each_backend
+@pytest.mark.parametrize("factor, has_nan", [(1.6, False), (2.0, True)])
+def test_experts_choose_a_token_of_nan_last(factor, has_nan, mode):
+    logits, mask = normal(6, 2), np.arange(6) < 5
+    logits[1] = np.nan
+    router, expected = make("ExpertChoice", 2, factor), oracle.expert_choice(factor, 6)
+    routing = compiled(lambda *given: routing_of(router, *given, 6, False), mode)(logits, mask)
+    weights = to_numpy(dense_weights(routing))
+    np.testing.assert_allclose(weights, expected(logits, mask)[0], rtol=1e-5)
+    assert np.isnan(routing.weights[1]).all() == has_nan and not np.isnan(routing.weights[2:]).any()
+
+
 @pytest.mark.backends("tensorflow", "jax")
 @pytest.mark.parametrize("training", [False, True])
 def test_every_router_can_be_traced(training):
@@ -319,6 +332,7 @@ WITHOUT_TOKENS = [
 ]
 
 
+@pytest.mark.filterwarnings("ignore:.*has no effect with a")
 @pytest.mark.parametrize("name, capacity", unless_compiled(WITHOUT_TOKENS, WITHOUT_TOKENS[:3]))
 def test_no_tokens_give_no_outputs(name, capacity, mode):
     layer = layers.MixtureOfExperts(

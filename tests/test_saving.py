@@ -111,6 +111,7 @@ NAMES = sorted(path.stem for path in SAVED.glob("*.keras"))
 
 @on_one_backend
 @pytest.mark.filterwarnings("ignore:.*does not have a `quantize` method")
+@pytest.mark.filterwarnings("ignore:.*has no effect with a")
 @pytest.mark.parametrize("name", NAMES)
 def test_a_model_saved_by_version_0_2_predicts_what_it_predicted(name):
     """Every bank, router and block, int8, int4 and LoRA, saved on PyTorch."""

@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+from typing import Any
 
 import keras
 import numpy as np
@@ -30,6 +31,39 @@ def current_model():
     """The layer whose call encloses all others of this thread, or None outside of calls."""
     call = get_global_attribute("current_call_ctx")
     return None if call is None else call.entry_layer
+
+
+def own_losses(layer):
+    """What a layer itself, without its sublayers, has added to the loss of the present pass."""
+    return layer._get_own_losses()
+
+
+def is_first_in_pass(layer):
+    """Whether the call of the outermost layer has not called a layer before. Ask once a call."""
+    call = get_global_attribute("current_call_ctx")
+    seen = set() if call is None else vars(call).setdefault("called_gates", set())
+    is_first = layer not in seen
+    seen.add(layer)
+    return is_first
+
+
+class KeepsLosses:
+    """A layer that is called several times in a pass, all of whose losses count; before `Layer`.
+
+    On JAX a pass is a stateless scope, in which Keras takes the call of a layer for the whole pass,
+    and would remove the losses of its earlier calls.
+    """
+
+    _loss_ids: Any
+    _layers: Any
+
+    def _clear_losses(self):
+        scope = get_global_attribute("stateless_scope")
+        if scope is None:
+            return super()._clear_losses()  # type: ignore[misc]
+        self._loss_ids &= {id(loss) for loss in scope.losses}
+        for layer in self._layers:
+            layer._clear_losses()
 
 
 def current_call():

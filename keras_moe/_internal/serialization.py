@@ -59,11 +59,11 @@ _used: weakref.WeakSet = weakref.WeakSet()
 _shared: weakref.WeakSet = weakref.WeakSet()
 
 
-def resolve(argument, identifier, base, by_name=None, **defaults):
+def resolve(argument, identifier, base, by_name=None, example="", **defaults):
     """The object that a pluggable argument stands for: an instance, a config or a name.
 
     Keras does not revive nested objects of a config. `by_name` has the classes by name, and
-    `defaults` their arguments.
+    `defaults` their arguments. An `example` of an instance is for messages.
     """
     if isinstance(identifier, dict):
         identifier = keras.saving.deserialize_keras_object(identifier)
@@ -71,10 +71,17 @@ def resolve(argument, identifier, base, by_name=None, **defaults):
         return by_name[identifier](**defaults)
     if not isinstance(identifier, base):
         names = f", or one of {', '.join(map(repr, by_name))}" if by_name else ""
+        example = f", such as {example}" if example else ""
+        received = f"{argument}={shortened(identifier)} (of type {type(identifier).__name__})"
+        if isinstance(identifier, type):
+            received = f"the class `{identifier.__name__}`, not an instance"
         raise TypeError(
-            f"`{argument}` must be an instance of `{base.__name__}`{names}. Received: "
-            f"{argument}={shortened(identifier)} (of type {type(identifier).__name__})"
+            f"`{argument}` must be an instance of `{base.__name__}`{example}{names}. "
+            f"Received: {received}"
         )
+    if not all(hasattr(identifier, name) for name in _named_arguments(base.__init__)):
+        rule = f"The constructor of `{type(identifier).__name__}` must call `super().__init__()`"
+        raise TypeError(f"{rule}. Received: `{argument}` without the attributes that it sets")
     if isinstance(identifier, keras.Layer):
         note_part(identifier)
     return identifier

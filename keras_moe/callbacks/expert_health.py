@@ -103,13 +103,13 @@ class ExpertHealth(keras.callbacks.Callback):
             counted = watch.count()
             if watch.epoch_began is not None:
                 counted = counted.since(watch.epoch_began)
-            means = counted.means[:-1]
+            *means, _, in_loss = counted.means
             if not counted.assignments.any() or not layer.router_losses:
                 continue
             losses += layer.router_losses
             weights += layer.loss_weights_in_force
-            values += list(means)
-            added[name] = np.dot(layer.loss_weights_in_force, means)
+            values += means
+            added[name] = in_loss
         if added:
             self._largest_loss = np.fmax(self._largest_loss, (logs or {}).get("loss", np.nan))
             finding = health.heavy_losses(losses, weights, self._largest_loss, values)

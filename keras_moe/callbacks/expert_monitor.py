@@ -33,7 +33,7 @@ class ExpertMonitor(keras.callbacks.Callback):
       balance, in the least even layer
     - `dead_experts`: number of experts with less than a thousandth of the mean of their layer
     - `dropped_fraction`, with a capacity: largest share of assignments that found no slot
-    - `router_loss`, with router losses: their sum, each times its weight
+    - `router_loss`, with router losses: their part of `loss`, the mean of all passes of the model
 
     `history`, a dict of lists by epoch as in `keras.callbacks.History`, has the first three, and
     more, of each layer, such as `moe_load_imbalance` and in validation `val_moe_load_imbalance`.
@@ -48,7 +48,7 @@ class ExpertMonitor(keras.callbacks.Callback):
 
     `shares` and `validation_shares`, for `visualization.shares_over_time`, are dicts from layers to
     lists with the shares (E,) of each epoch, NaN for an epoch without the monitor or validation.
-    With an `initial_epoch`, `fit` continues those that are there.
+    With an `initial_epoch`, `fit` continues those of the same model.
 
     Args:
         log_dir: String, path or None. Folder for TensorBoard, which gets the numbers of each layer,
@@ -85,9 +85,10 @@ class ExpertMonitor(keras.callbacks.Callback):
         self.history: dict = {}
         self.shares: dict = {}
         self.validation_shares: dict = {}
-        self._metrics = {getattr(function, "__name__", ""): function for function in metrics}
-        if len(self._metrics) < len(metrics) or not all(map(str.isidentifier, self._metrics)):
-            rule = "`metrics` must be functions of different names, which are theirs in the logs"
+        listed: Sequence[Any] = metrics if isinstance(metrics, (list, tuple)) else [None]
+        self._metrics = {getattr(function, "__name__", ""): function for function in listed}
+        if len(self._metrics) < len(listed) or not all(map(str.isidentifier, self._metrics)):
+            rule = "`metrics` must be a list of functions of different names, theirs in the logs"
             raise ValueError(f"{rule}. Received: metrics={shortened(metrics)}")
         # Readings of the counters: when the epoch, None outside of training, and a test began.
         self._epoch_began: Any = None
@@ -106,11 +107,13 @@ class ExpertMonitor(keras.callbacks.Callback):
         if self.model is not None:  # An evaluation or a training was interrupted.
             self._stop_counting()
             self._forget_counting()
+        if self.model not in (None, model):
+            self.shares, self.validation_shares = {}, {}
         super().set_model(model)
         self._epoch_began = self._training = self._test = None
 
     def on_train_begin(self, logs=None):
-        self.history = {}
+        self.history, self._epoch_began = {}, None
 
     def on_train_end(self, logs=None):
         self._epoch_began = None
@@ -119,8 +122,10 @@ class ExpertMonitor(keras.callbacks.Callback):
             self._event_files.close()
 
     def on_epoch_begin(self, epoch, logs=None):
-        if self._epoch_began is None:
-            self._keep_shares_before(epoch)
+        if self._epoch_began is not None:
+            rule = "An `ExpertMonitor` must be in the list of callbacks once"
+            raise ValueError(f"{rule}. Received: a second one that is the same object")
+        self._keep_shares_before(epoch)
         self._training = self._test = None
         self._epoch_began = self._read()
 
@@ -156,14 +161,10 @@ class ExpertMonitor(keras.callbacks.Callback):
                 "argument `training` and must pass it on: `self.moe(x, training=training)`.",
                 stacklevel=2,
             )
-        losses = [
-            weight * training[0][name][key]
-            for name, layer in moe_layers(self.model).items()
-            if name in training[0]
-            for key, weight in zip(_loss_names(layer.router_losses), layer.loss_weights_in_force)
-        ]
+        losses = [each["router_loss"] for each in training[0].values() if "router_loss" in each]
         if losses:
-            logs["router_loss"] = float(sum(losses))
+            logs["router_loss"] = sum(losses)
+        self._epoch_began = None
         if test[0]:
             self._add_logs(logs, test[0], "val_")
         for key, value in {**_by_key(training[0]), **_by_key(test[0], "val_")}.items():
@@ -223,7 +224,7 @@ class ExpertMonitor(keras.callbacks.Callback):
                 counted = counted.since(earlier[name])
             counts = counted.assignments.astype("float32")
             shares[name] = ops.convert_to_numpy(metrics.expert_share(counts))
-            *losses, entropy = counted.means
+            *losses, entropy, added = counted.means
             found = {
                 "load_imbalance": metrics.load_imbalance(counts),
                 "load_entropy": metrics.load_entropy(counts),
@@ -234,6 +235,8 @@ class ExpertMonitor(keras.callbacks.Callback):
             for key, function in self._metrics.items():
                 found[key] = function(counts) if counts.any() else math.nan
             found.update(zip(_loss_names(layer.router_losses), losses))
+            if not evaluation and (losses or added):
+                found["router_loss"] = added
             numbers[name] = {key: float(value) for key, value in found.items()}
         return numbers, shares
 

@@ -195,15 +195,21 @@ def table_row(layer):
 def count_parameters(model: keras.Model) -> tuple[int, int]:
     """All parameters of a built model, and those that work on one token, two integers.
 
+    Among all are counters and other state of MoE layers, which works on none.
+
     Experts that layers share count once; as many work as these layers choose, at most all.
     """
-    shares = _active_shares(_built_layers(model).values() if has_moe_layers(model) else ())
+    layers = _built_layers(model).values() if has_moe_layers(model) else ()
+    shares = _active_shares(layers)
+    parts = {part for layer in layers for part in (layer, layer.router)}
+    counters = [weight for part in parts for weight in part._non_trainable_variables]
     total = model.count_params()
     for part in shares:
         if part.quantization_mode is not None:  # Two parameters of four bits are stored as one.
             stored = [*part._trainable_variables, *part._non_trainable_variables]
             total += _count_own(part) - sum(math.prod(weight.shape) for weight in stored)
-    return total, total - _idle_parameters(shares)
+    idle = _idle_parameters(shares) + sum(math.prod(weight.shape) for weight in counters)
+    return total, total - idle
 
 
 def _built_layers(model):

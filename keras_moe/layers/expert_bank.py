@@ -112,7 +112,10 @@ class ExpertBank(BaseLayer):
 
 def get(identifier):
     """Return a bank of experts from an instance or a config."""
-    return resolve("experts", identifier, ExpertBank)
+    example = (
+        "`FeedForwardExperts(num_experts=8, hidden_dim=256)` or `LayerExperts([layer, layer])`"
+    )
+    return resolve("experts", identifier, ExpertBank, example=example)
 
 
 def in_floats(policy):

@@ -1,6 +1,7 @@
 """The gate of a mixture: a router with its losses, its capacity and its counters.
 
-Axes: T tokens, E experts, K experts per token, V values: the router losses, then the entropy.
+Axes: T tokens, E experts, K experts per token, V values: the router losses, the entropy, and what
+is added to the loss of the model.
 """
 
 import contextlib
@@ -16,11 +17,13 @@ from keras import ops
 
 from keras_moe import losses, routers
 from keras_moe._internal import Tensor
-from keras_moe._internal.checks import check_number, shortened
+from keras_moe._internal.checks import check_number, fixed, shortened
 from keras_moe._internal.keras_internals import (
     drops_losses,
     in_symbolic_scope,
+    is_first_in_pass,
     names_below,
+    own_losses,
     set_state,
     unlocked,
     untrack,
@@ -60,7 +63,8 @@ class Counts(NamedTuple):
 
     - `assignments` (E,): assignments of each expert.
     - `dropped`: number of assignments that found no slot.
-    - `totals` (V,) and `numbers` (V,): sums of the finite values, and how many they were.
+    - `totals` (V,) and `numbers` (V,): sums of the finite values, and how many they were: calls of
+      the layer, and passes of the model for what is added to its loss.
     """
 
     assignments: Any
@@ -76,6 +80,10 @@ class Counts(NamedTuple):
 
     def since(self, earlier: "Counts") -> "Counts":
         """Counts after an earlier reading; all of them, if earlier weights were loaded since."""
+        shapes = [*map(np.shape, self)]
+        if not isinstance(earlier, Counts) or [*map(np.shape, earlier)] != shapes:
+            rule = "`earlier` must be a reading of the same layer"
+            raise ValueError(f"{rule}. Received: earlier={shortened(earlier)}")
         difference = Counts(*(_difference(*each) for each in zip(self, earlier)))
         is_older = min(np.min(difference.assignments), np.min(difference.numbers)) < 0
         return self if is_older else difference
@@ -104,7 +112,6 @@ class Gate(Recomputable):
     # Whether the config of this layer, rather than of a block around it, has its arguments.
     has_own_config = True
     router: Any
-    router_losses: tuple
     capacity: Capacity | None
     expert_counts: Any
     # Weights of the losses that were set before the layer was built.
@@ -121,7 +128,15 @@ class Gate(Recomputable):
             )
         if router_losses is None:
             router_losses = self.router.default_losses
-        self.router_losses = losses.get_list(router_losses)
+        self._router_losses = losses.get_list(router_losses)
+        for loss in self.router_losses:
+            if loss.needs_smooth_load and not self.router.has_smooth_load:
+                warnings.warn(
+                    f"`{loss.name}` of `{self.name}` has no effect with a "
+                    f"`{type(self.router).__name__}`, whose load has no gradient: use "
+                    "`LoadBalance`, or a router such as `NoisyTopKRouter`.",
+                    stacklevel=3,
+                )
         self.capacity = Capacity.get(capacity_factor)
         if self.capacity is not None and not self.router.tokens_choose:
             raise ValueError(
@@ -138,14 +153,18 @@ class Gate(Recomputable):
         """The banks that the router chooses experts from, in the order of their numbers."""
         raise NotImplementedError
 
-    @property
+    @fixed("`surgery.set_top_k(model, top_k)` changes it")
     def top_k(self):
         return self.router.top_k
 
-    @top_k.setter
-    def top_k(self, top_k):
-        rule = "`top_k` of a mixture is changed by `surgery.set_top_k(model, top_k)`"
-        raise AttributeError(f"{rule}. Received: layer.top_k = {top_k}")
+    @fixed("`layer.set_router_loss_weight(index, weight)` changes the weight of a loss")
+    def router_losses(self):
+        return self._router_losses
+
+    def quantize(self, *args: Any, **kwargs: Any) -> None:
+        """Raise: only the bank is quantized."""
+        rule = "The bank of a mixture is quantized: `layer.experts.quantize(mode)`"
+        raise NotImplementedError(f"{rule}. Received: the mixture `{self.name}`")
 
     def _build_gate(self, features):
         """Build the router, for tokens of so many features, and the counters."""
@@ -165,9 +184,9 @@ class Gate(Recomputable):
             self._add_expert_counter(prefix)
             setattr(self, f"{prefix}dropped_count", _counter(f"{prefix}dropped_count", ()))
             # The sum of each value, and its error by rounding, by which the next is corrected.
-            totals = _counter(f"{prefix}value_totals", (2, number + 1), "float32")
+            totals = _counter(f"{prefix}value_totals", (2, number + 2), "float32")
             setattr(self, f"{prefix}value_totals", totals)
-            numbers = _counter(f"{prefix}value_numbers", (number + 1,))
+            numbers = _counter(f"{prefix}value_numbers", (number + 2,))
             setattr(self, f"{prefix}value_numbers", numbers)
         self._build_losses()
 
@@ -203,6 +222,9 @@ class Gate(Recomputable):
         observers, sequence_length = self._present_observers(), tokens.sequence_length
         for observer in observers:
             indices = observer.indices if indices is None else indices
+        earlier = own_losses(self.router)
+        # On JAX the call of a gate is the outermost, in PyTorch's recomputation losses come later.
+        is_first = is_first_in_pass(self) and not (earlier or own_losses(self))
         routing = self.router(
             tokens.vectors(router_inputs),
             mask=tokens.mask,
@@ -221,30 +243,34 @@ class Gate(Recomputable):
         if training or counts:
             if isinstance(routing.shares, tuple):
                 routing = routing._replace(shares=token_shares(routing.mask))
-            self._add_losses_and_count(routing, sequence_length, training)
+            added = own_losses(self.router)[len(earlier) :]
+            self._add_losses_and_count(routing, sequence_length, training, added, is_first)
         for observer in observers:
             if observer.saw is not None:
                 observer.saw(routing.without_plan(), tokens.values)
         return routing
 
-    def _add_losses_and_count(self, routing, sequence_length, training):
-        values = []
+    def _add_losses_and_count(self, routing, sequence_length, training, added, is_first):
+        """Add router losses to those that the router has `added`, and count this call."""
+        values: list = []
         for index in range(len(self.router_losses)):
             values.append(self._compute_loss(index, routing, sequence_length, training))
             if training:
                 weighted = self.router_loss_weights[index] * values[-1]
                 # Keras adds it to the other losses, which have this dtype.
                 self.add_loss(as_dtype(weighted, keras.config.floatx()))
+                added.append(weighted)
         if training and values and drops_losses():
             warnings.warn(
                 f"The router losses of `{self.name}` are dropped: in training call "
                 "`stateless_call` with `return_losses=True`, and add what it returns to the loss.",
                 stacklevel=2,
             )
-        self._count(routing, [*values, router_entropy(routing)], training)
+        values.append(router_entropy(routing))
+        self._count(routing, _finite(values, added, is_first), training)
 
-    def _count(self, routing, values, training):
-        added = [routing.counts, *_finite(values)]
+    def _count(self, routing, values_and_numbers, training):
+        added = [routing.counts, *values_and_numbers]
         if self.capacity is not None:
             dropped = routing.dropped * ops.cast(ops.sum(routing.counts), "float32")
             added.append(ops.cast(ops.round(dropped), "int32"))
@@ -301,6 +327,9 @@ class Gate(Recomputable):
 
     def read_counts(self, evaluation: bool = False) -> Counts:
         """Return what a built layer has counted so far, in training or in evaluations."""
+        if not self.built:
+            rule = "A layer must be built before it has counts; call it on some data first"
+            raise ValueError(f"{rule}. Received: `{self.name}`, which is not built")
         assignments, dropped, (total, error), numbers = (
             array.view("uint32").astype("int64") if array.dtype == "int32" else array
             for array in map(ops.convert_to_numpy, self._counters(evaluation))
@@ -442,11 +471,15 @@ def _counter(name, shape, dtype="int32"):
 
 
 @backend.jit_when_eager
-def _finite(values):
-    """Scalars as a vector (V,), 0 where one is not finite, and which ones are, int32."""
-    values = ops.stack(values)
+def _finite(values, added, is_first):
+    """Values and the sum of what is added (V,), 0 where one is not finite, and what they count."""
+    total = sum((as_dtype(each, "float32") for each in added), ops.zeros((), "float32"))
+    # The calls of the layer in a pass of the model add to one loss.
+    counted = [1] * len(values) + [int(is_first)]
+    values = ops.stack([*values, total])
     is_finite = ops.isfinite(values)
-    return ops.where(is_finite, values, 0.0), ops.cast(is_finite, "int32")
+    counted = ops.where(is_finite, ops.array(counted, "int32"), 0)
+    return ops.where(is_finite, values, 0.0), counted
 
 
 @backend.jit_when_eager

@@ -14,7 +14,7 @@ import numpy as np
 from keras import ops
 
 from keras_moe._internal import Tensor
-from keras_moe._internal.checks import check_indices, check_integer
+from keras_moe._internal.checks import check_indices, check_integer, fixed
 from keras_moe._internal.serialization import config_of, register, resolve
 from keras_moe.layers import expert_bank, sublayers
 from keras_moe.layers.capacity import Capacity
@@ -22,17 +22,6 @@ from keras_moe.layers.expert_bank import ExpertBank
 from keras_moe.layers.gate import Gate
 from keras_moe.layers.tokens import Tokens, check_call, pass_mask_on, token_shape
 from keras_moe.routers.router import Router
-
-_OF_BANK = (
-    "the bank, as in `MixtureOfExperts(FeedForwardExperts(num_experts=8, hidden_dim=256), top_k=2)`"
-)
-_MISPLACED = {
-    "num_experts": _OF_BANK,
-    "hidden_dim": _OF_BANK,
-    "balancer": "the router",
-    "score": "the router",
-    "capacity": "`layers.Capacity`, or `capacity_factor` of the mixture",
-}
 
 
 @register
@@ -115,11 +104,6 @@ class MixtureOfExperts(Gate):
         **kwargs: Any,
     ):
         # `experts` has a default so that a call without it ends here.
-        for name in [name for name in _MISPLACED if name in kwargs]:
-            raise TypeError(
-                f"`{name}` is an argument of {_MISPLACED[name]}. Received: {name}={kwargs[name]} "
-                "for the mixture around it"
-            )
         super().__init__(**kwargs)
         self.experts = expert_bank.get(experts)
         if kwargs.get("dtype") is not None:
@@ -150,7 +134,7 @@ class MixtureOfExperts(Gate):
     def banks(self):
         return [self.experts]
 
-    @property
+    @fixed("make the layer again, and set its weights")
     def capacity_factor(self):
         return None if self.capacity is None else self.capacity.factor
 

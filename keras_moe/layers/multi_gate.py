@@ -164,7 +164,7 @@ class MultiGateMixtureOfExperts(Recomputable):
                 chosen = without_repeats(chosen)
                 plan = plan_experts(chosen, bank.num_experts)
                 outputs = bank.compute_each(tokens.values, plan)
-                weights = [take_scores(each, chosen) for each in weights]
+                weights = tuple(take_scores(each, chosen) for each in weights)
             outputs = ops.cast(outputs, "float32")
             for number, each in zip(numbers, weights):
                 totals[number] += ops.einsum("ts,tsd->td", each, outputs)

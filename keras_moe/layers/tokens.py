@@ -72,6 +72,8 @@ def zero_padding(values, mask):
 
 def token_shape(shape, token_axes=None):
     """The shape of a token in inputs, whose first `token_axes` axes, or all but the last, count."""
+    if isinstance(shape, dict) or any(isinstance(size, (list, tuple)) for size in shape):
+        raise ValueError(f"`inputs` must be one tensor. Received: tensors of shapes {shape}")
     num_axes = token_axes or len(shape) - 1
     of_token = tuple(shape[num_axes:])
     if None in of_token or not of_token or not num_axes:

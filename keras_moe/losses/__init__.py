@@ -5,11 +5,12 @@ from typing import Any
 
 from keras import ops
 
-from keras_moe._internal.checks import check_choice, check_integer, check_number, shortened
+from keras_moe._internal.checks import check_choice, check_integer, check_number, fixed, shortened
 from keras_moe._internal.serialization import Configured, register, resolve
 from keras_moe.backend import backend
 from keras_moe.losses.likelihood import MixtureNegativeLogLikelihood, pack_mixture
 from keras_moe.ops.balance import entropy, load_importance_product, router_entropy
+from keras_moe.ops.routing import Routing
 from keras_moe.ops.selection import chosen_experts
 
 __all__ = [
@@ -34,6 +35,7 @@ class RouterLoss(Configured):
     A loss with state implements `state_shapes` as well. Class attributes describe it:
 
     - `balances`: whether it evens out the load. Advice about the layer then names it.
+    - `needs_smooth_load`: whether it is constant unless the router `has_smooth_load`.
     - `scope`: "sequence" if `compute` has an argument `sequence_length` as well.
     - `usual_weight`, `value_at_balance`: a weight that works or None, and the loss at an even load,
       from which `callbacks.ExpertHealth` judges the present weight.
@@ -52,14 +54,22 @@ class RouterLoss(Configured):
     """
 
     balances = False
+    needs_smooth_load = False
     scope = "batch"
     usual_weight: float | None = None
     value_at_balance = 0.0
 
     def __init__(self, weight: float = 1e-2):
-        self.weight = check_number("weight", weight)
+        self._weight = check_number("weight", weight)
+
+    @fixed("`layer.set_router_loss_weight(index, weight)` changes it in a layer")
+    def weight(self):
+        return self._weight
 
     def __call__(self, routing, *args, **kwargs):
+        if not isinstance(routing, Routing):
+            rule = f"A `{type(self).__name__}` takes a routing: it is one of `router_losses`"
+            raise TypeError(f"{rule}. Received: an object of type {type(routing).__name__}")
         if self.state_shapes(routing.counts.shape[0]):
             rule = f"`{type(self).__name__}` is called by a layer, which keeps its state"
             raise ValueError(f"{rule}. Received: a call outside of one")
@@ -80,7 +90,7 @@ class RouterLoss(Configured):
         A loss with state gets `compute(routing, state)`, and returns the loss and the new state, in
         the order of `state_shapes`. In evaluation the state is None.
         """
-        raise NotImplementedError
+        raise NotImplementedError(f"`{type(self).__name__}` must implement `compute(routing)`")
 
 
 @register
@@ -168,13 +178,14 @@ class LoadVariation(RouterLoss):
     """Evens out the load of the experts: its squared coefficient of variation.
 
     The load of a noisy router is the expected number of assignments, which has a gradient. The load
-    of any other router is a count without a gradient: use `LoadBalance` there.
+    of any other router is a count without a gradient, and layers warn: use `LoadBalance` there.
 
     Arguments, errors and an example: as for `RouterLoss`.
     Reference: Shazeer et al. 2017 (arXiv:1701.06538), eq. 8 to 11.
     """
 
     balances = True
+    needs_smooth_load = True
 
     def compute(self, routing):
         return _squared_variation(ops.convert_to_tensor(routing.load))

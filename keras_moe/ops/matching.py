@@ -39,7 +39,9 @@ def _choose(logits, capacity_factor, mask, sequence_length):
     # Padding adds no slots: its places in the static shapes stay empty.
     real = ops.reshape(ops.cast(mask, "int32"), (-1, sequence_length))
     capacities = slots_of_expert(ops.sum(real, axis=1), num_experts, 1, capacity_factor)
-    scores = ops.where(ops.expand_dims(mask, 1), ops.stop_gradient(probs), -1.0)
+    # Last come tokens whose scores are NaN, then padding: backends sort NaN differently.
+    scores = ops.stop_gradient(ops.where(ops.isnan(probs), -1.0, probs))
+    scores = ops.where(ops.expand_dims(mask, 1), scores, -2.0)
     scores = ops.reshape(scores, (-1, sequence_length, num_experts))
     are_known = isinstance(sequence_length, int) and isinstance(capacity, int)
     num_choices = (min if are_known else ops.minimum)(sequence_length, capacity)

@@ -55,7 +55,8 @@ def get(identifier: Any, num_experts: int | None = None, **kwargs: Any) -> Route
     if kwargs and not isinstance(identifier, str):
         rule = "Arguments of a router go with its name"
         raise TypeError(f"{rule}. Received: {', '.join(kwargs)} with router={identifier}")
-    router = resolve("router", identifier, Router, IDENTIFIERS, num_experts=num_experts, **kwargs)
+    kwargs |= {"num_experts": num_experts, "example": "`HashRouter(vocabulary_size=10_000)`"}
+    router = resolve("router", identifier, Router, IDENTIFIERS, **kwargs)
     if num_experts is not None:
         router.bind(num_experts)
     return router

@@ -21,6 +21,7 @@ class NoisyRouter(LogitRouter):
     implements `deviation(tokens)`.
     """
 
+    has_smooth_load = True
     default_losses = ("importance_variation", "load_variation")
     # Whether the weights are divided by their sum, if there are several.
     renormalizes = False

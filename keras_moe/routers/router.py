@@ -28,8 +28,9 @@ class Router(BaseLayer):
     A subclass overrides `max_top_k`, `mean_top_k` and `min_top_k` if the number of experts differs
     between tokens, `update` if it has state, and `balance_advice` if it balances the load itself.
     Class attributes describe it: `causal`, `default_losses`, `tokens_choose`, `replays_indices`,
-    `serves_all`, `counted_by_weight`, `serves_tasks`, `has_logits`, `normalizes_kernel`,
-    `shift_invariant`, `surgeries` and `has_fixed_top_k`. The guide to extending explains them.
+    `serves_all`, `counted_by_weight`, `has_smooth_load`, `serves_tasks`, `has_logits`,
+    `normalizes_kernel`, `shift_invariant`, `surgeries` and `has_fixed_top_k`. The guide to
+    extending explains them.
 
     Args:
         num_experts: Integer. Number of experts, E. None: the number of the layer around the router.
@@ -75,6 +76,7 @@ class Router(BaseLayer):
     replays_indices = False  # whether `route` chooses `indices` where they are given
     serves_all = False  # whether all experts serve each token
     counted_by_weight = False  # whether an expert's load is the sum of its weights; K is E
+    has_smooth_load = False  # whether the `load` of its routings has a gradient in training
     serves_tasks = True  # whether it can be the router of one of many tasks
     has_logits = False  # whether its logits are learned, so that reports judge them
     normalizes_kernel = False  # whether rescaling the kernel leaves the logits unchanged
@@ -106,6 +108,9 @@ class Router(BaseLayer):
         """
         if self.num_experts is None:
             return
+        if self.max_top_k is None:
+            rule = "A router must set `top_k`, the number of experts per token"
+            raise TypeError(f"{rule}. Received: a `{type(self).__name__}` with top_k=None")
         if self.num_experts == 1 and max(self.top_k or 0, self.max_top_k) > 1:
             self.top_k = 1
         largest = max(self.top_k or 0, self.max_top_k)
@@ -177,7 +182,7 @@ class Router(BaseLayer):
 
     def route(self, tokens: Tensor, mask: Tensor, training: bool | None, **context: Any) -> Routing:
         """Return the routing of tokens (T, D), zeros where the mask (T,) is False."""
-        raise NotImplementedError
+        raise NotImplementedError(f"`{type(self).__name__}` must implement `route`")
 
     def update(self, routing: Routing) -> None:
         """Update the state of the router, in training, by a routing that was not replayed."""
@@ -189,7 +194,8 @@ class Router(BaseLayer):
 
     @top_k.setter
     def top_k(self, top_k):
-        if self.built:  # A compiled function has read it, and would keep the old one.
+        # A compiled function has read it, and would keep the old one.
+        if getattr(self, "built", False):
             rule = "`top_k` of a built router is changed by `surgery.set_top_k(model, top_k)`"
             raise AttributeError(f"{rule}. Received: router.top_k = {top_k}")
         self._top_k = top_k

@@ -56,8 +56,8 @@ def test_the_classifier_learns_and_shows_its_experts(study, monkeypatch, tmp_pat
     report = study(text_classification, "--epochs", "3", "--experts", "4", "--report", "--compare")
     sparse, dense = (runs[0] for runs in report["results"].values())
     assert min(sparse["test_accuracy"], report["logistic_regression"]) > 0.8
-    # They differ by a router, its counters, and the output biases of the second expert.
-    assert 0 < sparse["active_parameters"] - dense["active_parameters"] < 120
+    # They differ by a router and the output biases of the second expert.
+    assert 0 < sparse["active_parameters"] - dense["active_parameters"] < 100
     assert sparse["active_parameters"] < dense["parameters"] / 2, "a table of words is not active"
     printed = capsys.readouterr().out
     assert "Share of the tokens that each expert serves" in printed
@@ -73,7 +73,7 @@ def test_language_models_are_compared(study, tmp_path):
     results = study(language_model, "--experts", "4", "--compare")["results"]
     (sparse,), (dense,), (in_time,) = results.values()
     assert max(run["validation_perplexity"] for run in (sparse, dense)) < 60, "mere guessing"
-    assert abs(sparse["active_parameters"] - dense["parameters"]) < 250
+    assert abs(sparse["active_parameters"] - dense["parameters"]) < 200
     assert in_time["epochs"] >= 1 and not (tmp_path / "progress").exists()
     assert (tmp_path / "learning_curves.png").exists()
 
