@@ -48,8 +48,7 @@ def expert_parallel(
         experts.
 
     Raises:
-        ValueError: If numbers, devices and axes of the mesh do not fit, there are no processes on
-            PyTorch, an argument is for the other backend, or on TensorFlow.
+        ValueError: If arguments do not fit the devices or the backend, or on TensorFlow.
 
     Example:
 

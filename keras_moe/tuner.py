@@ -17,10 +17,8 @@ import numpy as np
 try:
     import keras_tuner
 except ImportError as error:
-    raise ImportError(
-        "`keras_moe.tuner` needs KerasTuner, which is not installed. "
-        'Run `pip install "keras-tuner[bayesian]" six`.'
-    ) from error
+    hint = '`keras_moe.tuner` needs `pip install "keras-tuner[bayesian]" six`'
+    raise ImportError(hint) from error
 
 from keras_moe import layers, losses, routers
 from keras_moe._internal.checks import check_choice, check_integer, check_number, shortened

@@ -108,10 +108,9 @@ def test_training_and_validation_are_reported_exactly_for_each_epoch(capsys):
     assert "imbalance" not in capsys.readouterr().out
     history = fit(model, ExpertMonitor(per_layer=True))
     assert usage(history) == about({**BOTH, **OF_LAYER})
-    monitor = ExpertMonitor(expert_shares=True, metrics=[busiest])
+    monitor = ExpertMonitor(metrics=[busiest])
     fit(model, monitor, validation=False)
-    shares = {f"expert_share_{e}": share for e, share in enumerate((0.75, 0.25, 0, 0))}
-    assert usage(monitor.history) == about(named({**SKEWED, **shares, "busiest": 6}, "moe"))
+    assert usage(monitor.history) == about(named({**SKEWED, "busiest": 6}, "moe"))
 
 
 def test_each_router_loss_is_reported_by_its_name_before_its_weight():

@@ -14,7 +14,7 @@ FRAMEWORKS = {"tensorflow", "jax", "jaxlib", "torch", "tensorflow_probability", 
 # last.
 PARTS = [
     ("checks", "keras_internals", "plain_text", "Tensor"),
-    ("backend", "initializers", "serialization"),
+    ("backend", "serialization"),
     ("base_layer", "ops"),
     ("activations", "losses", "metrics", "optimizers", "routers"),
     ("layers",),

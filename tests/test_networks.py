@@ -26,9 +26,9 @@ from test_ops_moe import Config, build, check_against_oracle, draw_batch
 
 from keras_moe import layers, ops
 from keras_moe.backend import backend, tiles
+from keras_moe.backend.base import named_platform
 from keras_moe.ops import plan_groups, top_k_routing
 from keras_moe.ops.linears import Kernel
-from keras_moe.ops.platforms import named_platform
 
 T, D, H, E, K = 13, 8, 16, 3, 2
 

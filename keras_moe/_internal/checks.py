@@ -36,9 +36,8 @@ def check_number(name, value, minimum=0.0, above=None, below=None):
     if not is_inside or not number < (math.inf if below is None else below):
         rule = f"at least {minimum:g}" if above is None else f"greater than {above:g}"
         rule += "" if below is None else f" and less than {below:g}"
-        raise ValueError(
-            f"`{name}` must be a finite number, {rule}. Received: {name}={shortened(value)}"
-        )
+        received = f"{name}={shortened(value)}"
+        raise ValueError(f"`{name}` must be a finite number, {rule}. Received: {received}")
     return number
 
 

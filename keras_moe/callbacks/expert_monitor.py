@@ -41,7 +41,6 @@ class ExpertMonitor(keras.callbacks.Callback):
     - `load_entropy`: entropy of the experts' shares over `log E`, 1 at balance, 0 in a collapse
     - `router_entropy`: entropy of a token's scores over `log E`, 1 undecided, 0 decided
     - `load_balance_loss`, ...: mean of each router loss by its name, before its weight
-    - `expert_share_0`, ...: each expert's share, with `expert_shares=True`
     - and one for each of `metrics`, by the name of the function
 
     Callbacks that monitor a number, such as `EarlyStopping("val_load_imbalance", mode="min")`, come
@@ -52,7 +51,6 @@ class ExpertMonitor(keras.callbacks.Callback):
     With an `initial_epoch`, `fit` continues those of the same model.
 
     Args:
-        expert_shares: Boolean. Whether the numbers of a layer include each expert's share.
         log_dir: String, path or None. Folder for TensorBoard, which gets the numbers of each layer,
             a histogram and a heat map of its shares. Needs `pip install tensorboard matplotlib`.
         metrics: List of functions from the counts of a layer in the epoch, a NumPy array (E,), to a
@@ -78,14 +76,12 @@ class ExpertMonitor(keras.callbacks.Callback):
 
     def __init__(
         self,
-        expert_shares: bool = False,
         log_dir: str | os.PathLike | None = None,
         metrics: Sequence[Callable] = (),
         per_layer: bool = False,
     ):
         super().__init__()
         self.per_layer = per_layer
-        self.expert_shares = expert_shares
         self.history: dict = {}
         self.shares: dict = {}
         self.validation_shares: dict = {}
@@ -241,8 +237,6 @@ class ExpertMonitor(keras.callbacks.Callback):
             found.update(zip(_loss_names(layer.router_losses), losses))
             if not evaluation and (losses or added):
                 found["router_loss"] = added
-            if self.expert_shares:
-                found.update({f"expert_share_{e}": each for e, each in enumerate(shares[name])})
             numbers[name] = {key: float(value) for key, value in found.items()}
         return numbers, shares
 
@@ -261,8 +255,7 @@ _WORDS = re.compile(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])")
 
 def _loss_names(router_losses):
     """`LoadBalance` or `LoadBalanceLoss` is "load_balance_loss"; a second one ends with "_1"."""
-    names = [
-        _WORDS.sub("_", loss.name).lower().removesuffix("_loss") + "_loss" for loss in router_losses
-    ]
+    words = [_WORDS.sub("_", loss.name).lower() for loss in router_losses]
+    names = [f"{name.removesuffix('_loss')}_loss" for name in words]
     earlier = [names[:place].count(name) for place, name in enumerate(names)]
     return [f"{name}_{number}" if number else name for name, number in zip(names, earlier)]

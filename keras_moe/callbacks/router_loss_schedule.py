@@ -16,7 +16,7 @@ class RouterLossSchedule(keras.callbacks.Callback):
 
     Args:
         schedule: Function of the epoch, from 0, or of the epoch and the weight in the loss's
-            constructor, that returns the weight. A schedule of learning rates is one.
+            constructor, that returns the weight.
         loss: String or `losses.RouterLoss`. Name of a loss for `losses.get`, or one of its class
             and scope.
 

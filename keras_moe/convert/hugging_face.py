@@ -25,8 +25,7 @@ def from_hugging_face(
 ) -> MixtureOfExperts:
     """The MoE block of a decoder layer of a Hugging Face model, as a `layers.MixtureOfExperts`.
 
-    The guide to conversion lists the families. Weights are read one expert at a time, without
-    PyTorch; files need the package `safetensors`.
+    The guide to conversion lists the families. Files need the package `safetensors`.
 
     Args:
         source: Path of a model's folder with `config.json` and `.safetensors` files, or of one such

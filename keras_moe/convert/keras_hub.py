@@ -83,15 +83,12 @@ def restore(model: keras.Model) -> keras.Model:
 def layout_map(mesh: keras.distribution.DeviceMesh) -> keras.distribution.LayoutMap:
     """Layouts of KerasHub's MoE models for `distribution.expert_parallel`, on JAX.
 
-    Heads of attention are split over the axis "model" of the mesh, experts over "expert"; all other
-    weights are whole on every device. Set the distribution, make or load the model, then convert.
+    Heads of attention are split over the axis "model" of the mesh, experts over "expert". Set the
+    distribution, make or load the model, then convert.
 
     Args:
         mesh: `keras.distribution.DeviceMesh` with axes "data", "expert" and "model", whose size
             divides the number of query heads.
-
-    Returns:
-        A `keras.distribution.LayoutMap`.
 
     Example:
 

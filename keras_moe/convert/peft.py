@@ -26,10 +26,9 @@ _BASE = "base_model.model."
 def from_peft(
     source: str | os.PathLike, mixture: MixtureOfExperts, layer: int, family: str
 ) -> MixtureOfExperts:
-    """Give the experts of a MoE layer the low-rank factors of a PEFT adapter, by `enable_lora`.
+    """Give the experts of a MoE layer the low-rank factors of a PEFT adapter, and return the layer.
 
-    The layer is returned. Weights outside this block, such as in attention, are not read. The
-    adapter is of stacks of experts, or of single experts, and others keep their kernels.
+    Weights outside this block are not read. Experts without factors keep their kernels.
 
     Args:
         source: Path. Folder of an adapter, with `adapter_config.json` and `.safetensors` files.

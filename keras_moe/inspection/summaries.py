@@ -13,10 +13,10 @@ from keras_moe._internal.checks import check_instance
 from keras_moe._internal.keras_internals import own_layers
 from keras_moe._internal.plain_text import as_text, table
 from keras_moe.backend import backend
+from keras_moe.backend.base import named_platform
 from keras_moe.layers.gate import Gate
 from keras_moe.layers.low_rank_experts import LowRankExperts
 from keras_moe.layers.stacked_experts import StackedExperts
-from keras_moe.ops.platforms import named_platform
 
 
 def moe_layers(model: keras.Model) -> dict[str, Gate]:
@@ -151,8 +151,7 @@ def summary(model: keras.Model, print_fn: Callable = print) -> None:
     """Print the size and the use of each MoE layer of a model: `model.summary()` for experts.
 
     Each row has an `inspection.LayerSummary`. `busiest` is the load of the busiest expert, where 1
-    is an equal share, and `dead` the number of `metrics.dead_experts`, in all of the training. An
-    `ExpertMonitor` has the load of each epoch.
+    is an equal share, and `dead` the number of `metrics.dead_experts`, in all of the training.
 
     Args:
         model: A built Keras model with MoE layers.

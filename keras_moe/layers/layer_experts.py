@@ -13,6 +13,7 @@ from keras_moe._internal.checks import shortened
 from keras_moe._internal.keras_internals import parameters_of, recompute_as_one
 from keras_moe._internal.serialization import note_part, register
 from keras_moe.backend import backend
+from keras_moe.backend.base import named_platform
 from keras_moe.backend.padded import pad_tiles
 from keras_moe.layers.expert_bank import ExpertBank
 from keras_moe.layers.mixture_of_experts import MixtureOfExperts
@@ -23,7 +24,6 @@ from keras_moe.layers.sublayers import (
     freeze_parts,
 )
 from keras_moe.ops.plans import GroupedPlan, combine, dispatch
-from keras_moe.ops.platforms import named_platform
 
 SCAN_ROWS = 64
 # Not 0, where a layer may have no derivative: NaN times 0 is NaN.
@@ -126,9 +126,8 @@ class LayerExperts(ExpertBank):
         alike = self._as_one_function() if backend.needs_static_shapes() else None
         width = math.prod(self._output_shape)
         has_samples = len(self._row_shape) > 1
-        rows, (*values, loss) = _map_groups(
-            functions, alike, has_samples, width, rows, plan.sizes, state
-        )
+        arguments = (functions, alike, has_samples, width, rows, plan.sizes, state)
+        rows, (*values, loss) = _map_groups(*arguments)
         for variable, value in zip(variables, values):
             variable.assign(value)
         self.add_loss(loss)

@@ -16,8 +16,8 @@ import numpy as np
 from keras import ops
 
 from keras_moe._internal import Tensor
+from keras_moe._internal.base_layer import EachExpert
 from keras_moe._internal.checks import check_indices, check_integer, check_number
-from keras_moe._internal.initializers import EachExpert
 from keras_moe._internal.keras_internals import names_beside
 from keras_moe._internal.serialization import register
 from keras_moe.backend import backend

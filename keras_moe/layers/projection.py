@@ -9,8 +9,7 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_moe._internal.base_layer import factors_for
-from keras_moe._internal.initializers import EachExpert, mark_stack
+from keras_moe._internal.base_layer import EachExpert, factors_for, mark_stack
 from keras_moe._internal.keras_internals import untrack
 from keras_moe.ops.linears import Int4Kernel, Kernel, Linear
 from keras_moe.ops.sorting import ceil_divide

@@ -90,9 +90,8 @@ class TransformerDecoderBlock(TransformerBlock):
     def build(self, inputs_shape, context_shape=None):
         self._check_context(context_shape is not None)
         self._attention_norm = self._build_norm("attention_norm", inputs_shape)
-        self._attention = self._build_attention(
-            CachedAttention, "attention", inputs_shape, inputs_shape
-        )
+        shapes = (inputs_shape, inputs_shape)
+        self._attention = self._build_attention(CachedAttention, "attention", *shapes)
         if self.rotary and self._attention.key_dim % 2:
             rule = "`rotary=True` turns pairs of features, so each head must have an even number"
             received = f"{inputs_shape[-1]} features, num_heads={self.num_heads}"
@@ -162,16 +161,12 @@ class TransformerDecoderBlock(TransformerBlock):
         """Refuse arguments that would be ignored, and positions that would be moved."""
         if (cache is None) != (position is None):
             rule = "`cache` and `position` must be passed together"
-            raise ValueError(
-                f"{rule}. Received: {position=} {'with' if cache else 'without'} cache"
-            )
+            raise ValueError(f"{rule}. Received: {position=}, cache: {cache is not None}")
         if cache is None:
             self._check_context(context is not None, context_mask is not None)
             return
         if context is not None or context_mask is not None:
-            rule = (
-                "`context` and its mask must be left out with a `cache`: pass them to `make_cache`"
-            )
+            rule = "`context` and its mask must be left out with a `cache`, which has them"
             raise ValueError(f"{rule}. Received: one of them in a call")
         dtype = "int" if isinstance(position, int) else ops.convert_to_tensor(position).dtype
         if "int" not in str(dtype):

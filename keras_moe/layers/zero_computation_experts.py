@@ -6,8 +6,8 @@ import keras
 from keras import ops
 
 from keras_moe._internal import Tensor
+from keras_moe._internal.base_layer import mark_stack
 from keras_moe._internal.checks import check_integer
-from keras_moe._internal.initializers import mark_stack
 from keras_moe._internal.serialization import register
 from keras_moe.layers import expert_bank
 from keras_moe.layers.expert_bank import ExpertBank, in_floats

@@ -30,8 +30,8 @@ class MixtureNegativeLogLikelihood(keras.losses.Loss):
         distribution: String. "gaussian": outputs are means (D), with `scale=None` followed by
             logarithms of standard deviations (D). "categorical": logits of D classes.
         scale: Positive float, the standard deviation of all Gaussians, or None to learn it.
-        normalized: Boolean. Whether a Gaussian has its normalizing constant. False, with a scale of
-            1, is the competitive error of Jacobs et al., eq. 1.3. A learned scale needs it.
+        normalized: Boolean. Whether a Gaussian has its normalizing constant. False is the
+            competitive error of Jacobs et al., eq. 1.3. A learned scale needs it.
         name: String. Name of the loss.
         **kwargs: `reduction`, as in `keras.losses.Loss`. It computes in float32.
 

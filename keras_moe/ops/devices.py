@@ -23,10 +23,10 @@ import keras
 from keras import ops
 
 from keras_moe.backend import backend
+from keras_moe.backend.base import named_platform
 from keras_moe.backend.padded import interval
 from keras_moe.ops.networks import Problem, run_network
 from keras_moe.ops.plans import GroupedPlan, combine, dispatch, pad_to_shards, plan_experts
-from keras_moe.ops.platforms import named_platform
 from keras_moe.ops.sorting import ceil_divide
 
 

@@ -1,9 +1,8 @@
 """Draws: random numbers cheap enough to have one for each feature of each token.
 
 Compiled by XLA, each is a hash of a key that is drawn and of its place. The generators of Keras are
-better than a router needs and many times slower there: on CPUs TensorFlow's takes longer for the
-noise of a router than the experts for everything. Generators of this kind: Salmon et al. 2011,
-"Parallel random numbers: as easy as 1, 2, 3".
+many times slower there. Generators of this kind: Salmon et al. 2011, "Parallel random numbers: as
+easy as 1, 2, 3".
 """
 
 import math

@@ -21,11 +21,11 @@ from keras import ops
 
 from keras_moe._internal.keras_internals import compute_output_spec
 from keras_moe.backend import backend
+from keras_moe.backend.base import named_platform
 from keras_moe.backend.layouts import AllRows, AllTokens
 from keras_moe.ops.draws import hashed
 from keras_moe.ops.linears import Kernel, Linear
 from keras_moe.ops.plans import row_sums
-from keras_moe.ops.platforms import named_platform
 
 
 class Network(NamedTuple):

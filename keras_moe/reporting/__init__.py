@@ -28,9 +28,8 @@ def report(
             documents at once, as `model.predict` takes them, not in batches.
         labels: Integers or strings, one for each document or (documents, positions), or None.
         tokens: Strings to show, for each document a list or a text that is split at blanks, or
-            None, which shows integer data as they are. Where a layer sees fewer positions than
-            there are tokens, each position shows the neighbours it stands for. Layers that see
-            different tokens take a dict of `tokens` or `labels` by the name of the layer.
+            None, which shows integer data as they are. Layers that see different tokens take a dict
+            of `tokens` or `labels` by the name of the layer.
         path: String or path. File to write, which is whole or not there.
 
     Raises:

@@ -3,7 +3,7 @@
 from functools import partial
 from typing import Any
 
-from keras_moe._internal.initializers import reseeded
+from keras_moe._internal.base_layer import reseeded
 from keras_moe._internal.serialization import resolve
 from keras_moe.routers.balancers import LossFreeBias, QuantileBias, SelectionBalancer
 from keras_moe.routers.hashing import HashRouter

@@ -5,8 +5,8 @@ from typing import Any
 import keras
 from keras import ops
 
+from keras_moe._internal.base_layer import reseeded
 from keras_moe._internal.checks import check_integer, check_number
-from keras_moe._internal.initializers import reseeded
 from keras_moe._internal.serialization import register
 from keras_moe.ops.routing import Routing
 from keras_moe.ops.selection import (

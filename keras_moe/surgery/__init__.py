@@ -79,8 +79,8 @@ def prune_experts(
         A `Surgery`, with the loss before and after.
 
     Raises:
-        ValueError: If an argument is out of its range, fewer than `top_k` experts would stay, data
-            are missing, or it is not known how to cut a router or bank.
+        ValueError: If fewer than `top_k` experts would stay, data are missing, or it is not known
+            how to cut a router or bank.
 
     Example:
 
@@ -231,14 +231,11 @@ def set_top_k(model: keras.Layer, top_k: int | dict) -> None:
 
 
 def apply_selection(model: keras.Layer, source: Surgery | str | os.PathLike) -> Surgery:
-    """Repeat a choice of experts in another model with the same layers, in place.
+    """Repeat a choice of experts in another model, in place, and return a `Surgery` without losses.
 
     Args:
         model: Keras model. As in `prune_experts`; its layers have the same names and experts.
         source: `Surgery`, or path of a file that `Surgery.save` wrote.
-
-    Returns:
-        A `Surgery`, without losses.
 
     Raises:
         ValueError: If the model lacks one of the layers or experts, or as in `prune_experts`.
