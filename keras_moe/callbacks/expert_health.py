@@ -10,7 +10,7 @@ from keras import ops
 from keras_moe import health
 from keras_moe._internal.checks import check_integer
 from keras_moe.inspection import moe_layers
-from keras_moe.layers.gate import Counts
+from keras_moe.layers.counters import Counts
 from keras_moe.metrics import is_dead
 
 # A collapse that recovers at this rate from check to check is not reported.

@@ -9,7 +9,7 @@ import dataclasses
 import warnings
 import weakref
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import keras
 import numpy as np
@@ -31,6 +31,7 @@ from keras_moe._internal.keras_internals import (
 from keras_moe._internal.serialization import load_draws, save_draws
 from keras_moe.backend import backend
 from keras_moe.layers.capacity import Capacity
+from keras_moe.layers.counters import Counts, add_counts, counter, finite_values, read_counters
 from keras_moe.layers.expert_bank import ExpertBank
 from keras_moe.layers.recomputation import Recomputable
 from keras_moe.layers.sublayers import warn_of_second_use
@@ -55,44 +56,6 @@ class Observer:
     saw: Callable | None = None
     indices: Any = None
     counts: bool = False
-
-
-class Counts(NamedTuple):
-    """A reading of the counters of a gate, or the difference of two: NumPy arrays.
-
-    - `assignments` (E,): assignments of each expert.
-    - `dropped`: number of assignments that found no slot.
-    - `totals` (V,) and `numbers` (V,): sums of the finite values, and how many they were: calls of
-      the layer, and passes of the model for what is added to its loss.
-    """
-
-    assignments: Any
-    dropped: Any
-    totals: Any
-    numbers: Any
-
-    @property
-    def means(self):
-        """Mean of each value (V,); NaN if none was finite, 0 if nothing was counted."""
-        without = np.nan if np.any(self.assignments) else 0.0
-        return np.where(self.numbers > 0, self.totals / np.maximum(self.numbers, 1), without)
-
-    def since(self, earlier: "Counts") -> "Counts":
-        """Counts after an earlier reading; all of them, if earlier weights were loaded since."""
-        shapes = [*map(np.shape, self)]
-        if not isinstance(earlier, Counts) or [*map(np.shape, earlier)] != shapes:
-            rule = "`earlier` must be a reading of the same layer"
-            raise ValueError(f"{rule}. Received: earlier={shortened(earlier)}")
-        difference = Counts(*(_difference(*each) for each in zip(self, earlier)))
-        is_older = min(np.min(difference.assignments), np.min(difference.numbers)) < 0
-        return self if is_older else difference
-
-
-def _difference(now, earlier):
-    if now.dtype != "int64":
-        return now - earlier
-    # Counters are 32 bits wide, and may have passed their end in between.
-    return (now - earlier + 2**31) % 2**32 - 2**31
 
 
 class Gate(Recomputable):
@@ -181,18 +144,18 @@ class Gate(Recomputable):
         )
         for prefix in ("", _EVALUATION):
             self._add_expert_counter(prefix)
-            setattr(self, f"{prefix}dropped_count", _counter(f"{prefix}dropped_count", ()))
+            setattr(self, f"{prefix}dropped_count", counter(f"{prefix}dropped_count", ()))
             # The sum of each value, and its error by rounding, by which the next is corrected.
-            totals = _counter(f"{prefix}value_totals", (2, number + 2), "float32")
+            totals = counter(f"{prefix}value_totals", (2, number + 2), "float32")
             setattr(self, f"{prefix}value_totals", totals)
-            numbers = _counter(f"{prefix}value_numbers", (number + 2,))
+            numbers = counter(f"{prefix}value_numbers", (number + 2,))
             setattr(self, f"{prefix}value_numbers", numbers)
         self._build_losses()
 
     def _add_expert_counter(self, prefix, add=setattr):
         dtype = "float32" if self.router.counted_by_weight else "int32"
         name = f"{prefix}expert_counts"
-        add(self, name, _counter(name, (self.router.num_experts,), dtype))
+        add(self, name, counter(name, (self.router.num_experts,), dtype))
 
     def _build_losses(self):
         """Add the variables of each loss, a list for each: the state is the layer's."""
@@ -267,7 +230,7 @@ class Gate(Recomputable):
                 stacklevel=2,
             )
         values.append(routing.entropy())
-        self._count(routing, _finite(values, added, is_first), training)
+        self._count(routing, finite_values(values, added, is_first), training)
 
     def _count(self, routing, values_and_numbers, training):
         added = [routing.counts, *values_and_numbers]
@@ -276,13 +239,7 @@ class Gate(Recomputable):
             added.append(ops.cast(ops.round(dropped), "int32"))
         if training:  # A process may evaluate alone, and would wait for the others.
             added = backend.sum_of_counts(added)
-        counts, values, numbers, *dropped = added
-        expert_counts, dropped_count, totals, value_numbers = self._counters(not training)
-        expert_counts.assign_add(counts)
-        for each in dropped:
-            dropped_count.assign_add(each)
-        value_numbers.assign_add(numbers)
-        totals.assign(_larger(ops.convert_to_tensor(totals), values))
+        add_counts(self._counters(not training), *added)
 
     def _counters(self, evaluation):
         names = ("expert_counts", "dropped_count", "value_totals", "value_numbers")
@@ -330,11 +287,7 @@ class Gate(Recomputable):
         if not self.built:
             rule = "A layer must be built before it has counts; call it on some data first"
             raise ValueError(f"{rule}. Received: `{self.name}`, which is not built")
-        assignments, dropped, (total, error), numbers = (
-            array.view("uint32").astype("int64") if array.dtype == "int32" else array
-            for array in map(ops.convert_to_numpy, self._counters(evaluation))
-        )
-        return Counts(assignments, dropped, total.astype("float64") - error, numbers)
+        return read_counters(self._counters(evaluation))
 
     # Weights of the losses
 
@@ -452,44 +405,6 @@ class TaskGate(Gate):
             weights = weights_of_experts(routing.indices, weights, number)
         indices = mask_invalid(routing.indices, number, routing.mask)
         return indices - first, weights[:, first : first + bank.num_experts]
-
-
-def _counter(name, shape, dtype="int32"):
-    """A variable that is added to."""
-    # Under `tf.distribute` each replica counts alone, and reading gives the sum, which
-    # `add_weight` cannot express.
-    return keras.Variable(
-        "zeros",
-        shape=shape,
-        dtype=dtype,
-        trainable=False,
-        autocast=False,
-        aggregation="sum",
-        synchronization="on_read",
-        name=name,
-    )
-
-
-@backend.jit_when_eager
-def _finite(values, added, is_first):
-    """Values and the sum of what is added (V,), 0 where one is not finite, and what they count."""
-    total = sum((as_dtype(each, "float32") for each in added), ops.zeros((), "float32"))
-    # The calls of the layer in a pass of the model add to one loss.
-    counted = [1] * len(values) + [int(is_first)]
-    values = ops.stack([*values, total])
-    is_finite = ops.isfinite(values)
-    counted = ops.where(is_finite, ops.array(counted, "int32"), 0)
-    return ops.where(is_finite, values, 0.0), counted
-
-
-@backend.jit_when_eager
-def _larger(totals, values):
-    """Totals and their errors (2, V) with values (V,) added."""
-    # Kahan's summation: the total may become too large for what a step adds.
-    total, error = totals[0], totals[1]
-    corrected = values - error
-    larger = total + corrected
-    return ops.stack([larger, larger - total - corrected])
 
 
 def _scalar(loss, value):

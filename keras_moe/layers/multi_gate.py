@@ -90,9 +90,7 @@ class MultiGateMixtureOfExperts(Recomputable):
         all_banks = [self.experts, *self.task_experts]
         if len(set(map(id, all_banks))) < len(all_banks):
             raise ValueError("`experts` and `task_experts` must be different objects")
-        self.router_losses = router_losses
-        if router_losses is not None:
-            self.router_losses = losses.get_list(router_losses)
+        self.router_losses = router_losses and losses.get_list(router_losses)
         self.shared_output = bool(shared_output)
         if shared_output and not self.task_experts:
             raise ValueError("`shared_output=True` needs `task_experts`")
@@ -106,8 +104,10 @@ class MultiGateMixtureOfExperts(Recomputable):
         if shared_output:
             chosen_from.append(all_banks)
             names.append("shared")
-        if len(set(names)) < len(names):
-            raise ValueError(f"`task_names` must differ. Received: {names}")
+        valid = {name for name in names if isinstance(name, str) and name}
+        if len(valid) < len(names):
+            rule = "`task_names` must be different strings that are not empty"
+            raise ValueError(f"{rule}. Received: {names}")
         self.tasks = [
             TaskGate(banks, router, self.router_losses, name=f"{self.name}_{name}")
             for banks, router, name in zip(chosen_from, routers.get_list(router, len(names)), names)
