@@ -6,6 +6,7 @@ from keras import ops
 
 from keras_moe import layers, routers
 from keras_moe.backend import backend
+from keras_moe.ops.linears import Kernel
 
 
 def mixture(num_experts, options, skew="balanced"):
@@ -82,8 +83,8 @@ class ExpertNetwork(keras.layers.Layer):
         return ops.sum(ops.reshape(outputs, (self.top_k, *x.shape)), axis=0)
 
     def _run(self, platform, rows, up, down, sizes):
-        hidden = self.activation(backend.product(rows, up, sizes, platform=platform))
-        return backend.product(hidden, down, sizes, platform=platform)
+        hidden = self.activation(backend.product(rows, Kernel(up), sizes, platform=platform))
+        return backend.product(hidden, Kernel(down), sizes, platform=platform)
 
     def compute_output_shape(self, shape):
         return shape
