@@ -17,7 +17,7 @@ import numpy as np
 try:
     import keras_tuner
 except ImportError as error:
-    hint = '`keras_moe.tuner` needs `pip install "keras-tuner[bayesian]" six`'
+    hint = '`keras_moe.tuner` needs KerasTuner: run `pip install "keras-tuner[bayesian]" six`'
     raise ImportError(hint) from error
 
 from keras_moe import layers, losses, routers

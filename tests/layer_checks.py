@@ -123,10 +123,10 @@ def _usage_metric(required=None, **options):
     )
 
 
-def _router_loss(**options):
+def _router_loss(router="top_k", **options):
     return Case(
         options=lambda: {"weight": 0.5, **options},
-        layer=lambda loss: moe(router_losses=[loss, "router_z"]),
+        layer=lambda loss: moe(router=router, router_losses=[loss, "router_z"]),
     )
 
 
@@ -279,7 +279,7 @@ CASES = {
     routers.QuantileBias: _balancer(momentum=0.5),
     losses.LoadBalance: _router_loss(scope="global", accumulation_steps=3),
     losses.ImportanceVariation: _router_loss(),
-    losses.LoadVariation: _router_loss(),
+    losses.LoadVariation: _router_loss("noisy_top_k"),
     losses.RouterEntropy: _router_loss(),
     losses.RouterZ: _router_loss(),
     losses.SelectorEntropy: _router_loss(),

@@ -46,8 +46,7 @@ def test_inspect_prints_layers_sizes_and_costs(folder, capsys):
     model = keras.saving.load_model("model.keras")
     counters = model.count_params() - layer - head
     assert printed[0].endswith(
-        f": {layer + head + counters:,} parameters, {active + head + counters:,} of them active "
-        "for a token"
+        f": {layer + head + counters:,} parameters, {active + head:,} of them active for a token"
     )
     assert printed[3].split() == [
         *("moe", "2", "of", str(E), f"{layer:,}", f"{active:,}", f"{2 * active:,}", "-", "-"),

@@ -67,5 +67,5 @@ files.close()
 
 def test_packages_that_are_missing_leave_the_rest_alone(tmp_path):
     printed = run_python("-c", WITHOUT_OPTIONAL_PARTS, tmp_path)
-    assert 'Run `pip install "keras-tuner[bayesian]" six`.' in printed
+    assert 'run `pip install "keras-tuner[bayesian]" six`' in printed
     assert len(read(tmp_path / "train")) == 3, "events are written without TensorFlow"

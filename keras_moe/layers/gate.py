@@ -184,9 +184,9 @@ class Gate(Recomputable):
         observers, sequence_length = self._present_observers(), tokens.sequence_length
         for observer in observers:
             indices = observer.indices if indices is None else indices
-        earlier = own_losses(self.router)
+        earlier = own_losses(self.router) if training else []
         # On JAX the call of a gate is the outermost, in PyTorch's recomputation losses come later.
-        is_first = is_first_in_pass(self) and not (earlier or own_losses(self))
+        is_first = bool(training) and is_first_in_pass(self) and not (earlier or own_losses(self))
         context = {
             "mask": tokens.mask,
             "sequence_length": sequence_length,
@@ -206,7 +206,7 @@ class Gate(Recomputable):
         if training or counts:
             if isinstance(routing.shares, tuple):
                 routing = routing._replace(shares=token_shares(routing.mask))
-            added = own_losses(self.router)[len(earlier) :]
+            added = own_losses(self.router)[len(earlier) :] if training else []
             self._add_losses_and_count(routing, sequence_length, training, added, is_first)
         for observer in observers:
             if observer.saw is not None:
