@@ -211,7 +211,9 @@ def test_a_train_step_of_your_own_trains_as_plain_fit(custom_loops):
         model.compile(keras.optimizers.SGD(0.1), "mse")
         x = custom_loops["x"]
         history = model.fit(x, x, batch_size=len(x), epochs=3, verbose=0).history
-        return [*history.values(), *map(keras.ops.convert_to_numpy, model.weights)]
+        # Totals hold their error by rounding, which differs.
+        weights = [each for each in model.weights if "value_totals" not in each.path]
+        return [*history.values(), *map(keras.ops.convert_to_numpy, weights)]
 
     plain, custom = trained(keras.Model), trained(custom_loops["Model"])
     assert plain[0][0] > 90, "the loss has the router loss in it"
