@@ -138,7 +138,7 @@ def sources_of(tensor):
 
 
 def set_state(layer, name, value):
-    """Put another sublayer or variable in the place of a built layer's attribute."""
+    """Put another sublayer in the place of a built layer's attribute."""
     old, tracker = getattr(layer, name), layer._tracker
     places = [
         (store, index)

@@ -103,13 +103,12 @@ class ExpertHealth(keras.callbacks.Callback):
             counted = watch.count()
             if watch.epoch_began is not None:
                 counted = counted.since(watch.epoch_began)
-            *means, _, in_loss = counted.means
             if not counted.assignments.any() or not layer.router_losses:
                 continue
             losses += layer.router_losses
             weights += layer.loss_weights_in_force
-            values += means
-            added[name] = in_loss
+            values += [*counted.means.losses]
+            added[name] = counted.means.added
         if added:
             self._largest_loss = np.fmax(self._largest_loss, (logs or {}).get("loss", np.nan))
             finding = health.heavy_losses(losses, weights, self._largest_loss, values)

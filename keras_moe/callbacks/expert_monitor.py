@@ -224,19 +224,19 @@ class ExpertMonitor(keras.callbacks.Callback):
                 counted = counted.since(earlier[name])
             counts = counted.assignments.astype("float32")
             shares[name] = ops.convert_to_numpy(metrics.expert_share(counts))
-            *losses, entropy, added = counted.means
+            means = counted.means
             found = {
                 "load_imbalance": metrics.load_imbalance(counts),
                 "load_entropy": metrics.load_entropy(counts),
                 "dead_experts": metrics.dead_experts(counts),
                 "dropped_fraction": counted.dropped / max(counts.sum(), 1.0),
-                "router_entropy": entropy / math.log(max(len(counts), 2)),
+                "router_entropy": means.entropy / math.log(max(len(counts), 2)),
             }
             for key, function in self._metrics.items():
                 found[key] = function(counts) if counts.any() else math.nan
-            found.update(zip(_loss_names(layer.router_losses), losses))
-            if not evaluation and (losses or added):
-                found["router_loss"] = added
+            found.update(zip(_loss_names(layer.router_losses), means.losses))
+            if not evaluation and (layer.router_losses or means.added):
+                found["router_loss"] = means.added
             numbers[name] = {key: float(value) for key, value in found.items()}
         return numbers, shares
 

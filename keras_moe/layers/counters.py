@@ -1,7 +1,7 @@
 """Counters of a gate, which only grow, and their readings.
 
-Axes: E experts, V values: the router losses, the entropy, and what is added to the loss of the
-model.
+Axes: E experts; V values: one for each router loss, then the entropy, then the sum of the weighted
+losses.
 """
 
 from typing import Any, NamedTuple
@@ -15,13 +15,68 @@ from keras_moe.backend import backend
 from keras_moe.ops.sorting import as_dtype
 
 
+class Counters(NamedTuple):
+    """Variables that count calls of a gate."""
+
+    assignments: Any  # (E,) int32, or float32 for sums of weights
+    dropped: Any  # () int32
+    totals: Any  # (2, V) float32: sums of the finite values, and their errors by rounding
+    numbers: Any  # (V,) int32
+
+    @classmethod
+    def create(cls, prefix: str, num_experts: int, num_losses: int, dtype: str) -> "Counters":
+        """Return counters whose names begin with a prefix, of assignments in a dtype."""
+        num_values = num_losses + 2
+        return cls(
+            _counter(f"{prefix}expert_counts", (num_experts,), dtype),
+            _counter(f"{prefix}dropped_count", ()),
+            _counter(f"{prefix}value_totals", (2, num_values), "float32"),
+            _counter(f"{prefix}value_numbers", (num_values,)),
+        )
+
+    def add(self, routing, losses, added, is_first, training, has_capacity):
+        """Count a call: its routing, router losses, and what it has `added` to the model's loss.
+
+        `is_first` is True for the first call in a pass of the model.
+        """
+        values = [*losses, routing.entropy()]
+        counted = [routing.counts, *_finite_values(values, added, is_first)]
+        if has_capacity:
+            dropped = routing.dropped * ops.cast(ops.sum(routing.counts), "float32")
+            counted.append(ops.cast(ops.round(dropped), "int32"))
+        if training:  # A process may evaluate alone, and would wait for the others.
+            counted = backend.sum_of_counts(counted)
+        counts, values, numbers, *dropped = counted
+        self.assignments.assign_add(counts)
+        if has_capacity:
+            self.dropped.assign_add(dropped[0])
+        self.numbers.assign_add(numbers)
+        self.totals.assign(_larger(ops.convert_to_tensor(self.totals), values))
+
+    def read(self) -> "Counts":
+        """Return what has been counted so far."""
+        assignments, dropped, (total, error), numbers = (
+            array.view("uint32").astype("int64") if array.dtype == "int32" else array
+            for array in map(ops.convert_to_numpy, self)
+        )
+        return Counts(assignments, dropped, total.astype("float64") - error, numbers)
+
+    def continue_from(self, earlier: "Counters", experts: np.ndarray) -> None:
+        """Take what earlier ones have counted, of these experts, which may be copies."""
+        counts = ops.convert_to_numpy(earlier.assignments)[experts] / np.bincount(experts)[experts]
+        # Copies share what their expert has counted, in whole numbers.
+        self.assignments.assign(np.diff(np.round(np.cumsum(counts)), prepend=0))
+        for variable, before in zip(self[1:], earlier[1:]):
+            variable.assign(ops.convert_to_numpy(before))
+
+
 class Counts(NamedTuple):
     """A reading of the counters of a gate, or the difference of two: NumPy arrays.
 
     - `assignments` (E,): assignments of each expert.
     - `dropped`: number of assignments that found no slot.
-    - `totals` (V,) and `numbers` (V,): sums of the finite values, and how many they were: calls of
-      the layer, and passes of the model for what is added to its loss.
+    - `totals` (V,) and `numbers` (V,): sum and number of finite values: one for each call; the last
+      value, one for each pass.
     """
 
     assignments: Any
@@ -30,10 +85,11 @@ class Counts(NamedTuple):
     numbers: Any
 
     @property
-    def means(self):
-        """Mean of each value (V,); NaN if none was finite, 0 if nothing was counted."""
+    def means(self) -> "Means":
+        """Mean of each value; NaN if none was finite, 0 if nothing was counted."""
         without = np.nan if np.any(self.assignments) else 0.0
-        return np.where(self.numbers > 0, self.totals / np.maximum(self.numbers, 1), without)
+        means = np.where(self.numbers > 0, self.totals / np.maximum(self.numbers, 1), without)
+        return Means(means[:-2], *means[-2:])
 
     def since(self, earlier: "Counts") -> "Counts":
         """Counts after an earlier reading; all of them, if earlier weights were loaded since."""
@@ -46,6 +102,14 @@ class Counts(NamedTuple):
         return self if is_older else difference
 
 
+class Means(NamedTuple):
+    """Means of router losses before their weights, the entropy, and the loss added in a pass."""
+
+    losses: np.ndarray
+    entropy: float
+    added: float
+
+
 def _difference(now, earlier):
     if now.dtype != "int64":
         return now - earlier
@@ -53,26 +117,7 @@ def _difference(now, earlier):
     return (now - earlier + 2**31) % 2**32 - 2**31
 
 
-def read_counters(counters) -> Counts:
-    """Return a reading of counters: of assignments, dropped ones, totals and numbers of values."""
-    assignments, dropped, (total, error), numbers = (
-        array.view("uint32").astype("int64") if array.dtype == "int32" else array
-        for array in map(ops.convert_to_numpy, counters)
-    )
-    return Counts(assignments, dropped, total.astype("float64") - error, numbers)
-
-
-def add_counts(counters, counts, values, numbers, dropped=None):
-    """Add to counters what a call has counted; `dropped` only if there is a capacity."""
-    expert_counts, dropped_count, totals, value_numbers = counters
-    expert_counts.assign_add(counts)
-    if dropped is not None:
-        dropped_count.assign_add(dropped)
-    value_numbers.assign_add(numbers)
-    totals.assign(_larger(ops.convert_to_tensor(totals), values))
-
-
-def counter(name, shape, dtype="int32"):
+def _counter(name, shape, dtype="int32"):
     """A variable that is added to."""
     # Under `tf.distribute` each replica counts alone, and reading gives the sum, which
     # `add_weight` cannot express.
@@ -89,8 +134,11 @@ def counter(name, shape, dtype="int32"):
 
 
 @backend.jit_when_eager
-def finite_values(values, added, is_first):
-    """Values and the sum of what is added (V,), 0 where one is not finite, and what they count."""
+def _finite_values(values, added, is_first):
+    """Append the sum of `added` to the values.
+
+    Return them with 0 for what is not finite, and 1 or 0 for what counts in the mean.
+    """
     total = sum((as_dtype(each, "float32") for each in added), ops.zeros((), "float32"))
     # The calls of the layer in a pass of the model add to one loss.
     counted = [1] * len(values) + [int(is_first)]

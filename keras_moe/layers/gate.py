@@ -1,7 +1,6 @@
 """The gate of a mixture: a router with its losses, its capacity and its counters.
 
-Axes: T tokens, E experts, K experts per token, V values: the router losses, the entropy, and what
-is added to the loss of the model.
+Axes: T tokens, E experts, K experts per token.
 """
 
 import contextlib
@@ -24,14 +23,12 @@ from keras_moe._internal.keras_internals import (
     is_first_in_pass,
     names_below,
     own_losses,
-    set_state,
     unlocked,
     untrack,
 )
 from keras_moe._internal.serialization import load_draws, save_draws
-from keras_moe.backend import backend
 from keras_moe.layers.capacity import Capacity
-from keras_moe.layers.counters import Counts, add_counts, counter, finite_values, read_counters
+from keras_moe.layers.counters import Counters, Counts
 from keras_moe.layers.expert_bank import ExpertBank
 from keras_moe.layers.recomputation import Recomputable
 from keras_moe.layers.sublayers import warn_of_second_use
@@ -39,9 +36,6 @@ from keras_moe.layers.tokens import Tokens
 from keras_moe.ops.routing import Routing, token_shares
 from keras_moe.ops.selection import mask_invalid, weights_of_experts
 from keras_moe.ops.sorting import as_dtype
-
-# Begins the names of the counters of evaluations.
-_EVALUATION = "evaluation_"
 
 
 @dataclasses.dataclass(eq=False)
@@ -67,15 +61,12 @@ class Gate(Recomputable):
     Attributes:
         router: The `routers.Router`.
         router_losses: Tuple of `losses.RouterLoss`.
-        expert_counts: Weight (E,). Assignments of each expert in training, in int32; sums of their
-            weights, in float32, for a router that is `counted_by_weight`.
     """
 
     # Whether the config of this layer, rather than of a block around it, has its arguments.
     has_own_config = True
     router: Any
     capacity: Capacity | None
-    expert_counts: Any
     # Weights of the losses that were set before the layer was built.
     _early_loss_weights: Any = None
 
@@ -142,20 +133,24 @@ class Gate(Recomputable):
             trainable=False,
             autocast=False,
         )
-        for prefix in ("", _EVALUATION):
-            self._add_expert_counter(prefix)
-            setattr(self, f"{prefix}dropped_count", counter(f"{prefix}dropped_count", ()))
-            # The sum of each value, and its error by rounding, by which the next is corrected.
-            totals = counter(f"{prefix}value_totals", (2, number + 2), "float32")
-            setattr(self, f"{prefix}value_totals", totals)
-            numbers = counter(f"{prefix}value_numbers", (number + 2,))
-            setattr(self, f"{prefix}value_numbers", numbers)
+        self._build_counters()
         self._build_losses()
 
-    def _add_expert_counter(self, prefix, add=setattr):
+    def _build_counters(self):
         dtype = "float32" if self.router.counted_by_weight else "int32"
-        name = f"{prefix}expert_counts"
-        add(self, name, counter(name, (self.router.num_experts,), dtype))
+        sizes = self.router.num_experts, len(self.router_losses)
+        self._training_counters = Counters.create("", *sizes, dtype)
+        self._evaluation_counters = Counters.create("evaluation_", *sizes, dtype)
+
+    @property
+    def expert_counts(self) -> keras.Variable:
+        """Assignments (E,) in training; of a router `counted_by_weight` sums of their weights."""
+        return self._training_counters.assignments
+
+    @property
+    def dropped_count(self) -> keras.Variable:
+        """Assignments in training that found no slot."""
+        return self._training_counters.dropped
 
     def _build_losses(self):
         """Add the variables of each loss, a list for each: the state is the layer's."""
@@ -229,21 +224,8 @@ class Gate(Recomputable):
                 "`stateless_call` with `return_losses=True`, and add what it returns to the loss.",
                 stacklevel=2,
             )
-        values.append(routing.entropy())
-        self._count(routing, finite_values(values, added, is_first), training)
-
-    def _count(self, routing, values_and_numbers, training):
-        added = [routing.counts, *values_and_numbers]
-        if self.capacity is not None:
-            dropped = routing.dropped * ops.cast(ops.sum(routing.counts), "float32")
-            added.append(ops.cast(ops.round(dropped), "int32"))
-        if training:  # A process may evaluate alone, and would wait for the others.
-            added = backend.sum_of_counts(added)
-        add_counts(self._counters(not training), *added)
-
-    def _counters(self, evaluation):
-        names = ("expert_counts", "dropped_count", "value_totals", "value_numbers")
-        return [getattr(self, (_EVALUATION if evaluation else "") + name) for name in names]
+        counters = self._training_counters if training else self._evaluation_counters
+        counters.add(routing, values, added, is_first, training, self.capacity is not None)
 
     def _compute_loss(self, index, routing, sequence_length, training):
         loss, variables = self.router_losses[index], self.loss_states[index]
@@ -287,7 +269,7 @@ class Gate(Recomputable):
         if not self.built:
             rule = "A layer must be built before it has counts; call it on some data first"
             raise ValueError(f"{rule}. Received: `{self.name}`, which is not built")
-        return read_counters(self._counters(evaluation))
+        return (self._evaluation_counters if evaluation else self._training_counters).read()
 
     # Weights of the losses
 
@@ -327,15 +309,14 @@ class Gate(Recomputable):
 
     def keep_counters_of(self, experts: np.ndarray) -> None:
         """Keep the counters of these experts, which may be copies, and begin the losses' state."""
-        counts = ops.convert_to_numpy(self.expert_counts)[experts] / np.bincount(experts)[experts]
+        training, evaluation = self._training_counters, self._evaluation_counters
         with names_below(self.path), unlocked(self):
-            for prefix in ("", _EVALUATION):
-                self._add_expert_counter(prefix, set_state)
-            for variable in sum(self.loss_states, []):
+            for variable in [*training, *evaluation, *sum(self.loss_states, [])]:
                 untrack(self, variable)
+            self._build_counters()
             self._build_losses()
-        # Copies share what their expert has counted, in whole numbers.
-        self.expert_counts.assign(np.diff(np.round(np.cumsum(counts)), prepend=0))
+        self._training_counters.continue_from(training, experts)
+        self._evaluation_counters.continue_from(evaluation, experts)
 
     def save_own_variables(self, store):
         # Without the values, which are reported each epoch and which training does not read.
@@ -367,7 +348,7 @@ class Gate(Recomputable):
     def _saved_variables(self):
         if not self.built:
             return {}
-        saved = {each.name: each for each in (self.expert_counts, self.dropped_count)}
+        saved = {"expert_counts": self.expert_counts, "dropped_count": self.dropped_count}
         for index, states in enumerate(self.loss_states):
             for number, variable in enumerate(states):
                 saved[f"{self._loss_key(index)}_state_{number}"] = variable
