@@ -176,40 +176,45 @@ class Gate(Recomputable):
         indices: Tensor | None = None,
     ) -> Routing:
         """Return the routing of `Tokens` and its plan, after capacity, losses and counters."""
-        observers, sequence_length = self._present_observers(), tokens.sequence_length
+        observers = self._present_observers()
         for observer in observers:
             indices = observer.indices if indices is None else indices
         earlier = own_losses(self.router) if training else []
         # On JAX the call of a gate is the outermost, in PyTorch's recomputation losses come later.
         is_first = bool(training) and is_first_in_pass(self) and not (earlier or own_losses(self))
-        context = {
-            "mask": tokens.mask,
-            "sequence_length": sequence_length,
-            "token_ids": token_ids,
-            "indices": indices,
-        }
-        # Keras looks through each argument.
-        given = {name: each for name, each in context.items() if each is not None}
-        vectors = tokens.vectors(router_inputs)
-        routing = self.router(vectors, training=training, with_plan=True, **given)
-        if self.capacity is not None:
-            limited = sum(bank.num_capacity_limited for bank in self.banks)
-            routing = self.capacity.admit(
-                routing, sequence_length, training, self._capacity_seed, limited
-            )
+        length = tokens.sequence_length
+        routing = self._route(
+            tokens.vectors(router_inputs),
+            training,
+            mask=tokens.mask,
+            sequence_length=length,
+            token_ids=token_ids,
+            indices=indices,
+        )
         counts = any(observer.counts for observer in observers) and not in_symbolic_scope()
         if training or counts:
-            if isinstance(routing.shares, tuple):
-                routing = routing._replace(shares=token_shares(routing.mask))
             added = own_losses(self.router)[len(earlier) :] if training else []
-            self._add_losses_and_count(routing, sequence_length, training, added, is_first)
+            self._add_losses_and_count(routing, length, training, added, is_first)
         for observer in observers:
             if observer.saw is not None:
                 observer.saw(routing.without_plan(), tokens.values)
         return routing
 
+    def _route(self, vectors, training, **context):
+        """The routing of the router, in which experts take no more tokens than their capacity."""
+        # Keras looks through each argument.
+        given = {name: each for name, each in context.items() if each is not None}
+        routing = self.router(vectors, training=training, with_plan=True, **given)
+        if self.capacity is None:
+            return routing
+        limited = sum(bank.num_capacity_limited for bank in self.banks)
+        length = context["sequence_length"]
+        return self.capacity.admit(routing, length, training, self._capacity_seed, limited)
+
     def _add_losses_and_count(self, routing, sequence_length, training, added, is_first):
         """Add router losses to those that the router has `added`, and count this call."""
+        if isinstance(routing.shares, tuple):
+            routing = routing._replace(shares=token_shares(routing.mask))
         values: list = []
         for index in range(len(self.router_losses)):
             values.append(self._compute_loss(index, routing, sequence_length, training))
