@@ -16,6 +16,7 @@ from keras import ops
 
 from keras_moe import losses, routers
 from keras_moe._internal import Tensor
+from keras_moe._internal.base_layer import reseeded
 from keras_moe._internal.checks import check_number, fixed, shortened
 from keras_moe._internal.keras_internals import (
     drops_losses,
@@ -391,6 +392,33 @@ class TaskGate(Gate):
             weights = weights_of_experts(routing.indices, weights, number)
         indices = mask_invalid(routing.indices, number, routing.mask)
         return indices - first, weights[:, first : first + bank.num_experts]
+
+
+def routers_of_tasks(identifier, number):
+    """A list of one router for each task. Copies of one draw other weights and other noise."""
+    if isinstance(identifier, (list, tuple)):
+        instances = [id(each) for each in identifier if isinstance(each, routers.Router)]
+        if len(identifier) != number or len(set(instances)) < len(instances):
+            raise ValueError(
+                "A list of `router` must have one for each task, and one for a shared output, no "
+                f"instance twice. Received: {len(identifier)} for {number}, {len(set(instances))} "
+                "different instances"
+            )
+        return list(identifier)
+    if not isinstance(identifier, routers.Router):
+        return [identifier] * number
+    return [identifier, *(_copy_of_router(identifier, copy) for copy in range(1, number))]
+
+
+def _copy_of_router(router, number):
+    config = router.get_config()
+    del config["name"]
+    if config.get("seed") is not None:
+        config["seed"] += number
+    copy = type(router).from_config(config)
+    if isinstance(copy, routers.LogitRouter):
+        copy.kernel_initializer = reseeded(copy.kernel_initializer, number)
+    return copy
 
 
 def _scalar(loss, value):

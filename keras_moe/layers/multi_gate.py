@@ -9,13 +9,13 @@ from typing import Any
 
 from keras import ops
 
-from keras_moe import losses, routers
+from keras_moe import losses
 from keras_moe._internal import Tensor
 from keras_moe._internal.checks import check_integer, check_tensors, shortened
 from keras_moe._internal.serialization import register
 from keras_moe.layers import expert_bank, sublayers
 from keras_moe.layers.expert_bank import ExpertBank
-from keras_moe.layers.gate import TaskGate
+from keras_moe.layers.gate import TaskGate, routers_of_tasks
 from keras_moe.layers.recomputation import Recomputable
 from keras_moe.layers.tokens import Tokens
 from keras_moe.ops.plans import plan_experts
@@ -110,7 +110,7 @@ class MultiGateMixtureOfExperts(Recomputable):
             raise ValueError(f"{rule}. Received: {names}")
         self.tasks = [
             TaskGate(banks, router, self.router_losses, name=f"{self.name}_{name}")
-            for banks, router, name in zip(chosen_from, routers.get_list(router, len(names)), names)
+            for banks, router, name in zip(chosen_from, routers_of_tasks(router, len(names)), names)
         ]
         if kwargs.get("dtype") is not None:
             for bank in all_banks:

@@ -10,7 +10,7 @@ from keras_moe.backend import backend
 from keras_moe.ops.capacity import slots_of_expert
 from keras_moe.ops.plans import plan_choices, tokens_at
 from keras_moe.ops.routing import Routing
-from keras_moe.ops.selection import softmax, take_scores, top_k_indices, top_tokens
+from keras_moe.ops.selection import softmax, take_scores, top_k_indices
 from keras_moe.ops.sorting import at_least, ceil_divide, position_in_expert, put
 
 
@@ -45,7 +45,7 @@ def _choose(logits, capacity_factor, mask, sequence_length):
     scores = ops.reshape(scores, (-1, sequence_length, num_experts))
     are_known = isinstance(sequence_length, int) and isinstance(capacity, int)
     num_choices = (min if are_known else ops.minimum)(sequence_length, capacity)
-    place = top_tokens(ops.transpose(scores, (0, 2, 1)), num_choices)  # in the sequence, (B, E, C)
+    place = _top_tokens(ops.transpose(scores, (0, 2, 1)), num_choices)  # in the sequence, (B, E, C)
     token = tokens_at(place, sequence_length)
     slot = ops.arange(ops.shape(place)[2], dtype="int32")
     has_slot = slot < ops.reshape(capacities, (-1, 1, 1))
@@ -130,3 +130,14 @@ def balanced_assignment(scores, mask):
     )
     choice, _ = propose(open_to)
     return ops.where(mask, choice, 0)
+
+
+def _top_tokens(scores, number):
+    """Indices (..., number) of the largest of (..., S), best first; ties go to the lower index."""
+    if backend.needs_static_shapes():
+        # XLA finds the largest without a sort of all.
+        places = ops.top_k(scores, number)[1]
+    else:
+        # Not `top_k`, which on PyTorch orders ties arbitrarily.
+        places = ops.argsort(-scores, axis=-1)[..., :number]
+    return ops.cast(places, "int32")

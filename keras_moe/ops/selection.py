@@ -51,32 +51,6 @@ def entropy(probs, keepdims=False):
     return -ops.sum(probs * logs, axis=-1, keepdims=keepdims)
 
 
-def smooth_step(values):
-    """From exactly 0 below -1/2 to exactly 1 above 1/2, a cubic between, with slopes of 0 there.
-
-    Hazimeh et al. 2021 (arXiv:2106.03760), eq. 4, with a width of 1.
-    """
-    values = ops.clip(values + 0.5, 0.0, 1.0)
-    # The minimum, as rounding may exceed 1.
-    return ops.minimum(ops.square(values) * (3.0 - 2.0 * values), 1.0)
-
-
-@backend.jit_when_eager
-def selector_scores(bits, num_experts):
-    """Shares (..., E) of the experts from the chance (..., M) that each bit of their number is 1.
-
-    Hazimeh et al. 2021 (arXiv:2106.03760), eq. 3. Where E is no power of 2, an expert without a
-    partner that differs in the highest bit alone does without that bit: shares always sum to 1.
-    """
-    shares = ops.ones((*ops.shape(bits)[:-1], 1), bits.dtype)
-    for place in range(bits.shape[-1]):
-        bit = bits[..., place : place + 1]
-        number = min(2**place, num_experts - 2**place)  # of experts that the bit tells apart
-        pairs, single = shares[..., :number], shares[..., number:]
-        shares = ops.concatenate([pairs * (1.0 - bit), single, pairs * bit], axis=-1)
-    return shares
-
-
 def l2_normalize(vectors, axis):
     """Vectors along `axis` with a length of 1, those near zero with a shorter one."""
     return vectors * _inverse_length(vectors, axis)
@@ -114,34 +88,6 @@ def top_k_indices(scores, top_k):
         rest = ops.where(ops.expand_dims(chosen[-1], 1) == experts, float("-inf"), rest)
         chosen.append(backend.argmax(rest))
     return ops.stack(chosen, axis=1)
-
-
-def top_tokens(scores, number):
-    """Indices (..., number) of the largest of (..., S), best first; ties go to the lower index."""
-    if backend.needs_static_shapes():
-        # XLA finds the largest without a sort of all.
-        places = ops.top_k(scores, number)[1]
-    else:
-        # Not `top_k`, which on PyTorch orders ties arbitrarily.
-        places = ops.argsort(-scores, axis=-1)[..., :number]
-    return ops.cast(places, "int32")
-
-
-@backend.jit_when_eager
-def group_limited_scores(scores, num_groups, top_groups):
-    """Scores (T, E), minus infinity for the experts outside a token's best groups.
-
-    A group is as good as the sum of its two best experts. DeepSeek-V3 (arXiv:2412.19437),
-    section 2.1.2, there called nodes. Not zero: a selection bias makes scores negative, and an
-    excluded expert would beat an admitted one.
-    """
-    size = scores.shape[-1] // num_groups
-    grouped = ops.reshape(scores, (-1, size))
-    best = top_k_indices(grouped, min(2, size))
-    of_groups = ops.sum(take_scores(grouped, best), axis=-1)
-    chosen = top_k_indices(ops.reshape(of_groups, (-1, num_groups)), top_groups)
-    admitted = ops.repeat(chosen_experts(chosen, num_groups), size, axis=1)
-    return ops.where(admitted, scores, float("-inf"))
 
 
 def chosen_experts(indices, num_experts):

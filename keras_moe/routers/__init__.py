@@ -3,7 +3,6 @@
 from functools import partial
 from typing import Any
 
-from keras_moe._internal.base_layer import reseeded
 from keras_moe._internal.serialization import resolve
 from keras_moe.routers.balancers import LossFreeBias, QuantileBias, SelectionBalancer
 from keras_moe.routers.hashing import HashRouter
@@ -60,36 +59,6 @@ def get(identifier: Any, num_experts: int | None = None, **kwargs: Any) -> Route
     if num_experts is not None:
         router.bind(num_experts)
     return router
-
-
-def get_list(identifier: Any, number: int) -> list:
-    """Return what stands for one router, or a list of such, as a list of `number` of them.
-
-    Copies of a router draw other weights and other noise.
-    """
-    if isinstance(identifier, (list, tuple)):
-        instances = [id(each) for each in identifier if isinstance(each, Router)]
-        if len(identifier) != number or len(set(instances)) < len(instances):
-            raise ValueError(
-                "A list of `router` must have one for each task, and one for a shared output, no "
-                f"instance twice. Received: {len(identifier)} for {number}, {len(set(instances))} "
-                "different instances"
-            )
-        return list(identifier)
-    if not isinstance(identifier, Router):
-        return [identifier] * number
-    return [identifier, *(_copy(identifier, copy) for copy in range(1, number))]
-
-
-def _copy(router, number):
-    config = router.get_config()
-    del config["name"]
-    if config.get("seed") is not None:
-        config["seed"] += number
-    copy = type(router).from_config(config)
-    if isinstance(copy, LogitRouter):
-        copy.kernel_initializer = reseeded(copy.kernel_initializer, number)
-    return copy
 
 
 __all__ = [

@@ -8,14 +8,9 @@ from keras import ops
 from keras_moe._internal.base_layer import reseeded
 from keras_moe._internal.checks import check_integer, check_number
 from keras_moe._internal.serialization import register
+from keras_moe.backend import backend
 from keras_moe.ops.routing import Routing
-from keras_moe.ops.selection import (
-    cosine_logits,
-    l2_normalize,
-    selector_scores,
-    smooth_step,
-    softmax,
-)
+from keras_moe.ops.selection import cosine_logits, l2_normalize, softmax
 from keras_moe.ops.soft import soft_routing
 from keras_moe.routers.logit_router import LogitRouter
 from keras_moe.routers.router import Router
@@ -181,7 +176,7 @@ class DSelectKRouter(Router):
             projected = ops.broadcast_to(self.bias, (num_tokens, *self.bias.shape))
         logits, bits = projected[:, : self.top_k], projected[:, self.top_k :]
         bits = ops.reshape(bits, (num_tokens, self.top_k, bits.shape[1] // self.top_k))
-        selectors = selector_scores(smooth_step(bits / self.gamma), self.num_experts)
+        selectors = _selector_scores(_smooth_step(bits / self.gamma), self.num_experts)
         weights = ops.einsum("tk,tke->te", softmax(logits), selectors)
         # `not <=` instead of `>`: a NaN weight stays visible.
         serves = ops.logical_not(weights <= 0)
@@ -191,3 +186,29 @@ class DSelectKRouter(Router):
     def compute_output_spec(self, tokens, *args, **kwargs):
         selectors = keras.KerasTensor((tokens.shape[0], self.top_k, self.num_experts), "float32")
         return super().compute_output_spec(tokens, *args, **kwargs)._replace(selectors=selectors)
+
+
+def _smooth_step(values):
+    """From exactly 0 below -1/2 to exactly 1 above 1/2, a cubic between, with slopes of 0 there.
+
+    Hazimeh et al. 2021 (arXiv:2106.03760), eq. 4, with a width of 1.
+    """
+    values = ops.clip(values + 0.5, 0.0, 1.0)
+    # The minimum, as rounding may exceed 1.
+    return ops.minimum(ops.square(values) * (3.0 - 2.0 * values), 1.0)
+
+
+@backend.jit_when_eager
+def _selector_scores(bits, num_experts):
+    """Shares (..., E) of the experts from the chance (..., M) that each bit of their number is 1.
+
+    Hazimeh et al. 2021 (arXiv:2106.03760), eq. 3. Where E is no power of 2, an expert without a
+    partner that differs in the highest bit alone does without that bit: shares always sum to 1.
+    """
+    shares = ops.ones((*ops.shape(bits)[:-1], 1), bits.dtype)
+    for place in range(bits.shape[-1]):
+        bit = bits[..., place : place + 1]
+        number = min(2**place, num_experts - 2**place)  # of experts that the bit tells apart
+        pairs, single = shares[..., :number], shares[..., number:]
+        shares = ops.concatenate([pairs * (1.0 - bit), single, pairs * bit], axis=-1)
+    return shares

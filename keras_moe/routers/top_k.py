@@ -14,10 +14,11 @@ from keras_moe.backend import backend
 from keras_moe.ops.routing import checked_choice, weigh
 from keras_moe.ops.selection import (
     SCORES,
+    chosen_experts,
     cosine_logits,
-    group_limited_scores,
     l2_normalize,
     mask_invalid,
+    take_scores,
     top_k_indices,
 )
 from keras_moe.routers import balancers
@@ -246,5 +247,22 @@ class GroupLimitedRouter(TopKRouter):
             )
 
     def select(self, scores):
-        scores = group_limited_scores(scores, self.num_groups, self.top_groups)
+        scores = _group_limited_scores(scores, self.num_groups, self.top_groups)
         return top_k_indices(scores, self.top_k)
+
+
+@backend.jit_when_eager
+def _group_limited_scores(scores, num_groups, top_groups):
+    """Scores (T, E), minus infinity for the experts outside a token's best groups.
+
+    A group is as good as the sum of its two best experts. DeepSeek-V3 (arXiv:2412.19437),
+    section 2.1.2, there called nodes. Not zero: a selection bias makes scores negative, and an
+    excluded expert would beat an admitted one.
+    """
+    size = scores.shape[-1] // num_groups
+    grouped = ops.reshape(scores, (-1, size))
+    best = top_k_indices(grouped, min(2, size))
+    of_groups = ops.sum(take_scores(grouped, best), axis=-1)
+    chosen = top_k_indices(ops.reshape(of_groups, (-1, num_groups)), top_groups)
+    admitted = ops.repeat(chosen_experts(chosen, num_groups), size, axis=1)
+    return ops.where(admitted, scores, float("-inf"))
