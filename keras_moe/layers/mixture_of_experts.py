@@ -20,7 +20,7 @@ from keras_moe.layers import expert_bank, sublayers
 from keras_moe.layers.capacity import Capacity
 from keras_moe.layers.expert_bank import ExpertBank
 from keras_moe.layers.gate import Gate
-from keras_moe.layers.tokens import Tokens, check_call, pass_mask_on, token_shape
+from keras_moe.layers.tokens import Tokens, check_call, num_token_axes, pass_mask_on, token_shape
 from keras_moe.routers.router import Router
 
 
@@ -143,7 +143,7 @@ class MixtureOfExperts(Gate):
         axes = {axis - len(of_token): size for axis, size in enumerate(of_token)}
         self.input_spec = keras.layers.InputSpec(min_ndim=len(of_token) + 1, axes=axes)
         sublayers.warn_of_second_use(self, self.router, self.experts)
-        if not self.router.tokens_choose and self._num_axes(inputs_shape) == 1:
+        if not self.router.tokens_choose and num_token_axes(inputs_shape, self.token_axes) == 1:
             warnings.warn(
                 f"Experts choose among all samples of the batch with the "
                 f"`{type(self.router).__name__}` of `{self.name}`: outputs depend on the rest of "
@@ -156,10 +156,6 @@ class MixtureOfExperts(Gate):
             self.experts.build((None, *of_token))
         if self.shared_expert is not None:
             sublayers.build_shared_expert(self, inputs_shape)
-
-    def _num_axes(self, inputs_shape):
-        """Number of the leading axes, which count tokens."""
-        return self.token_axes or len(inputs_shape) - 1
 
     def tokens_of(self, inputs: Tensor, mask: Tensor | None = None, **others: Any) -> Tokens:
         """The `Tokens` of inputs (batch, ..., D), after a check of all tensors of a call."""
@@ -180,7 +176,7 @@ class MixtureOfExperts(Gate):
                     "`keras.layers.ActivityRegularization` after the layer. Received: "
                     f"{len(returned)} results of `{self.name}`"
                 )
-            pass_mask_on(self._num_axes(returned[0].shape), *returned)
+            pass_mask_on(num_token_axes(returned[0].shape, self.token_axes), *returned)
         return returned
 
     def compute_mask(self, inputs, previous_mask):
@@ -230,14 +226,15 @@ class MixtureOfExperts(Gate):
         outputs_shape = self.experts.compute_output_shape(
             (None, *token_shape(inputs_shape, self.token_axes))
         )
-        return (*inputs_shape[: self._num_axes(inputs_shape)], *outputs_shape[1:])
+        return (*inputs_shape[: num_token_axes(inputs_shape, self.token_axes)], *outputs_shape[1:])
 
     def compute_output_spec(
         self, inputs, mask=None, token_ids=None, indices=None, router_inputs=None, **kwargs
     ):
         if check_call(inputs, mask, self.token_axes, router_inputs, token_ids) is None:
             sublayers.warn_of_lost_mask(self, inputs)
-        shape, num_axes = self.compute_output_shape(inputs.shape), self._num_axes(inputs.shape)
+        shape = self.compute_output_shape(inputs.shape)
+        num_axes = num_token_axes(inputs.shape, self.token_axes)
         sizes = inputs.shape[:num_axes]
         tokens = keras.KerasTensor((None if None in sizes else math.prod(sizes), None))
         routing = self.router.compute_output_spec(tokens, token_ids=token_ids, indices=indices)

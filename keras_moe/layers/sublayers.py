@@ -9,7 +9,7 @@ import keras
 from keras_moe._internal.checks import check_tensors
 from keras_moe._internal.keras_internals import get_keras_mask, sources_of
 from keras_moe.layers.expert_bank import ExpertBank
-from keras_moe.layers.tokens import zero_padding
+from keras_moe.layers.tokens import num_token_axes, zero_padding
 
 # Routers and banks of the mixtures that were built.
 _in_use: weakref.WeakSet = weakref.WeakSet()
@@ -90,7 +90,7 @@ def build_shared_expert(mixture, inputs_shape):
         "shared_expert", mixture.shared_expert, inputs_shape, mixture.token_axes
     )
     expected = mixture.compute_output_shape(inputs_shape)
-    num_axes = mixture.token_axes or len(inputs_shape) - 1
+    num_axes = num_token_axes(inputs_shape, mixture.token_axes)
     if tuple(shape[num_axes:]) != tuple(expected[num_axes:]):
         raise ValueError(
             "`shared_expert` must return as many features as `experts`. Received: "

@@ -31,7 +31,7 @@ class Tokens(NamedTuple):
         """The tokens of the inputs of a call, whose tensors are checked."""
         mask = check_call(inputs, mask, token_axes, router_inputs, token_ids)
         flat = None if mask is None else ops.reshape(mask, (-1,))
-        num_axes = token_axes or len(inputs.shape) - 1
+        num_axes = num_token_axes(inputs.shape, token_axes)
         return cls(_flatten(inputs, mask, num_axes), flat, ops.shape(inputs)[:num_axes])
 
     @property
@@ -74,11 +74,16 @@ def zero_padding(values, mask):
     return ops.where(mask, values, ops.zeros((), values.dtype))
 
 
+def num_token_axes(shape, token_axes=None):
+    """Number of the leading axes that count tokens: `token_axes`, or all but the last."""
+    return token_axes or len(shape) - 1
+
+
 def token_shape(shape, token_axes=None):
-    """The shape of a token in inputs, whose first `token_axes` axes, or all but the last, count."""
+    """The shape of a token in inputs."""
     if isinstance(shape, dict) or any(isinstance(size, (list, tuple)) for size in shape):
         raise ValueError(f"`inputs` must be one tensor. Received: tensors of shapes {shape}")
-    num_axes = token_axes or len(shape) - 1
+    num_axes = num_token_axes(shape, token_axes)
     of_token = tuple(shape[num_axes:])
     if None in of_token or not of_token or not num_axes:
         raise ValueError(
