@@ -39,7 +39,7 @@ def own_losses(layer):
 
 
 def is_first_in_pass(layer):
-    """Whether the call of the outermost layer has not called a layer before. Ask once a call."""
+    """Return True at a layer's first call in this pass, and remember it."""
     call = get_global_attribute("current_call_ctx")
     seen = set() if call is None else vars(call).setdefault("called_gates", set())
     is_first = layer not in seen

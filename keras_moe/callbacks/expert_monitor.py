@@ -35,8 +35,9 @@ class ExpertMonitor(keras.callbacks.Callback):
     - `dropped_fraction`, with a capacity: largest share of assignments that found no slot
     - `router_loss`, with router losses: their part of `loss`, the mean of all passes of the model
 
-    `history`, a dict of lists by epoch as in `keras.callbacks.History`, has the first three, and
-    more, of each layer, such as `moe_load_imbalance` and in validation `val_moe_load_imbalance`.
+    `history`, a dict of lists by epoch as in `keras.callbacks.History`, has `load_imbalance`,
+    `dead_experts`, `dropped_fraction` of each layer, as `moe_load_imbalance` and in validation
+    `val_moe_load_imbalance`, and:
 
     - `load_entropy`: entropy of the experts' shares over `log E`, 1 at balance, 0 in a collapse
     - `router_entropy`: entropy of a token's scores over `log E`, 1 undecided, 0 decided

@@ -77,10 +77,11 @@ def _recomputed(layer, call, *args, **kwargs):
 
 
 def _effects_once(call):
-    """The `call` of a layer, for `torch.utils.checkpoint`, which calls layers again unannounced.
+    """The `call` of a layer, for `torch.utils.checkpoint`.
 
-    A repeated call stands for the last call in training: it starts from the same state, and has no
-    effects. The layer keeps that state until it is called without `training`.
+    It calls layers a second time in the backward pass without telling them. A repeated call stands
+    for the last call in training: it starts from the same state, and has no effects. The layer
+    keeps that state until it is called without `training`.
     """
 
     if "training" not in inspect.signature(call).parameters:
