@@ -140,21 +140,16 @@ def sources_of(tensor):
 def set_state(layer, name, value):
     """Put another sublayer in the place of a built layer's attribute."""
     old, tracker = getattr(layer, name), layer._tracker
-    places = [
-        (store, index)
-        for _, store in tracker.config.values()
-        for index, each in enumerate(store)
-        if each is old
-    ]
+    layers = tracker.config["layers"][1]
+    place = next((place for place, each in enumerate(layers) if each is old), None)
     was_locked = tracker.locked
     tracker.unlock()
     tracker.untrack(old)
     setattr(layer, name, value)
     if was_locked:
         tracker.lock()
-    for store, place in places:
-        if store and store[-1] is value:
-            store.insert(place, store.pop())
+    if place is not None and layers and layers[-1] is value:
+        layers.insert(place, layers.pop())
 
 
 def untrack(layer, variable):

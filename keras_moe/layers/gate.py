@@ -58,10 +58,6 @@ class Gate(Recomputable):
 
     The counters only grow: a report is the difference of two readings. Evaluation is counted where
     an observer asks for it, by counters of its own.
-
-    Attributes:
-        router: The `routers.Router`.
-        router_losses: Tuple of `losses.RouterLoss`.
     """
 
     # Whether the config of this layer, rather than of a block around it, has its arguments.
@@ -155,14 +151,12 @@ class Gate(Recomputable):
 
     def _build_losses(self):
         """Add the variables of each loss, a list for each: the state is the layer's."""
-
-        def add(name, shape, dtype):
-            state = {"initializer": "zeros", "trainable": False, "autocast": False}
-            return self.add_weight(name=name, shape=shape, dtype=dtype, **state)
-
-        number = self.router.num_experts
+        zeros = {"initializer": "zeros", "trainable": False, "autocast": False}
         self.loss_states = [
-            [add(name, *each) for name, each in loss.state_shapes(number).items()]
+            [
+                self.add_weight(name=name, shape=shape, dtype=dtype, **zeros)
+                for name, (shape, dtype) in loss.state_shapes(self.router.num_experts).items()
+            ]
             for loss in self.router_losses
         ]
 
@@ -177,39 +171,33 @@ class Gate(Recomputable):
         indices: Tensor | None = None,
     ) -> Routing:
         """Return the routing of `Tokens` and its plan, after capacity, losses and counters."""
-        observers = self._present_observers()
+        observers = [each() for each in self._observers if each() is not None]
         for observer in observers:
             indices = observer.indices if indices is None else indices
         earlier = own_losses(self.router) if training else []
         # On JAX the call of a gate is the outermost, in PyTorch's recomputation losses come later.
         is_first = bool(training) and is_first_in_pass(self) and not (earlier or own_losses(self))
-        length = tokens.sequence_length
-        routing = self._route(
-            tokens.vectors(router_inputs),
-            training,
-            mask=tokens.mask,
-            sequence_length=length,
-            token_ids=token_ids,
-            indices=indices,
-        )
+        routing = self._route(tokens, training, router_inputs, token_ids=token_ids, indices=indices)
         counts = any(observer.counts for observer in observers) and not in_symbolic_scope()
         if training or counts:
             added = own_losses(self.router)[len(earlier) :] if training else []
-            self._add_losses_and_count(routing, length, training, added, is_first)
+            self._add_losses_and_count(routing, tokens.sequence_length, training, added, is_first)
         for observer in observers:
             if observer.saw is not None:
                 observer.saw(routing.without_plan(), tokens.values)
         return routing
 
-    def _route(self, vectors, training, **context):
+    def _route(self, tokens, training, router_inputs, **context):
         """The routing of the router, in which experts take no more tokens than their capacity."""
+        length = tokens.sequence_length
+        context |= {"mask": tokens.mask, "sequence_length": length}
         # Keras looks through each argument.
         given = {name: each for name, each in context.items() if each is not None}
+        vectors = tokens.vectors(router_inputs)
         routing = self.router(vectors, training=training, with_plan=True, **given)
         if self.capacity is None:
             return routing
         limited = sum(bank.num_capacity_limited for bank in self.banks)
-        length = context["sequence_length"]
         return self.capacity.admit(routing, length, training, self._capacity_seed, limited)
 
     def _add_losses_and_count(self, routing, sequence_length, training, added, is_first):
@@ -266,9 +254,6 @@ class Gate(Recomputable):
         """Remove an observer, if it is there."""
         others = (each for each in self._observers if each() not in (observer, None))
         self._observers = tuple(others)
-
-    def _present_observers(self):
-        return [each() for each in self._observers if each() is not None]
 
     def read_counts(self, evaluation: bool = False) -> Counts:
         """Return what a built layer has counted so far, in training or in evaluations."""
