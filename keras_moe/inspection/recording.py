@@ -129,13 +129,14 @@ def count_in_evaluation(model: keras.Model) -> contextlib.AbstractContextManager
 def _observing(observers, model=None, traced_again=()):
     """A context in which layers have observers, by the layer."""
     try:
-        with contextlib.ExitStack() as stack:
-            for layer, observer in observers.items():
-                stack.enter_context(layer.observed_by(observer))
-            if model is not None:
-                forget_compiled(model, traced_again)
-            yield
+        for layer, observer in observers.items():
+            layer.add_observer(observer)
+        if model is not None:
+            forget_compiled(model, traced_again)
+        yield
     finally:
+        for layer, observer in observers.items():
+            layer.remove_observer(observer)
         if model is not None:
             forget_compiled(model, traced_again)
 

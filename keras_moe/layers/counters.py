@@ -71,16 +71,11 @@ class Counters(NamedTuple):
 
 
 class Counts(NamedTuple):
-    """A reading of the counters of a gate, or the difference of two: NumPy arrays.
+    """A reading of the counters of a gate, or the difference of two: NumPy arrays."""
 
-    - `assignments` (E,): assignments of each expert.
-    - `dropped`: number of assignments that found no slot.
-    - `totals` (V,) and `numbers` (V,): sum and number of finite values: one for each call; the last
-      value, one for each pass.
-    """
-
-    assignments: Any
-    dropped: Any
+    assignments: Any  # (E,) of each expert
+    dropped: Any  # () assignments that found no slot
+    # (V,) sum and number of finite values: one for each call; the last value, one for each pass.
     totals: Any
     numbers: Any
 

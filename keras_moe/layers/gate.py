@@ -3,11 +3,10 @@
 Axes: T tokens, E experts, K experts per token.
 """
 
-import contextlib
 import dataclasses
 import warnings
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import keras
@@ -121,10 +120,9 @@ class Gate(Recomputable):
         if not self.router.built:
             self.router.build((None, features))
         initial = self.loss_weights_in_force
-        number = len(self.router_losses)
         self.router_loss_weights = self.add_weight(
             name="router_loss_weights",
-            shape=(number,),
+            shape=(len(initial),),
             initializer=lambda shape, dtype: ops.array(initial, dtype),
             dtype="float32",
             trainable=False,
@@ -235,17 +233,8 @@ class Gate(Recomputable):
 
     # Observers and readers
 
-    @contextlib.contextmanager
-    def observed_by(self, observer: Observer) -> Iterator[None]:
-        """A context in which an observer sees the routings of eager calls."""
-        self.add_observer(observer)
-        try:
-            yield
-        finally:
-            self.remove_observer(observer)
-
     def add_observer(self, observer: Observer) -> None:
-        """Add an observer, until it is removed or nothing else refers to it."""
+        """Let an observer see the routings of calls, while anything else refers to it."""
         self.remove_observer(observer)
         # The latest comes first: of nested contexts the inner one replays.
         self._observers = (weakref.ref(observer), *self._observers)
