@@ -144,7 +144,7 @@ class TensorFlowBackend(Backend):
 
         return others, pullback
 
-    def _matmul(self, left, right, transposed=False):
+    def matmul(self, left, right, transposed=False):
         return tf.matmul(left, right, transpose_b=transposed)  # without a transposed copy
 
     def layout(self, problem, platform):

@@ -8,7 +8,7 @@ from keras import ops
 
 from keras_moe.backend import torch_experts
 from keras_moe.backend.base import Backend, packed_order
-from keras_moe.backend.torch_groups import Runs, is_traced, multiply, sizes_on_host, split
+from keras_moe.backend.torch_groups import Runs, is_traced, sizes_on_host, split
 
 # With fewer comparisons, counting by them takes fewer operations.
 MAX_COMPARED = 2**16
@@ -109,8 +109,6 @@ class TorchBackend(Backend):
             return torch.autograd.grad(output, inputs, cotangent, materialize_grads=True)
 
         return others, pullback
-
-    multiply = staticmethod(multiply)
 
     layout = Runs
 

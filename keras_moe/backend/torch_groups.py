@@ -118,7 +118,7 @@ class _Run:
         if len(self.sizes) == 1:  # also in a program, where nothing is written in place
             take = operator.itemgetter(self.experts[0])
             bias = None if bias is None else take(bias)
-            return kernels.entry(take).multiply(rows, bias, transposed)
+            return multiply(kernels.entry(take), rows, bias, transposed)
         outputs = rows.new_empty((rows.shape[0], kernels.shape[1 if transposed else 2]))
         parts = rows.split(self.sizes)
         if kernels.scale is not None and not kernels.is_packed and not transposed:
@@ -127,7 +127,7 @@ class _Run:
             if len(output):
                 kernel = kernels.entry(operator.itemgetter(expert))
                 added = None if bias is None else bias[expert]
-                product = kernel.multiply(part, added, transposed, output)
+                product = multiply(kernel, part, added, transposed, output)
                 if product is not output:
                     output.copy_(product)
         return outputs
@@ -181,8 +181,10 @@ class _AllOnDevice(_Run):
         return totals[:-1].to(total.dtype)
 
 
-def multiply(kernel, rows, bias=None, transposed=False, output=None):
-    """See `Backend.multiply`; rows may be `torch_integers.Digits`."""
+def multiply(kernel, rows, bias, transposed, output=None):
+    """`Kernel.multiply`, perhaps into an output; rows may be `torch_integers.Digits`."""
+    if kernel.is_packed:
+        return kernel.multiply(rows, bias, transposed)
     if kernel.scale is not None:
         return torch_integers.multiply(kernel, rows, bias, transposed, output)
     values = kernel.values.to(rows.dtype)

@@ -29,7 +29,7 @@ LONGEST_SUM = 2**16
 
 
 def multiply(kernel, rows, bias, transposed, output):
-    """See `Backend.multiply`. The kernel is int8 (D, H), and rows are a tensor or `Digits`."""
+    """See `torch_groups.multiply`. The kernel is int8 (D, H), and rows are a tensor or `Digits`."""
     kernel, scale = kernel
     scale = scale.to(rows.dtype if output is None else output.dtype)
     if transposed:
