@@ -91,7 +91,7 @@ class Backend:
         return function
 
     def jit_when_eager(self, function):
-        """Compile the function as a whole if an eager call would compile each operation.
+        """On JAX, compile an eager call as one program instead of one for each operation.
 
         The function must depend on its arguments only: tensors, and values that rarely change.
         """
@@ -122,7 +122,10 @@ class Backend:
         raise NotImplementedError
 
     def vjp(self, function, inputs):
-        """For `function(*inputs) -> output, others`, return others and the vjp of output."""
+        """Run the function, which returns (output, others).
+
+        Return others, and a function from output's gradient to the inputs'.
+        """
         raise NotImplementedError
 
     # Grouped products: two bilinear functions, each the transpose of the other

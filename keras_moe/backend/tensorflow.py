@@ -16,7 +16,7 @@ from keras_moe.backend.layouts import AllRows, Parts
 from keras_moe.backend.tiles import Tiles
 
 # With more rows for an expert, on average, it is faster to compute experts side by side.
-MAX_ROWS = 0.5
+MAX_LOOP_ROWS = 0.5
 
 # The same where kernels are converted: a loop skips the kernels of experts without rows.
 MAX_CONVERTED_ROWS = 16
@@ -155,7 +155,7 @@ class TensorFlowBackend(Backend):
             dtype, kernels = problem.tokens.dtype, [each.kernel for each in problem.maps.values()]
             converts = any(kernel.dtype != dtype for kernel in kernels)
             # As in decoding, where most experts have no rows: in a graph even they cost operations.
-            most_rows = MAX_CONVERTED_ROWS if converts else MAX_ROWS
+            most_rows = MAX_CONVERTED_ROWS if converts else MAX_LOOP_ROWS
             if num_rows <= problem.plan.num_experts * most_rows:
                 return Tiles(self, problem, platform)
         return _Groups(problem.plan)
