@@ -92,10 +92,9 @@ class Runs(Parts):
 class _Run:
     """The rows of neighbouring groups."""
 
-    def __init__(self, start):
-        self.experts: Any = []
-        self.sizes: Any = []
-        self.num_rows, self.start = 0, start
+    def __init__(self, start, experts=(), sizes=()):
+        self.start, self.experts, self.sizes = start, [*experts], [*sizes]
+        self.num_rows = sum(sizes)
 
     def add(self, expert, size):
         self.experts.append(expert)
@@ -144,10 +143,8 @@ class AllOnDevice(AllRows):
 
     @functools.cached_property
     def _run(self):
-        run = _Run(0)
         # The last size is the padding's.
-        run.experts, run.sizes = range(len(self.sizes)), sizes_on_host(self.sizes, self.num_rows)
-        return run
+        return _Run(0, range(len(self.sizes)), sizes_on_host(self.sizes, self.num_rows))
 
     def product(self, rows, kernels, bias=None, transposed=False):
         if kernels.scale is not None or not has_grouped_mm(rows, kernels.values):

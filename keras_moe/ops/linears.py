@@ -105,8 +105,8 @@ class Int4Kernel(NamedTuple):
         # columns first.
         even, odd = self._even_and_odd(rows.dtype)
         if transposed:
-            d_even = ops.matmul(rows[:, ::2], ops.transpose(even))
-            return d_even + ops.matmul(rows[:, 1::2], ops.transpose(odd))
+            d_even = backend.matmul(rows[:, ::2], even, transposed=True)
+            return d_even + backend.matmul(rows[:, 1::2], odd, transposed=True)
         product = self._join(ops.matmul(rows, even), ops.matmul(rows, odd))
         return product if bias is None else product + bias
 

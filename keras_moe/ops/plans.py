@@ -11,7 +11,7 @@ from keras import ops
 from keras_moe._internal import Tensor
 from keras_moe._internal.checks import check_tensors
 from keras_moe.backend import backend
-from keras_moe.ops.routing import Routing, count_assignments, counted, masked, served_and_counts
+from keras_moe.ops.routing import count_assignments, counted, masked, served_and_counts
 from keras_moe.ops.sorting import as_dtype, at_least, sort_by_expert
 
 
@@ -238,12 +238,6 @@ class GroupedPlan(NamedTuple):
         assigned = ops.cast(ops.sum(counts), "float32")
         served = ops.cast(ops.sum(self.sizes), "float32")
         return ops.maximum(assigned - served, 0.0) / ops.maximum(assigned, 1.0)
-
-    def serve_each(self, experts: Any, tokens: Tensor, routing: Routing) -> Tensor:
-        """The outputs (T, K, ...) of the assignments of a routing, zero where one is not served."""
-        # Where experts choose, as if tokens chose the same.
-        plan = self if self.places is None else plan_routing(routing)
-        return experts.compute_each(tokens, plan)
 
 
 def plan_choices(experts, weights, places, mask):
