@@ -152,8 +152,8 @@ class TensorFlowBackend(Backend):
             return (Tiles if platform == "cpu" else AllRows)(self, problem, platform)
         num_rows = problem.plan.num_rows()
         if platform == "cpu" and not tf.executing_eagerly() and isinstance(num_rows, int):
-            dtype, kernels = problem.tokens.dtype, [each.kernel for each in problem.maps.values()]
-            converts = any(kernel.dtype != dtype for kernel in kernels)
+            dtypes = {linear.kernel.values.dtype for linear in problem.maps.values()}
+            converts = dtypes != {problem.tokens.dtype}
             # As in decoding, where most experts have no rows: in a graph even they cost operations.
             most_rows = MAX_CONVERTED_ROWS if converts else MAX_LOOP_ROWS
             if num_rows <= problem.plan.num_experts * most_rows:
@@ -247,7 +247,7 @@ class _Group:
         kernel = kernels.entry(operator.itemgetter(self.expert))
         bias = None if bias is None else tf.cast(bias[self.expert], rows.dtype)
         is_known = isinstance(self.size, int)
-        if is_known or transposed or kernel.is_packed or kernel.dtype == rows.dtype:
+        if is_known or transposed or kernel.is_packed or kernel.values.dtype == rows.dtype:
             return kernel.multiply(rows, bias, transposed)
         # Converting a kernel takes too long for an expert without rows: there only its first row is
         # converted. LiteRT fails to multiply no rows by it, so there is one of zeros.

@@ -49,10 +49,6 @@ class Kernel(NamedTuple):
     def shape(self):
         return self.values.shape
 
-    @property
-    def dtype(self):
-        return self.values.dtype
-
     def entry(self, take):
         """The kernels, or the one, that `take` returns of each tensor (E, ...)."""
         return Kernel(take(self.values), None if self.scale is None else take(self.scale))
@@ -89,10 +85,6 @@ class Int4Kernel(NamedTuple):
     @property
     def shape(self):
         return (*self.values.shape[:-1], self.scale.shape[-1])
-
-    @property
-    def dtype(self):
-        return self.values.dtype
 
     def entry(self, take):
         return Int4Kernel(*map(take, self))
