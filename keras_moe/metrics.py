@@ -281,7 +281,7 @@ def as_counts(counts, axes="E", name="counts"):
     if isinstance(counts, Routing):
         raise TypeError(f"`{name}` must be numbers, such as `routing.counts`. Received: a routing")
     array = host_values(counts)
-    if array is not None and not (array >= 0).all():
+    if array is not None and (array < 0).any():
         raise ValueError(f"`{name}` must be numbers of at least 0. Received: {array.min()}")
     counts = ops.convert_to_tensor(counts, "float32")
     check_tensors(**{name: (counts, axes)})

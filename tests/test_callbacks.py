@@ -155,6 +155,14 @@ def test_the_logged_router_loss_is_what_each_batch_adds_to_the_loss():
     assert monitor.history["own_router_loss"][0] > 0.01, "a loss of the router itself"
 
 
+def test_a_batch_of_nan_does_not_end_the_counts_of_weights():
+    layer = moe(router="dense", name="moe")
+    model, monitor = model_of(layer), ExpertMonitor()
+    layer(np.full((3, E), np.nan, "float32"), training=True)
+    fit(model, monitor, validation=False)
+    assert np.isfinite([*monitor.shares["moe"], array(layer.expert_counts)]).all()
+
+
 def test_shares_of_all_epochs_are_kept_and_a_resumed_training_continues_them():
     model, monitor, one, even = model_of(routed()), ExpertMonitor(), [0.75, 0.25, 0, 0], [0.25] * 4
     nothing = [np.nan] * 4

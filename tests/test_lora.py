@@ -85,6 +85,15 @@ def test_kernels_stay_frozen_when_a_model_is_thawed():
 
 
 @on_one_backend
+def test_the_state_of_a_frozen_router_stays_as_it_is():
+    router = routers.TopKRouter(E, balancer="loss_free")
+    router(normal(6, D))
+    router.trainable = False
+    router.enable_lora(2)
+    router(normal(6, D), training=True)
+    assert not to_numpy(router.selection_bias).any()
+
+
 def test_of_frozen_layers_the_factors_alone_train():
     model = model_of("gated, cosine")
     model.get_layer("moe").trainable = False

@@ -122,8 +122,9 @@ def test_the_entropies_of_selectors_are_summed():
     assert_close(array(losses.SelectorEntropy(0.5)(routing)), 0.5 * expected)
 
 
-def test_the_layer_tells_the_loss_what_a_sequence_is():
-    layer = moe(router_losses=[losses.LoadBalance(1.0, scope="sequence")])
+@pytest.mark.parametrize("router", ["top_k", "dense"])
+def test_the_layer_tells_the_loss_what_a_sequence_is(router):
+    layer = moe(router=router, router_losses=[losses.LoadBalance(1.0, scope="sequence")])
     x = normal(3, 5, D)
     layer(x, training=True)
     (value,) = layer.losses

@@ -215,6 +215,14 @@ def test_a_router_of_any_size_equals_the_oracle_whatever_padding_holds(name, mod
 
 
 @on_each_backend
+def test_nan_in_one_column_of_the_kernel_is_not_hidden():
+    router = routers.TopKRouter(E, top_k=2, score="sigmoid")
+    router.build((None, 8))
+    router.kernel.assign(np.where(np.arange(E) == 1, np.nan, normal(8, E)))
+    routing = router(normal(6, 8))
+    assert np.isnan(keras.ops.convert_to_numpy(routing.weights)).any(axis=1).all()
+
+
 @pytest.mark.parametrize("factor, has_nan", [(1.6, False), (2.0, True)])
 def test_experts_choose_a_token_of_nan_last(factor, has_nan, mode):
     logits, mask = normal(6, 2), np.arange(6) < 5

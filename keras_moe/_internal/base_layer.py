@@ -119,7 +119,7 @@ class Adaptable:
             )
         self.check_takes_lora()
         if not layer.trainable:  # The factors of a frozen layer train, and nothing else of it.
-            layer.trainable = True
+            layer.trainable, layer.state_is_frozen = True, True
             for weight in layer.weights:
                 weight.trainable = False
         initializers = map(keras.initializers.get, (a_initializer, b_initializer))

@@ -41,7 +41,7 @@ class MixtureOfExperts(Gate):
         experts: Bank of experts, such as `FeedForwardExperts` or `LayerExperts`. Required.
         router: Router, or a name for `routers.get`. Its number of experts is the bank's by default.
         router_losses: List of losses of the routing, objects or names for `losses.get`. None: the
-            `default_losses` of the router, for most `("load_balance", "router_z")`.
+            `default_losses` of the router, for most `("load_balance", "router_z")`. `[]`: none.
         shared_expert: Keras layer that serves every token, its output added to the chosen experts'
             output, or None. DeepSeekMoE (arXiv:2401.06066), section 3.2.
         capacity_factor: Positive float, the factor of a `Capacity` with its defaults; a `Capacity`;

@@ -102,7 +102,7 @@ class StackedExperts(Adaptable, ExpertBank):
 
     def network(self, rows: Tensor, linear: Callable) -> Tensor:
         """Return the outputs (n, D') of rows (n, D)."""
-        raise NotImplementedError
+        raise NotImplementedError(f"`{type(self).__name__}` must implement `network`")
 
     def projection(self, name: str) -> Projection:
         """Return the projection of a built bank by its name."""

@@ -244,7 +244,9 @@ def weighted_counts(indices, weights, mask):
 
     Indices (T, E) have all experts, -1 where one does not serve. The sum is that of assignments.
     """
-    weights = ops.stop_gradient(ops.where(ops.expand_dims(mask, 1), weights, 0.0))
+    # A sum that is NaN once would stay so in the counters.
+    counted = ops.logical_and(ops.expand_dims(mask, 1), ops.isfinite(weights))
+    weights = ops.stop_gradient(ops.where(counted, weights, 0.0))
     totals = ops.sum(weights_of_experts(indices, weights, indices.shape[1]), axis=0)
     served = ops.logical_and(ops.expand_dims(mask, 1), indices >= 0)
     assigned = ops.sum(ops.cast(served, "float32"))

@@ -97,7 +97,7 @@ def _inverse_length(vectors, axis):
 def top_k_indices(scores, top_k):
     """The `top_k` experts (T, K), int32, of scores (T, E), best first; ties go to the lower index.
 
-    NaN scores choose valid experts too: the output is NaN then, and nothing is read out of range.
+    NaN ranks first, so that the output is NaN as well, and nothing is read out of range.
     """
     # K rounds of argmax agree on ties and NaN on every backend, where top_k does not, as fast.
     num_tokens, num_experts = scores.shape
@@ -106,8 +106,8 @@ def top_k_indices(scores, top_k):
         raise ValueError(f"{rule}. Received: top_k={top_k}, {num_experts} experts")
     if num_tokens == 0:  # Keras cannot take the maximum of an empty axis.
         return ops.zeros((0, top_k), "int32")
-    # NaN and minus infinity rank above the experts that are taken already.
-    rest = ops.where(scores > LOW, scores, LOW)
+    # Minus infinity ranks above the experts that are taken already.
+    rest = ops.where(ops.isnan(scores), float("inf"), ops.maximum(scores, LOW))
     experts = ops.arange(num_experts, dtype="int32")
     chosen = [backend.argmax(rest)]
     for _ in range(top_k - 1):

@@ -81,6 +81,7 @@ class Router(BaseLayer):
     has_logits = False  # whether its logits are learned, so that reports judge them
     normalizes_kernel = False  # whether rescaling the kernel leaves the logits unchanged
     shift_invariant: Any = True  # whether a number added to all logits of a token changes nothing
+    state_is_frozen = False  # whether it was frozen before it got LoRA
     surgeries: tuple = ()  # "cut", "merge", "copy": what `surgery` can do with its experts
     has_fixed_top_k = False  # whether weights depend on `top_k`, which `surgery` cannot change then
 
@@ -176,13 +177,18 @@ class Router(BaseLayer):
             counts = weighted_counts(routing.indices, routing.weights, real)
             routing = routing._replace(counts=counts)
         routing = complete(routing, real, is_full=mask is None)
-        if training and self.trainable and indices is None:
+        if training and self.updates_state and indices is None:
             self.update(routing)
         return routing if with_plan else routing.without_plan()
 
     def route(self, tokens: Tensor, mask: Tensor, training: bool | None, **context: Any) -> Routing:
         """Return the routing of tokens (T, D), zeros where the mask (T,) is False."""
         raise NotImplementedError(f"`{type(self).__name__}` must implement `route`")
+
+    @property
+    def updates_state(self) -> bool:
+        """Whether training updates state, such as a selection bias: not if the router is frozen."""
+        return self.trainable and not self.state_is_frozen
 
     def update(self, routing: Routing) -> None:
         """Update the state of the router, in training, by a routing that was not replayed."""

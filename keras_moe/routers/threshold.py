@@ -147,7 +147,7 @@ class ReLURouter(LogitRouter):
         # A copy: PyTorch needs the old value for the gradient, after the assignment.
         strength = self.strength + 0.0
         self.add_loss(strength * ops.sum(ops.stop_gradient(share) * mean_scores))
-        if not self.trainable:
+        if not self.updates_state:
             return
         error = ops.sign(ops.sum(load) - self.top_k)
         error = ops.where(num_real > 0, error, 0.0)
