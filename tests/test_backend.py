@@ -72,10 +72,15 @@ METHODS = {
         [ints(1, 4, 3, 0, 2, 6, 5), ints(3, 1, 0, 2)],
     ),
     "the larger size": (lambda n: backend.larger_size(1, n), (np.int32(0),), np.int32(1)),
+    "a product with a matrix, and with its transpose": (
+        lambda *each: [backend.matmul(*each), backend.matmul(*each, transposed=True)],
+        (VECTOR, KERNEL.astype("float32")),
+        [ints([5, 2], dtype="float32"), ints([3, 3], dtype="float32")],
+    ),
     "rows times a kernel of integers, with a bias, and transposed with a scale": (
         lambda rows, kernel, bias, scale: [
-            backend.multiply(Kernel(kernel), rows, bias),
-            backend.multiply(Kernel(kernel, scale), rows, transposed=True),
+            Kernel(kernel).multiply(rows, bias),
+            Kernel(kernel, scale).multiply(rows, transposed=True),
         ],
         (VECTOR, KERNEL, BIAS, ints([2, 4], dtype="float32")),
         [ints([9, 7], dtype="float32"), ints([6, 10], dtype="float32")],

@@ -447,6 +447,7 @@ REFUSED = [
     ("upcycle([plain(), plain('tanh')])", "must have the same layers"),
     ("upcycle([plain(), plain(use_bias=False)])", "shapes of weights"),
     ("freeze_all_but(plain(), 'lora')", "`pattern` must"),
+    ("freeze_all_but(plain(), ['dense'])", "`pattern` must be a regular expression"),
     ("merge_lora(plain())", "must have `LowRankExperts`"),
     ("layers.LowRankExperts(dense_experts(D), E, 2)", "`base` must be a bank with stacked"),
     ("layers.LowRankExperts(bank(2), E, 2)", "`base` must have one expert"),

@@ -31,13 +31,14 @@ _PLACES |= dict.fromkeys(_OF_MIXTURE, "`MixtureOfExperts`")
 
 
 class BaseLayer(KeepsLosses, keras.layers.Layer):
-    """Abstract: a layer whose config has the arguments of its constructors, kept as attributes."""
+    """Abstract: a layer whose `get_config` reads its constructor's arguments from attributes."""
 
     # Arguments of a parent's constructor that the constructor of the class sets itself.
     fixed_arguments: tuple[str, ...] = ()
 
     def __init__(self, **kwargs: Any):
-        for name in [name for name in kwargs if name in _PLACES]:
+        name = next((name for name in kwargs if name in _PLACES), None)
+        if name is not None:
             raise TypeError(
                 f"`{name}` is an argument of {_PLACES[name]}. Received: {name}="
                 f"{shortened(kwargs[name])} for a `{type(self).__name__}`"
@@ -46,6 +47,7 @@ class BaseLayer(KeepsLosses, keras.layers.Layer):
         backend.separate_losses(self)
 
     def quantized_call(self, *args, **kwargs):
+        # Keras calls this in place of `call` where the dtype policy is quantized.
         return self.call(*args, **kwargs)
 
     def save_own_variables(self, store):

@@ -15,7 +15,7 @@ register = keras.saving.register_keras_serializable(package=PACKAGE)
 
 
 def arguments_of(configured):
-    """The arguments of our constructors of an object, which it has as attributes."""
+    """Constructor arguments of an object's classes in this package, read from its attributes."""
     classes = type(configured).__mro__
     own = [cls for cls in classes if cls.__module__.startswith(PACKAGE) and "__init__" in vars(cls)]
     names: list = sum((_named_arguments(vars(cls)["__init__"]) for cls in reversed(own)), [])

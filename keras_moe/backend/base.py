@@ -91,7 +91,7 @@ class Backend:
         return function
 
     def jit_when_eager(self, function):
-        """Compile the function as a whole if an eager call would compile each operation.
+        """On JAX, compile an eager call as one program instead of one for each operation.
 
         The function must depend on its arguments only: tensors, and values that rarely change.
         """
@@ -122,7 +122,10 @@ class Backend:
         raise NotImplementedError
 
     def vjp(self, function, inputs):
-        """For `function(*inputs) -> output, others`, return others and the vjp of output."""
+        """Run the function, which returns (output, others).
+
+        Return others, and a function from output's gradient to the inputs'.
+        """
         raise NotImplementedError
 
     # Grouped products: two bilinear functions, each the transpose of the other
@@ -147,18 +150,7 @@ class Backend:
         """Return `left^T right` of each group, (E, D, H), for (R, D) and (R, H); 0 without rows."""
         return padded.outer(left, right, sizes, dtype)
 
-    def multiply(self, kernel, rows, bias=None, transposed=False, output=None):
-        """The method `multiply` of `ops.linears.Kernel`."""
-        values, scale, dtype = kernel.values, kernel.scale, rows.dtype
-        values = values if values.dtype == dtype else ops.cast(values, dtype)
-        if scale is not None and transposed:
-            rows = rows * ops.cast(scale, dtype)
-        product = self._matmul(rows, values, transposed)
-        if scale is not None and not transposed:
-            product = product * ops.cast(scale, dtype)
-        return product if bias is None else product + bias
-
-    def _matmul(self, left, right, transposed=False):
+    def matmul(self, left, right, transposed=False):
         """Return the product of two matrices, or of the first and the transposed second."""
         return ops.matmul(left, ops.transpose(right) if transposed else right)
 

@@ -2,8 +2,8 @@
 
 A layout has one method that computes, `run`: see `Parts.run`. What has a row for each row of a plan
 is a buffer in it, in a form of its own: `split` makes one from rows (R, W), and `join` is the
-inverse. Each part has `product(rows, kernels, bias=None, transposed=False)` of its rows, and
-`row_numbers()`, (n,) int32.
+inverse. Each part has `product(rows, kernels, bias=None, transposed=False)` of its rows, and, but
+for `AllTokens`, `row_numbers()`, (n,) int32.
 """
 
 from typing import Any
@@ -17,8 +17,8 @@ class Parts:
     """Abstract: a layout of `parts`, one after the other; a buffer is a list of their rows.
 
     `gather(tokens)` makes a buffer of a copy for each row. The gradient of a trained tensor (E,
-    ...) begins as `empty(tensor)`, perhaps a list of E; each part returns it after its own
-    `gradient(field, left, right, total)`.
+    ...) starts as `empty(tensor)`, perhaps a list of E; each part's `gradient(field, left, right,
+    total)` adds its share and returns it.
     """
 
     parts: Any

@@ -16,7 +16,7 @@ from keras_moe.backend.layouts import AllRows, Parts
 from keras_moe.backend.tiles import Tiles
 
 # With more rows for an expert, on average, it is faster to compute experts side by side.
-MAX_ROWS = 0.5
+MAX_LOOP_ROWS = 0.5
 
 # The same where kernels are converted: a loop skips the kernels of experts without rows.
 MAX_CONVERTED_ROWS = 16
@@ -144,7 +144,7 @@ class TensorFlowBackend(Backend):
 
         return others, pullback
 
-    def _matmul(self, left, right, transposed=False):
+    def matmul(self, left, right, transposed=False):
         return tf.matmul(left, right, transpose_b=transposed)  # without a transposed copy
 
     def layout(self, problem, platform):
@@ -152,10 +152,10 @@ class TensorFlowBackend(Backend):
             return (Tiles if platform == "cpu" else AllRows)(self, problem, platform)
         num_rows = problem.plan.num_rows()
         if platform == "cpu" and not tf.executing_eagerly() and isinstance(num_rows, int):
-            dtype, kernels = problem.tokens.dtype, [each.kernel for each in problem.maps.values()]
-            converts = any(kernel.dtype != dtype for kernel in kernels)
+            dtypes = {linear.kernel.values.dtype for linear in problem.maps.values()}
+            converts = dtypes != {problem.tokens.dtype}
             # As in decoding, where most experts have no rows: in a graph even they cost operations.
-            most_rows = MAX_CONVERTED_ROWS if converts else MAX_ROWS
+            most_rows = MAX_CONVERTED_ROWS if converts else MAX_LOOP_ROWS
             if num_rows <= problem.plan.num_experts * most_rows:
                 return Tiles(self, problem, platform)
         return _Groups(problem.plan)
@@ -247,7 +247,7 @@ class _Group:
         kernel = kernels.entry(operator.itemgetter(self.expert))
         bias = None if bias is None else tf.cast(bias[self.expert], rows.dtype)
         is_known = isinstance(self.size, int)
-        if is_known or transposed or kernel.is_packed or kernel.dtype == rows.dtype:
+        if is_known or transposed or kernel.is_packed or kernel.values.dtype == rows.dtype:
             return kernel.multiply(rows, bias, transposed)
         # Converting a kernel takes too long for an expert without rows: there only its first row is
         # converted. LiteRT fails to multiply no rows by it, so there is one of zeros.

@@ -8,7 +8,7 @@ from keras import ops
 
 from keras_moe.backend import torch_experts
 from keras_moe.backend.base import Backend, packed_order
-from keras_moe.backend.torch_groups import Runs, is_traced, multiply, sizes_on_host, split
+from keras_moe.backend.torch_groups import AllOnDevice, Runs, is_traced, sizes_on_host, split
 
 # With fewer comparisons, counting by them takes fewer operations.
 MAX_COMPARED = 2**16
@@ -110,9 +110,10 @@ class TorchBackend(Backend):
 
         return others, pullback
 
-    multiply = staticmethod(multiply)
-
-    layout = Runs
+    def layout(self, problem, platform):
+        if platform == "gpu" and not is_traced():
+            return AllOnDevice(self, problem, platform)
+        return Runs(problem)
 
     def gather_rows(self, tensor, indices):
         if indices.ndim == 1:

@@ -8,7 +8,7 @@ import torch
 
 from keras_moe.backend import torch_integers
 from keras_moe.backend.base import split_rows
-from keras_moe.backend.layouts import Parts
+from keras_moe.backend.layouts import AllRows, Parts
 
 # So many values outweigh the overhead of a call on a CPU, and still fit into the cache.
 CPU_RUN_VALUES = 2**19
@@ -41,19 +41,15 @@ def split(rows, sizes):
 class Runs(Parts):
     """Neighbouring groups form a run: they share all operations but their products.
 
-    On a CPU a run has up to `CPU_RUN_VALUES` values of the widest map, or one group. On a GPU one
-    run has all groups, for the fewest kernels. In a program of unknown sizes each run has one.
+    A run has up to `CPU_RUN_VALUES` values of the widest map, or one group. In a traced program
+    each run is one group.
     """
 
-    def __init__(self, problem, platform):
+    def __init__(self, problem):
         plan, self._is_traced = problem.plan, is_traced()
-        sizes, num_rows, self.token_of_row = plan.sizes, plan.num_rows(), plan.token_of_row()
-        self._in_one, self.sizes = platform == "gpu" and not self._is_traced, sizes
+        self.sizes, self.token_of_row = plan.sizes, plan.token_of_row()
+        *numbers, self._num_padding = sizes_on_host(plan.sizes, plan.num_rows())
         self.parts: list[Any] = []
-        if self._in_one:
-            self.parts = [_AllOnDevice(sizes, num_rows)]
-            return
-        *numbers, self._num_padding = sizes_on_host(sizes, num_rows)
         start, run, most_rows = 0, None, 0
         if not self._is_traced:
             widths = (max(linear.kernel.shape[1:]) for linear in problem.maps.values())
@@ -71,18 +67,14 @@ class Runs(Parts):
     def gather(self, tokens):
         # Gathered run by run they stay in the cache. In a program of unknown sizes a run is one
         # expert, and one operation for all is faster.
-        if self._in_one or self._is_traced:
+        if self._is_traced:
             return self.split(tokens.index_select(0, self.token_of_row))
         return (tokens.index_select(0, part) for part in self.split(self.token_of_row))
 
     def split(self, rows):
-        if self._in_one:
-            return [rows]
         return split(rows, [*(run.num_rows for run in self.parts), self._num_padding])[:-1]
 
     def join(self, buffer, width, dtype):
-        if self._in_one:
-            return buffer[0]
         # Keras would convert each part, an operation of a program.
         padding = self.sizes.new_zeros((self._num_padding, width), dtype=dtype)
         return torch.cat([*buffer, padding])
@@ -100,10 +92,9 @@ class Runs(Parts):
 class _Run:
     """The rows of neighbouring groups."""
 
-    def __init__(self, start):
-        self.experts: Any = []
-        self.sizes: Any = []
-        self.num_rows, self.start = 0, start
+    def __init__(self, start, experts=(), sizes=()):
+        self.start, self.experts, self.sizes = start, [*experts], [*sizes]
+        self.num_rows = sum(sizes)
 
     def add(self, expert, size):
         self.experts.append(expert)
@@ -118,7 +109,7 @@ class _Run:
         if len(self.sizes) == 1:  # also in a program, where nothing is written in place
             take = operator.itemgetter(self.experts[0])
             bias = None if bias is None else take(bias)
-            return kernels.entry(take).multiply(rows, bias, transposed)
+            return multiply(kernels.entry(take), rows, bias, transposed)
         outputs = rows.new_empty((rows.shape[0], kernels.shape[1 if transposed else 2]))
         parts = rows.split(self.sizes)
         if kernels.scale is not None and not kernels.is_packed and not transposed:
@@ -127,7 +118,7 @@ class _Run:
             if len(output):
                 kernel = kernels.entry(operator.itemgetter(expert))
                 added = None if bias is None else bias[expert]
-                product = kernel.multiply(part, added, transposed, output)
+                product = multiply(kernel, part, added, transposed, output)
                 if product is not output:
                     output.copy_(product)
         return outputs
@@ -147,42 +138,44 @@ class _Run:
         return total
 
 
-class _AllOnDevice(_Run):
-    """All rows. Sizes are read only where no kernel multiplies all groups; the last is padding."""
-
-    def __init__(self, sizes, num_rows):
-        self.on_device, self.num_rows, self.experts = sizes, num_rows, range(len(sizes))
+class AllOnDevice(AllRows):
+    """All rows, for the fewest kernels. Sizes are read where no kernel multiplies all groups."""
 
     @functools.cached_property
-    def sizes(self):
-        sizes = self.on_device.tolist()
-        return [*sizes, self.num_rows - sum(sizes)]
-
-    def row_numbers(self):
-        return torch.arange(self.num_rows, dtype=torch.int32, device=self.on_device.device)
+    def _run(self):
+        # The last size is the padding's.
+        return _Run(0, range(len(self.sizes)), sizes_on_host(self.sizes, self.num_rows))
 
     def product(self, rows, kernels, bias=None, transposed=False):
         if kernels.scale is not None or not has_grouped_mm(rows, kernels.values):
-            return super().product(rows, kernels, bias, transposed)
+            return self._run.product(rows, kernels, bias, transposed)
         values = kernels.floats(rows.dtype)
-        products = grouped_mm(rows, values.mT if transposed else values, self.on_device)
+        products = grouped_mm(rows, values.mT if transposed else values, self.sizes)
         if bias is None:
             return products
-        return products + bias.to(rows.dtype)[_experts(rows, self.on_device, -1)]
+        return products + bias.to(rows.dtype)[self._experts().clamp(max=len(self.sizes) - 1)]
 
-    def gradient(self, field, left, right, total):
-        if total is None or not has_grouped_mm(left, right):
-            return super().gradient(field, left, right, total)
+    def _experts(self):
+        ends = torch.cumsum(self.sizes, 0, dtype=torch.int32)
+        return torch.searchsorted(ends, self.row_numbers(), right=True)
+
+    def gradient(self, field, left, right, trained):
+        if not trained.requires_grad:
+            return None
+        if not has_grouped_mm(left, right):
+            return self._run.gradient(field, left, right, torch.empty_like(trained))
         if field != "bias":
-            return grouped_mm(left.T, right, self.on_device).to(total.dtype)
+            return grouped_mm(left.T, right, self.sizes).to(trained.dtype)
         # Rows after the last group are summed into a spare expert.
-        totals = torch.zeros((len(self.experts) + 1, right.shape[1]), device=right.device)
-        totals.index_add_(0, _experts(right, self.on_device, 0), right.float())
-        return totals[:-1].to(total.dtype)
+        totals = torch.zeros((len(self.sizes) + 1, right.shape[1]), device=right.device)
+        totals.index_add_(0, self._experts(), right.float())
+        return totals[:-1].to(trained.dtype)
 
 
-def multiply(kernel, rows, bias=None, transposed=False, output=None):
-    """See `Backend.multiply`; rows may be `torch_integers.Digits`."""
+def multiply(kernel, rows, bias, transposed, output=None):
+    """`Kernel.multiply`, perhaps into an output; rows may be `torch_integers.Digits`."""
+    if kernel.is_packed:
+        return kernel.multiply(rows, bias, transposed)
     if kernel.scale is not None:
         return torch_integers.multiply(kernel, rows, bias, transposed, output)
     values = kernel.values.to(rows.dtype)
@@ -216,10 +209,3 @@ def has_grouped_mm(*tensors):
 def grouped_mm(left, right, sizes):
     ends = torch.cumsum(sizes, 0, dtype=torch.int32)
     return torch.nn.functional.grouped_mm(left, right, offs=ends)
-
-
-def _experts(rows, sizes, last):
-    """Return the expert of each row, (R,); past the last group E + `last`."""
-    ends = torch.cumsum(sizes, 0, dtype=torch.int32)
-    numbers = torch.arange(rows.shape[0], device=rows.device, dtype=ends.dtype)
-    return torch.searchsorted(ends, numbers, right=True).clamp_(max=sizes.shape[0] + last)

@@ -13,7 +13,7 @@ import torch
 CPU_BLOCK = 2**18
 
 # With more rows in a group, converting the kernel is faster.
-MAX_ROWS = 16
+MAX_DIGIT_ROWS = 16
 
 # Values of the bytes of an integer of 32 bits, as digits in base 256. The highest byte is 0.
 PLACES = (1, 2**8, 2**16, 0)
@@ -29,7 +29,7 @@ LONGEST_SUM = 2**16
 
 
 def multiply(kernel, rows, bias, transposed, output):
-    """See `Backend.multiply`. The kernel is int8 (D, H), and rows are a tensor or `Digits`."""
+    """See `torch_groups.multiply`. The kernel is int8 (D, H), and rows are a tensor or `Digits`."""
     kernel, scale = kernel
     scale = scale.to(rows.dtype if output is None else output.dtype)
     if transposed:
@@ -89,7 +89,7 @@ def in_digits(rows, groups):
         rows.device.type == "cpu"
         and rows.dtype != torch.float64
         and rows.shape[1] <= LONGEST_SUM
-        and min(map(len, groups)) <= MAX_ROWS
+        and min(map(len, groups)) <= MAX_DIGIT_ROWS
         and multiplies_integers()
     )
     if not suit:
@@ -106,7 +106,7 @@ def in_digits(rows, groups):
     sizes = [len(group) for group in groups]
     digits, unit = digits.split([len(PLACES) * size for size in sizes]), unit.split(sizes)
     return [
-        Digits(*each) if len(group) <= MAX_ROWS else group
+        Digits(*each) if len(group) <= MAX_DIGIT_ROWS else group
         for group, *each in zip(groups, digits, unit)
     ]
 

@@ -64,7 +64,7 @@ def check_list_of_batches(name, batches):
     """Refuse one batch, whose rows or parts would be taken for batches."""
     parts = batches if isinstance(batches, tuple) else [batches]
     if batches is None or any(hasattr(part, "shape") for part in parts):
-        rule = f"`{name}` must be a list of batches, as in `[inputs]` or `[(inputs, targets)]`"
+        rule = f"`{name}` must be a list of batches, as in `[inputs]`"
         received = f"{name}=None" if batches is None else f"one batch, {_described(batches)}"
         raise ValueError(f"{rule}. Received: {received}")
 

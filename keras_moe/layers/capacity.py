@@ -8,7 +8,7 @@ from keras import ops
 from keras_moe._internal.checks import check_choice, check_integer, check_number
 from keras_moe._internal.serialization import Configured, register
 from keras_moe.backend import backend
-from keras_moe.ops.capacity import MAX_ROWS, limit, slots_of_expert
+from keras_moe.ops.capacity import MAX_CAPACITY, limit, slots_of_expert
 from keras_moe.ops.routing import Routing
 from keras_moe.ops.selection import take_scores, top_k_indices
 from keras_moe.ops.sorting import at_least, ceil_divide
@@ -114,8 +114,8 @@ class Capacity(Configured):
         sequence_length = sequence_length if self.per_sequence else None
         length = num_tokens if sequence_length is None else sequence_length
         slots = slots_of_expert(length, routing.counts.shape[0], top_k, factor)
-        slots = at_least(min(self.minimum, MAX_ROWS), slots)
-        multiple_of = min(self.multiple_of, MAX_ROWS)
+        slots = at_least(min(self.minimum, MAX_CAPACITY), slots)
+        multiple_of = min(self.multiple_of, MAX_CAPACITY)
         slots = ceil_divide(slots, multiple_of) * multiple_of
         priority = self._priorities(routing, seed)
         plan = limit(routing.plan, slots, priority, sequence_length, num_capacity_limited)

@@ -23,7 +23,7 @@ from keras_moe.layers.sublayers import (
     check_output,
     freeze_parts,
 )
-from keras_moe.ops.plans import GroupedPlan, combine, dispatch
+from keras_moe.ops.plans import GroupedPlan
 
 SCAN_ROWS = 64
 # Not 0, where a layer may have no derivative: NaN times 0 is NaN.
@@ -114,7 +114,7 @@ class LayerExperts(ExpertBank):
     def call(self, tokens: Tensor, plan: GroupedPlan) -> Tensor:
         plan = plan.sort()
         tokens = ops.reshape(self._compute(tokens), (-1, math.prod(self._row_shape)))
-        rows = dispatch(tokens, plan.without_weights())
+        rows = plan.dispatch(tokens)
         parameters = {id(variable) for variable in parameters_of(self)}
         variables = [each for each in self.non_trainable_variables if id(each) not in parameters]
         variables += self.metrics_variables
@@ -131,8 +131,7 @@ class LayerExperts(ExpertBank):
         for variable, value in zip(variables, values):
             variable.assign(value)
         self.add_loss(loss)
-        outputs = combine(rows, plan.weights, plan.without_weights())
-        return ops.reshape(outputs, (-1, *self._output_shape))
+        return ops.reshape(plan.combine(rows), (-1, *self._output_shape))
 
     def compute_all(self, tokens):
         # Each layer is called once, with all tokens.

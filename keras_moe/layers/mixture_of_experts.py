@@ -21,6 +21,8 @@ from keras_moe.layers.capacity import Capacity
 from keras_moe.layers.expert_bank import ExpertBank
 from keras_moe.layers.gate import Gate
 from keras_moe.layers.tokens import Tokens, check_call, num_token_axes, pass_mask_on, token_shape
+from keras_moe.ops.plans import plan_routing
+from keras_moe.ops.soft import SoftPlan
 from keras_moe.routers.router import Router
 
 
@@ -39,7 +41,7 @@ class MixtureOfExperts(Gate):
         experts: Bank of experts, such as `FeedForwardExperts` or `LayerExperts`. Required.
         router: Router, or a name for `routers.get`. Its number of experts is the bank's by default.
         router_losses: List of losses of the routing, objects or names for `losses.get`. None: the
-            `default_losses` of the router, for most `("load_balance", "router_z")`.
+            `default_losses` of the router, for most `("load_balance", "router_z")`. `[]`: none.
         shared_expert: Keras layer that serves every token, its output added to the chosen experts'
             output, or None. DeepSeekMoE (arXiv:2401.06066), section 3.2.
         capacity_factor: Positive float, the factor of a `Capacity` with its defaults; a `Capacity`;
@@ -207,7 +209,7 @@ class MixtureOfExperts(Gate):
 
         # Compute and combine: each expert computes its tokens, whose outputs are summed by weight.
         if return_expert_outputs:
-            expert_outputs = routing.plan.serve_each(self.experts, tokens.values, routing)
+            expert_outputs = self.experts.compute_each(tokens.values, _plan_of_choices(routing))
             outputs = _weighted_sum(expert_outputs, routing.weights)
         else:
             outputs = self.experts(tokens.values, routing.plan)
@@ -251,6 +253,14 @@ class MixtureOfExperts(Gate):
             "capacity_factor": config_of(self.capacity),
             "top_k": self.router.top_k if self._names_top_k else None,  # surgery may change it
         }
+
+
+def _plan_of_choices(routing):
+    """The plan of a routing, where experts choose as if tokens chose the same."""
+    if isinstance(routing.plan, SoftPlan):
+        rule = "`return_expert_outputs` needs a router that assigns tokens to experts"
+        raise ValueError(f"{rule}. Received: a soft router, whose experts mix tokens")
+    return routing.plan if routing.plan.places is None else plan_routing(routing)
 
 
 def _weighted_sum(expert_outputs, weights):

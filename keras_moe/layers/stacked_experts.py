@@ -1,5 +1,6 @@
 """Banks with stacked kernels: LoRA, quantization, processes and serialization."""
 
+import dataclasses
 import weakref
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -101,7 +102,7 @@ class StackedExperts(Adaptable, ExpertBank):
 
     def network(self, rows: Tensor, linear: Callable) -> Tensor:
         """Return the outputs (n, D') of rows (n, D)."""
-        raise NotImplementedError
+        raise NotImplementedError(f"`{type(self).__name__}` must implement `network`")
 
     def projection(self, name: str) -> Projection:
         """Return the projection of a built bank by its name."""
@@ -149,7 +150,8 @@ class StackedExperts(Adaptable, ExpertBank):
         if names is None:
             return _WeakNetwork(weakref.ref(self))
         values = (getattr(self, name) for name in names)
-        return _SharedNetwork(owner, names, tuple(_IN_PROGRAMS.get(each, each) for each in values))
+        values = (_IN_PROGRAMS.get(value, value) for value in values)
+        return _SharedNetwork(owner, tuple(zip(names, values)))
 
     def call(self, tokens: Tensor, plan: GroupedPlan, training: bool | None = None) -> Tensor:
         network = self._network._replace(function=self._function())
@@ -282,28 +284,22 @@ def _gelu(x):
 _IN_PROGRAMS = {keras.activations.gelu: _gelu} if keras.backend.backend() == "tensorflow" else {}
 
 
-class _SharedNetwork(NamedTuple):
-    """The network of all banks of a class with the same settings."""
+@dataclasses.dataclass(frozen=True)
+class _SharedNetwork:
+    """The network of all banks of a class with the same settings, which are its attributes."""
 
-    owner: type
-    names: tuple
-    values: tuple
+    _owner: type
+    _settings: tuple  # (name, value) of each
 
     def __call__(self, rows, linear):
-        network: Any = vars(self.owner)["network"]
-        return network(_Settings(zip(self.names, self.values)), rows, linear)
-
-
-class _Settings:
-    """Attributes; `torch.export` cannot trace a `types.SimpleNamespace`."""
-
-    def __init__(self, pairs):
-        for name, value in pairs:
-            setattr(self, name, value)
+        return vars(self._owner)["network"](self, rows, linear)
 
     def __getattr__(self, name):
+        settings = dict(vars(self).get("_settings", ()))
+        if name in settings:
+            return settings[name]
         rule = "`settings` must name all attributes that `network` reads"
-        received = f"settings={tuple(vars(self))} and a network that reads {name!r}"
+        received = f"settings={tuple(settings)} and a network that reads {name!r}"
         raise AttributeError(f"{rule}. Received: {received}")
 
 

@@ -17,7 +17,7 @@ from keras_moe.ops.routing import Routing, check_routing
 from keras_moe.ops.sorting import at_least, ceil_divide, position_in_expert
 
 # More than there can be, and small enough that twice as many fit into int32.
-MAX_ROWS = 2**30
+MAX_CAPACITY = 2**30
 
 
 def plan_groups(
@@ -73,7 +73,7 @@ def plan_groups(
 def limit(plan, capacity, priority=None, sequence_length=None, num_capacity_limited=None):
     """The unsorted plan of the assignments that find a slot; see `plan_groups`."""
     if isinstance(capacity, int):
-        capacity = min(capacity, MAX_ROWS)
+        capacity = min(capacity, MAX_CAPACITY)
     limits = (plan.num_experts, capacity, sequence_length, num_capacity_limited)
 
     def admit(experts, priority):

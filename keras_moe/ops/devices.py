@@ -26,7 +26,7 @@ from keras_moe.backend import backend
 from keras_moe.backend.base import named_platform
 from keras_moe.backend.padded import interval
 from keras_moe.ops.networks import Problem, run_network
-from keras_moe.ops.plans import GroupedPlan, combine, dispatch, pad_to_shards, plan_experts
+from keras_moe.ops.plans import GroupedPlan, pad_to_shards, plan_experts
 from keras_moe.ops.sorting import ceil_divide
 
 
@@ -155,14 +155,14 @@ def _by_all_to_all(run, problem, shards, axis):
     def run_chunk(problem, start, length):
         plan = problem.plan
         buckets, local_expert = _buckets(plan, num_shards, start, length)
-        received = shards.exchange(dispatch(problem.tokens, buckets.without_weights()), axis)
+        received = shards.exchange(buckets.dispatch(problem.tokens), axis)
         expert = shards.exchange(local_expert, axis)
         # Outputs are weighted, and saved for the weights' gradient, on the device that computes
         # them, so that the receiving device need not save them.
         weight = shards.exchange(buckets.weight_of_row(plan.weights), axis)
         rows = GroupedPlan.of(ops.expand_dims(expert, 1), ops.expand_dims(weight, 1), num_local)
         outputs = run(problem._replace(tokens=received, plan=rows.sort()))
-        return combine(shards.exchange(outputs, axis), None, buckets.without_weights())
+        return buckets._replace(weights=None).combine(shards.exchange(outputs, axis))
 
     def count_rows(plan):
         # If one device needs a chunk, all take part in it.
@@ -213,9 +213,9 @@ def run_in_processes(network, problem, processes):
         own = plan_experts(ops.expand_dims(experts, 1), num_own).sort()
         return run_network(network, problem._replace(tokens=rows, plan=own))
 
-    rows = dispatch(problem.tokens, plan.without_weights())
+    rows = plan.dispatch(problem.tokens)
     num_served = int(ops.sum(plan.sizes))
     outputs = processes.serve(rows[:num_served], plan.sizes, serve)
     # Rows past the last group are padding.
     padding = ((0, ops.shape(rows)[0] - num_served), (0, 0))
-    return combine(ops.pad(outputs, padding), plan.weights, plan.without_weights())
+    return plan.combine(ops.pad(outputs, padding))

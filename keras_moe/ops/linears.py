@@ -49,10 +49,6 @@ class Kernel(NamedTuple):
     def shape(self):
         return self.values.shape
 
-    @property
-    def dtype(self):
-        return self.values.dtype
-
     def entry(self, take):
         """The kernels, or the one, that `take` returns of each tensor (E, ...)."""
         return Kernel(take(self.values), None if self.scale is None else take(self.scale))
@@ -62,12 +58,16 @@ class Kernel(NamedTuple):
         values = ops.cast(self.values, dtype)
         return values if self.scale is None else values * ops.cast(self.scale, dtype)
 
-    def multiply(self, rows, bias=None, transposed=False, output=None):
-        """Rows (n, D) times the kernel (D, H) of one expert plus a bias, or times its transpose.
-
-        On PyTorch, the product may be written to an `output`.
-        """
-        return backend.multiply(self, rows, bias, transposed, output)
+    def multiply(self, rows, bias=None, transposed=False):
+        """Rows (n, D) times the kernel (D, H) of one expert plus a bias, or times its transpose."""
+        (values, scale), dtype = self, rows.dtype
+        values = values if values.dtype == dtype else ops.cast(values, dtype)
+        if scale is not None and transposed:
+            rows = rows * ops.cast(scale, dtype)
+        product = backend.matmul(rows, values, transposed)
+        if scale is not None and not transposed:
+            product = product * ops.cast(scale, dtype)
+        return product if bias is None else product + bias
 
 
 class Int4Kernel(NamedTuple):
@@ -86,23 +86,19 @@ class Int4Kernel(NamedTuple):
     def shape(self):
         return (*self.values.shape[:-1], self.scale.shape[-1])
 
-    @property
-    def dtype(self):
-        return self.values.dtype
-
     def entry(self, take):
         return Int4Kernel(*map(take, self))
 
     def floats(self, dtype):
         return self._join(*self._even_and_odd(dtype))
 
-    def multiply(self, rows, bias=None, transposed=False, output=None):
+    def multiply(self, rows, bias=None, transposed=False):
         # Two products, of even and of odd columns: XLA takes several times as long to join the
         # columns first.
         even, odd = self._even_and_odd(rows.dtype)
         if transposed:
-            d_even = ops.matmul(rows[:, ::2], ops.transpose(even))
-            return d_even + ops.matmul(rows[:, 1::2], ops.transpose(odd))
+            d_even = backend.matmul(rows[:, ::2], even, transposed=True)
+            return d_even + backend.matmul(rows[:, 1::2], odd, transposed=True)
         product = self._join(ops.matmul(rows, even), ops.matmul(rows, odd))
         return product if bias is None else product + bias
 

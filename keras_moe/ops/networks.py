@@ -52,7 +52,7 @@ class Problem(NamedTuple):
     key: Any = None  # (2,) int32, for dropout; None where there is none
 
     def split(self):
-        """The tensors that have a gradient, and those that have none: two structures."""
+        """Two structures: tensors with a gradient, and all others."""
         trained, frozen = {}, {}
         for name, linear in self.maps.items():
             fields = {field: each for field, each in linear._asdict().items() if each is not None}
@@ -146,7 +146,7 @@ def _traced(function, features, widths):
 
 
 def saved_widths(network, maps):
-    """The widths of what `forward_part` saves."""
+    """Width of each tensor in the list that `forward_part` saves."""
     linears = [maps[name] for name in network.names]
     kernels = [kernel for each in linears for kernel in (each.lora_a, each.kernel) if kernel]
     widths = [kernel.shape[2] for kernel in kernels]

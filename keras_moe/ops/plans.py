@@ -11,7 +11,7 @@ from keras import ops
 from keras_moe._internal import Tensor
 from keras_moe._internal.checks import check_tensors
 from keras_moe.backend import backend
-from keras_moe.ops.routing import Routing, count_assignments, counted, masked, served_and_counts
+from keras_moe.ops.routing import count_assignments, counted, masked, served_and_counts
 from keras_moe.ops.sorting import as_dtype, at_least, sort_by_expert
 
 
@@ -60,15 +60,27 @@ class GroupedPlan(NamedTuple):
 
     # Two verbs
 
+    @backend.jit_when_eager
     def dispatch(self, tokens: Tensor) -> Tensor:
         """Rows grouped by expert, (N, D), from tokens (T, D)."""
         tokens = ops.convert_to_tensor(tokens)
         check_tensors({"T": self.num_tokens}, tokens=(tokens, "TD", "float"))
-        return dispatch(tokens, self.sort().without_weights())
 
+        def forward(tokens, plan, save):
+            return backend.gather_rows(tokens, plan.token_of_row()), ()
+
+        def backward(tokens, plan, saved, gradient):
+            return plan.sum_rows(gradient)
+
+        return backend.differentiable(forward, backward, tokens, self._context())
+
+    @backend.jit_when_eager
     def combine(self, rows: Tensor) -> Tensor:
-        """Tokens (T, D), each the weighted float32 sum of its rows; zero without any."""
-        rows, weights = ops.convert_to_tensor(rows), ops.convert_to_tensor(self.weights)
+        """Tokens (T, D), each the weighted float32 sum of its rows; zero without any.
+
+        Weights of None are 1.
+        """
+        rows = ops.convert_to_tensor(rows)
         check_tensors(rows=(rows, "ND", "float"))
         given, needed = rows.shape[0], self.num_rows()
         if isinstance(given, int) and isinstance(needed, int) and given < needed:
@@ -76,7 +88,29 @@ class GroupedPlan(NamedTuple):
                 "`rows` must have a row for each assignment. "
                 f"Received: rows.shape={tuple(rows.shape)} for {needed} assignments"
             )
-        return combine(rows, weights, self.sort().without_weights())
+
+        # The gradient of `sum_rows` for the rows is a gather.
+        def forward(inputs, plan, save):
+            return plan.sum_rows(*inputs), ()
+
+        def backward(inputs, plan, saved, gradient):
+            row_gradient = backend.gather_rows(gradient, plan.token_of_row())
+            if len(inputs) == 1:
+                return (row_gradient,)
+            rows, weights = inputs
+            weight_gradient = row_sums(row_gradient, rows)
+            row_weights = ops.cast(plan.weight_of_row(weights), rows.dtype)
+            return (
+                row_gradient * ops.expand_dims(row_weights, 1),
+                ops.cast(plan.at_assignments(weight_gradient[:, 0]), weights.dtype),
+            )
+
+        weights = () if self.weights is None else (ops.convert_to_tensor(self.weights),)
+        return backend.differentiable(forward, backward, (rows, *weights), self._context())
+
+    def _context(self):
+        """The sorted plan as a structure of integers, which have no gradient."""
+        return self.sort()._replace(weights=None)
 
     # Sorting
 
@@ -155,10 +189,6 @@ class GroupedPlan(NamedTuple):
 
     # Parts and summaries
 
-    def without_weights(self) -> "GroupedPlan":
-        """The plan as a structure of integers, which have no gradient."""
-        return self._replace(weights=None)
-
     def of_first(self, num_experts: int) -> "GroupedPlan":
         """The assignments to the first experts; the rows of the others are padding."""
         is_served = self.experts < num_experts
@@ -209,12 +239,6 @@ class GroupedPlan(NamedTuple):
         served = ops.cast(ops.sum(self.sizes), "float32")
         return ops.maximum(assigned - served, 0.0) / ops.maximum(assigned, 1.0)
 
-    def serve_each(self, experts: Any, tokens: Tensor, routing: Routing) -> Tensor:
-        """The outputs (T, K, ...) of the assignments of a routing, zero where one is not served."""
-        # Where experts choose, as if tokens chose the same.
-        plan = self if self.places is None else plan_routing(routing)
-        return experts.compute_each(tokens, plan)
-
 
 def plan_choices(experts, weights, places, mask):
     """The unsorted plan of choices (B, E, C); `experts` is -1 where a choice is not served."""
@@ -226,40 +250,6 @@ def tokens_at(places, sequence_length):
     """The tokens at places (B, ...) of their sequences."""
     first = ops.arange(ops.shape(places)[0], dtype="int32") * sequence_length
     return places + ops.reshape(first, (-1, *[1] * (len(places.shape) - 1)))
-
-
-@backend.jit_when_eager
-def dispatch(tokens, plan):
-    def forward(tokens, plan, save):
-        return backend.gather_rows(tokens, plan.token_of_row()), ()
-
-    def backward(tokens, plan, saved, gradient):
-        return plan.sum_rows(gradient)
-
-    return backend.differentiable(forward, backward, tokens, plan)
-
-
-@backend.jit_when_eager
-def combine(rows, weights, plan):
-    """`sum_rows`, whose gradient for the rows is a gather; weights of None are 1."""
-
-    def forward(inputs, plan, save):
-        return plan.sum_rows(*inputs), ()
-
-    def backward(inputs, plan, saved, gradient):
-        row_gradient = backend.gather_rows(gradient, plan.token_of_row())
-        if len(inputs) == 1:
-            return (row_gradient,)
-        rows, weights = inputs
-        weight_gradient = row_sums(row_gradient, rows)
-        row_weights = ops.cast(plan.weight_of_row(weights), rows.dtype)
-        return (
-            row_gradient * ops.expand_dims(row_weights, 1),
-            ops.cast(plan.at_assignments(weight_gradient[:, 0]), weights.dtype),
-        )
-
-    inputs = (rows,) if weights is None else (rows, weights)
-    return backend.differentiable(forward, backward, inputs, plan)
 
 
 def row_sums(left, right):

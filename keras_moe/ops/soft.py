@@ -94,13 +94,6 @@ class SoftPlan(NamedTuple):
         outputs = ops.reshape(outputs, (*sizes, width))
         return ops.reshape(ops.einsum(f"bsm,{_order()}d->bsd", back, outputs), (-1, width))
 
-    def serve_each(self, experts: Any, tokens: Tensor, routing: Routing) -> Tensor:
-        """Refused: experts mix tokens, and no assignment has an output."""
-        raise ValueError(
-            "`return_expert_outputs` needs a router that assigns tokens to experts. Received: a "
-            "soft router, whose experts mix tokens"
-        )
-
     def served(self) -> Tensor:
         """All tokens, (T,) bool."""
         sequences, length, _ = ops.shape(self.back)

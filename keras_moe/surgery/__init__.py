@@ -184,8 +184,9 @@ def add_experts(
 
 
 def set_top_k(model: keras.Layer, top_k: int | dict) -> None:
-    """Change `top_k` in place, compiled functions included.
+    """Change `top_k` in place, in compiled functions of `model` as well.
 
+    Other models that hold its layers must be compiled again, except on PyTorch.
     Weights still sum to 1, if they did; with one expert the router learns from its losses only.
 
     Args:

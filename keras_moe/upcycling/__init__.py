@@ -172,8 +172,9 @@ def freeze_all_but(model: keras.Model, pattern: str = "_lora_|router") -> None:
     def trained(layer):
         return [weight for weight in parameters_of(layer) if re.search(pattern, weight.path)]
 
-    if not trained(model):
-        raise ValueError(f"`pattern` must be found in a path of a weight. Received: {pattern!r}")
+    if not isinstance(pattern, str) or not trained(model):
+        rule = "`pattern` must be a regular expression that is found in a path of a weight"
+        raise ValueError(f"{rule}. Received: {pattern!r}")
     for layer in model._flatten_layers():  # from the outside in, as each sets its sublayers
         # TensorFlow skips setting an attribute to the value it has.
         type(layer).trainable.fset(layer, bool(trained(layer)))
