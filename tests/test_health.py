@@ -207,8 +207,9 @@ def test_a_useless_weight_is_found_beside_a_monitor(weight, text):
 def test_counts_from_before_a_training_and_even_loads_make_no_loss_heavy():
     layer = expert_layer(router_losses=[losses.LoadBalance(1.0)])
     model = model_of(layer)
-    layer.value_numbers.assign([3, 3, 3])
-    layer.value_totals.assign([[999.0, 1.0, 9.9], [0.0, 0.0, 0.0]])  # in another training
+    counters = {weight.name: weight for weight in layer.weights}
+    counters["value_numbers"].assign([3, 3, 3])
+    counters["value_totals"].assign([[999.0, 1.0, 9.9], [0.0, 0.0, 0.0]])  # in another training
     findings, _ = watched(model, *clustered(0, 4 * BATCH), ExpertMonitor(), ExpertHealth())
     assert not findings
     layer = expert_layer(ForcedRouter(), [losses.LoadBalance(1000.0)])
