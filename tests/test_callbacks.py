@@ -3,6 +3,7 @@
 import functools
 
 import keras
+import layer_checks
 import numpy as np
 import pytest
 from backends import QUICK_JIT, on_each_backend, on_one_backend
@@ -41,9 +42,8 @@ def routed(name="moe", **kwargs):
 
 
 def model_of(*moe_layers):
-    model = keras.Sequential([keras.Input((E,)), *moe_layers])
-    model.compile(keras.optimizers.SGD(0.0), "mse", jit_compile=QUICK_JIT)
-    return model
+    optimizer = keras.optimizers.SGD(0.0)
+    return layer_checks.model_of(*moe_layers, shape=(E,), optimizer=optimizer)
 
 
 def fit(model, *callbacks, validation=True, **options):

@@ -4,9 +4,10 @@ import random
 import warnings
 
 import keras
+import layer_checks
 import numpy as np
 import pytest
-from backends import QUICK_JIT, on_one_backend
+from backends import on_one_backend
 from forced_router import ForcedRouter
 from layer_checks import D, E, array, moe, one_hot_router
 
@@ -26,10 +27,8 @@ def clustered(seed, size=STEPS * BATCH):
 
 
 def model_of(layer, optimizer=None, **kwargs):
-    model = keras.Sequential([keras.Input((D,)), layer, keras.layers.Dense(1)])
     optimizer = optimizer or keras.optimizers.Adam(1e-2)
-    model.compile(optimizer, "mse", jit_compile=QUICK_JIT, **kwargs)
-    return model
+    return layer_checks.model_of(layer, keras.layers.Dense(1), optimizer=optimizer, **kwargs)
 
 
 def expert_layer(router="top_k", router_losses=("load_balance", "router_z")):

@@ -34,12 +34,12 @@ def current_model():
 
 
 def own_losses(layer):
-    """What a layer itself, without its sublayers, has added to the loss of the present pass."""
+    """Return the losses that a layer, not its sublayers, has added in this pass."""
     return layer._get_own_losses()
 
 
 def is_first_in_pass(layer):
-    """Return True at a layer's first call in this pass, and remember it."""
+    """Return True if a layer was not asked about in this pass before: ask once a call."""
     call = get_global_attribute("current_call_ctx")
     seen = set() if call is None else vars(call).setdefault("called_gates", set())
     is_first = layer not in seen

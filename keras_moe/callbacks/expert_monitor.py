@@ -49,7 +49,7 @@ class ExpertMonitor(keras.callbacks.Callback):
 
     `shares` and `validation_shares`, for `visualization.shares_over_time`, are dicts from layers to
     lists with the shares (E,) of each epoch, NaN for an epoch without the monitor or validation.
-    With an `initial_epoch`, `fit` continues those of the same model.
+    `fit` starts new lists; with an `initial_epoch` it extends the lists of the same model.
 
     Args:
         log_dir: String, path or None. Folder for TensorBoard, which gets the numbers of each layer,
