@@ -106,19 +106,19 @@ def small_tiles(monkeypatch):
     """Tiles so short that small groups need full tiles and a tail, and runs of few groups."""
     from backends import BACKEND
 
-    from keras_moe.backend import backend
-    from keras_moe.ops import networks
-
     for place in ("tiles", "padded"):
         monkeypatch.setattr(f"keras_moe.backend.{place}.tile_length", lambda *_: 4)
     if BACKEND == "torch":
         monkeypatch.setattr("keras_moe.backend.torch_groups.CPU_RUN_VALUES", 64)
     if BACKEND == "jax":
         # It keeps what it traced by the function: this one has traced no other tiles.
-        compute = networks._run.__wrapped__
-        monkeypatch.setattr(
-            networks, "_run", backend.compile_once(lambda *inputs: compute(*inputs))
-        )
+        import jax
+
+        from keras_moe.backend import jax as jax_backend
+
+        compute = jax_backend.run_compiled.__wrapped__
+        program = jax.jit(lambda *inputs: compute(*inputs), static_argnums=(0, 1))
+        monkeypatch.setattr(jax_backend, "run_compiled", program)
 
 
 @pytest.fixture

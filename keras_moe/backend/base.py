@@ -86,9 +86,12 @@ class Backend:
 
     # Programs
 
-    def compile_once(self, function):
-        """Compile the function for each first argument, which is hashable. Shapes may vary."""
-        return function
+    def run(self, network, problem, kernel=None):
+        """Return `network.run(platform, problem)`, computed by all devices that share the experts.
+
+        `kernel` is the variable (E, D, H) of one of the problem's maps: all are split as it is.
+        """
+        return network.run(named_platform() or self.current_platform(), problem)
 
     def jit_when_eager(self, function):
         """On JAX, compile an eager call as one program instead of one for each operation.
@@ -149,6 +152,10 @@ class Backend:
     def outer(self, left, right, sizes, dtype, platform=None):
         """Return `left^T right` of each group, (E, D, H), for (R, D) and (R, H); 0 without rows."""
         return padded.outer(left, right, sizes, dtype)
+
+    def activation(self, function):
+        """Return an activation in the operations that are fastest here and can be exported."""
+        return function
 
     def matmul(self, left, right, transposed=False):
         """Return the product of two matrices, or of the first and the transposed second."""

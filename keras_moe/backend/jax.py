@@ -5,8 +5,8 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from keras_moe.backend import jax_derivatives, jax_products, jax_sharding
-from keras_moe.backend.base import Backend, packed_order
+from keras_moe.backend import jax_derivatives, jax_mesh, jax_products, jax_sharding
+from keras_moe.backend.base import Backend, named_platform, packed_order
 from keras_moe.backend.layouts import AllRows
 from keras_moe.backend.tiles import Tiles
 
@@ -26,9 +26,11 @@ class JaxBackend(Backend):
 
     token_shards = staticmethod(jax_sharding.token_shards)
 
-    def compile_once(self, function):
-        # Outside `jit` JAX would compile each loop in it again at every call.
-        return jax.jit(function, static_argnums=0)
+    def run(self, network, problem, kernel=None):
+        shards = jax_sharding.token_shards()
+        if shards is not None:
+            return jax_mesh.run(network, problem, shards, kernel)
+        return run_compiled(network, named_platform(), problem)
 
     def jit_when_eager(self, function):
         # JAX would compile each operation alone, for each shape: some hundred programs at the first
@@ -104,3 +106,13 @@ class JaxBackend(Backend):
 
     def scan(self, step, carry, xs):
         return jax.lax.scan(step, carry, xs)
+
+
+# Outside `jit` JAX would compile each loop again at every call.
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def run_compiled(network, platform, problem):
+    """`network.run` as a program, for a platform or for the one that it is compiled for."""
+    if platform is not None:
+        return network.run(platform, problem)
+    cpu, gpu, tpu = (functools.partial(network.run, name) for name in ("cpu", "gpu", "tpu"))
+    return jax.lax.platform_dependent(problem, tpu=tpu, cuda=gpu, rocm=gpu, default=cpu)

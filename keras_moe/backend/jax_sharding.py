@@ -1,11 +1,11 @@
 """Arrays that are sharded over a mesh of devices, on JAX."""
 
 import dataclasses
-import functools
 import math
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import keras
 from jax.sharding import PartitionSpec
 
@@ -52,19 +52,13 @@ class Shards:
         )
         return mapped(*arguments)
 
-    # In functions that run `on_each_device`: the position of this device along an axis of the mesh,
-    # `place_on(axis)`, and collective operations on the first axis of tensors, `f(tensors, axis)`.
-
-    place_on = staticmethod(jax.lax.axis_index)
-    sum_over = staticmethod(jax.lax.psum)
-    max_over = staticmethod(jax.lax.pmax)
-    gather = staticmethod(functools.partial(jax.lax.all_gather, tiled=True))
-    # Each device keeps its own part of the sum.
-    sum_and_scatter = staticmethod(functools.partial(jax.lax.psum_scatter, tiled=True))
-    # Part i goes to device i; the result has a part from each device.
-    exchange = staticmethod(
-        functools.partial(jax.lax.all_to_all, split_axis=0, concat_axis=0, tiled=True)
-    )
+    def pad(self, tensor, value=0):
+        """Pad a tensor (T, ...), or None, so that all devices have as many tokens."""
+        missing = 0 if tensor is None else -tensor.shape[0] % self.number
+        if not missing:
+            return tensor
+        widths = [(0, missing), *[(0, 0)] * (tensor.ndim - 1)]
+        return jnp.pad(tensor, widths, constant_values=value)
 
 
 def token_shards():

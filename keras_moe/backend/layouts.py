@@ -29,9 +29,9 @@ class Parts:
         """Buffers of what a function returns for each part, and the gradients of trained tensors.
 
         Args:
-            function: `function(part, maps, *rows)` returns a list of rows (n, W), and factors
-                (left, right) of the gradients of `trained`, see `networks.backward_part`.
-            maps: the `Linear` maps of all experts. A part may pass the maps of one expert.
+            function: `function(part, maps, *rows)` returns a list of rows (n, W), and {name: (left,
+                right)}, factors of the gradients of `trained`.
+            maps: {name: `LinearMap`} of all experts. A part may pass the maps of one expert.
             by_token: tensors (T, D), of which the function gets a copy for each row, and of
             by_row: buffers, of which it gets the part's rows.
             widths: W of each buffer that is returned.
@@ -48,7 +48,7 @@ class Parts:
             results.append(outputs)
             for name, fields in d_maps.items():
                 for field, total in fields.items():
-                    fields[field] = part.gradient(field, *factors[name][field], total)
+                    fields[field] = part.gradient(field, *factors[name], total)
         buffers = [list(rows) for rows in zip(*results)] or [[] for _ in widths]
         return buffers, {
             name: {f: ops.stack(x) if isinstance(x, list) else x for f, x in fields.items()}
@@ -109,17 +109,20 @@ class AllTokens:
     """A part in which each expert computes every token, in one batched product."""
 
     def __init__(self, tokens, num_experts):
-        self.tokens, self.num_experts = tokens, num_experts
+        self._tokens, self._num_experts = tokens, num_experts
         self.rows = ops.tile(tokens, (num_experts, 1))
 
-    def product(self, rows, kernels, bias=None, transposed=False):
-        if rows is self.rows:  # which need not be copied for each expert
-            batch = ops.expand_dims(self.tokens, 0)
-        else:
-            shape = (self.num_experts, ops.shape(self.tokens)[0], rows.shape[1])
-            batch = ops.reshape(rows, shape)
+    def product(self, rows, kernels, bias=None):
+        # The tokens need not be copied for each expert.
+        batch = ops.expand_dims(self._tokens, 0) if rows is self.rows else self.by_expert(rows)
         products = ops.matmul(batch, kernels.floats(rows.dtype))
         if bias is not None:
             products = products + ops.expand_dims(ops.cast(bias, rows.dtype), 1)
-        self.last_products = products  # `torch.export` knows less of what is shaped there and back
-        return ops.reshape(products, (-1, products.shape[2]))
+        self._last = products, ops.reshape(products, (-1, products.shape[2]))
+        return self._last[1]
+
+    def by_expert(self, rows):
+        """Rows (E * T, W) as (E, T, W)."""
+        if rows is self._last[1]:  # `torch.export` knows less of what is shaped there and back.
+            return self._last[0]
+        return ops.reshape(rows, (self._num_experts, ops.shape(self._tokens)[0], rows.shape[1]))

@@ -5,6 +5,7 @@ import itertools
 import operator
 import threading
 
+import keras
 import tensorflow as tf
 
 # No public name leads to these operations; Keras imports them from here as well.
@@ -144,6 +145,9 @@ class TensorFlowBackend(Backend):
 
         return others, pullback
 
+    def activation(self, function):
+        return _gelu if function is keras.activations.gelu else function
+
     def matmul(self, left, right, transposed=False):
         return tf.matmul(left, right, transpose_b=transposed)  # without a transposed copy
 
@@ -200,6 +204,13 @@ class TensorFlowBackend(Backend):
         best = tf.reduce_max(scores, axis=-1, keepdims=True)
         number = scores.shape[-1]
         return tf.reduce_min(tf.where(scores >= best, tf.range(number), number), axis=-1)
+
+
+def _gelu(x):
+    """The exact GELU by `erf`. By `erfc` it is slower, and `tf2onnx` cannot write it."""
+    values = tf.cast(x, "float32") if x.dtype in ("bfloat16", "float16") else x
+    # In just these operations LiteRT finds its own GELU.
+    return tf.cast(0.5 * values * (1.0 + tf.math.erf(values * 0.5**0.5)), x.dtype)
 
 
 class _Groups(Parts):

@@ -41,7 +41,7 @@ class Tiles:
             outputs, factors = function(tile, maps, *rows)
             return list(map(tile.write, buffers, outputs)), {
                 name: {
-                    field: tile.add_to_expert(total, field, *factors[name][field])
+                    field: tile.add_to_expert(total, field, *factors[name])
                     for field, total in fields.items()
                 }
                 for name, fields in totals.items()
@@ -81,20 +81,15 @@ class Tiles:
 
         return ops.fori_loop(0, ops.sum(ops.cast(has_rows, "int32")), group, carry)
 
-    def _of_expert(self, linear, expert):
+    def _of_expert(self, linear_map, expert):
         """The linear map of one expert. Cast per expert on use: idle ones are never cast."""
         few_rows = isinstance(self.num_rows, int) and self.num_rows <= MAX_BLOCK_ROWS
-        one = linear.entry(lambda stack: _at(self.backend, stack, expert))
-
-        def stored(kernel):
-            # Packed integers are multiplied faster as they are, and others for few rows.
-            if kernel is None or kernel.is_packed or (few_rows and kernel.scale is not None):
-                return kernel
-            return kernel._replace(values=kernel.floats(self.dtype), scale=None)
-
-        kernel, bias, *factors = one
+        kernel, bias = linear_map.entry(lambda stack: _at(self.backend, stack, expert))
+        # Packed integers are multiplied faster as they are, and others for few rows.
+        if not (kernel.is_packed or (few_rows and kernel.scale is not None)):
+            kernel = kernel._replace(values=kernel.floats(self.dtype), scale=None)
         bias = None if bias is None else ops.cast(bias, self.dtype)
-        return type(linear)(stored(kernel), bias, *map(stored, factors))
+        return linear_map._replace(kernel=kernel, bias=bias)
 
 
 class _Tile(NamedTuple):

@@ -7,7 +7,7 @@ import torch
 from keras import ops
 
 from keras_moe.backend import torch_experts
-from keras_moe.backend.base import Backend, packed_order
+from keras_moe.backend.base import Backend, named_platform, packed_order
 from keras_moe.backend.torch_groups import AllOnDevice, Runs, is_traced, sizes_on_host, split
 
 # With fewer comparisons, counting by them takes fewer operations.
@@ -79,6 +79,12 @@ class TorchBackend(Backend):
         flat = torch.cat([value.detach().reshape(-1).double() for value in values])
         parts = self.sum_over_replicas(flat).split([value.numel() for value in values])
         return [part.reshape(each.shape).to(each.dtype) for part, each in zip(parts, values)]
+
+    def run(self, network, problem, kernel=None):
+        platform = named_platform() or _platform_of(problem.tokens.device)
+        if kernel is not None and kernel.shape[0] < problem.plan.num_experts:
+            return torch_experts.expert_processes().run(network, platform, problem)
+        return network.run(platform, problem)
 
     expert_processes = staticmethod(torch_experts.expert_processes)
     split_experts = staticmethod(torch_experts.split_experts)

@@ -43,22 +43,32 @@ class ExpertParallel:
         share = num_experts // self.num_processes
         return range(self._rank * share, (self._rank + 1) * share)
 
-    def serve(self, rows, sizes, function):
-        """Return outputs (R, D') of all processes' experts for rows (R, D) in groups of `sizes`.
+    def run(self, network, platform, problem):
+        """`network.run`: tokens go to the processes of their experts, and outputs come back."""
+        plan = problem.plan.sort()
+        own = plan.num_experts // self.num_processes
+        maps = {name: each.entry(self._mean_gradient) for name, each in problem.maps.items()}
+        num_served = int(plan.sizes.sum())
+        rows = plan.dispatch(problem.tokens)
 
-        `function(rows, experts)` computes received rows; `experts` counts from the first own one.
-        """
-        to_each = sizes.to(torch.int64).reshape(self.num_processes, -1)
+        to_each = plan.sizes.to(torch.int64).reshape(self.num_processes, own)
         from_each = torch.empty_like(to_each)
         torch.distributed.all_to_all_single(from_each, to_each, group=self.process_group)
         there, back = to_each.sum(1).tolist(), from_each.sum(1).tolist()
-        own = torch.arange(to_each.shape[1], dtype=torch.int32, device=rows.device)
-        experts = own.repeat(self.num_processes).repeat_interleave(from_each.reshape(-1))
-        received = _Exchange.apply(rows, there, back, self.process_group)
-        return _Exchange.apply(function(received, experts), back, there, self.process_group)
+        # Received rows are sorted by the process they came from, and only then by expert.
+        experts = torch.arange(own, dtype=torch.int32, device=rows.device)
+        experts = experts.repeat(self.num_processes).repeat_interleave(from_each.reshape(-1))
+        experts = experts.unsqueeze(1)
+        received = _Exchange.apply(rows[:num_served], there, back, self.process_group)
+        weights = torch.ones_like(experts, dtype=torch.float32)
+        problem = problem._replace(tokens=received, maps=maps, plan=plan.of(experts, weights, own))
+        outputs = _Exchange.apply(network.run(platform, problem), back, there, self.process_group)
+        # Rows past the last group are padding.
+        padding = outputs.new_zeros((len(rows) - num_served, outputs.shape[1]))
+        return plan.combine(torch.cat([outputs, padding]))
 
-    def mean_gradient(self, kernel):
-        """Return the kernel. Its gradient is the mean over the processes that share the experts."""
+    def _mean_gradient(self, kernel):
+        # The gradient is the mean over the processes that share the experts.
         return _MeanGradient.apply(kernel, self._replicas)
 
     def whole(self, kernel):

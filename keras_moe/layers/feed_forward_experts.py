@@ -1,5 +1,6 @@
 """Banks of feed-forward, gated and linear experts, and one gated expert as a dense layer."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -10,7 +11,40 @@ from keras_moe._internal import Tensor
 from keras_moe._internal.base_layer import BaseLayer
 from keras_moe._internal.checks import check_integer, check_number
 from keras_moe._internal.serialization import register
+from keras_moe.backend import backend
 from keras_moe.layers.stacked_experts import StackedExperts
+
+# The networks of the banks are values: banks with equal networks share compiled programs.
+
+
+@dataclasses.dataclass(frozen=True)
+class FeedForward:
+    activation: Callable
+    dropout: float
+
+    def __call__(self, rows, linear):
+        hidden = self.activation(linear("up", rows))
+        return linear("down", linear.dropout(hidden, self.dropout))
+
+
+@dataclasses.dataclass(frozen=True)
+class GatedFeedForwardNetwork:
+    activation: Callable
+    clip: float | None
+    up_shift: float
+    dropout: float
+
+    def __call__(self, rows, linear):
+        gate, up = linear("gate", rows), linear("up", rows)
+        if self.clip is not None:
+            gate, up = ops.minimum(gate, self.clip), ops.clip(up, -self.clip, self.clip)
+        if self.up_shift:
+            up = up + self.up_shift
+        return linear("down", linear.dropout(self.activation(gate) * up, self.dropout))
+
+
+def linear_network(rows, linear):
+    return linear("up", rows)
 
 
 @register
@@ -39,8 +73,6 @@ class FeedForwardExperts(StackedExperts):
     Reference: Shazeer et al. 2017 (arXiv:1701.06538), section 2.
     """
 
-    settings = ("activation", "dropout")
-
     def __init__(
         self,
         num_experts: int,
@@ -60,9 +92,9 @@ class FeedForwardExperts(StackedExperts):
         width = self.hidden_dim
         return {"up": (features, width), "down": (width, self.output_dim or features)}
 
-    def network(self, rows, linear):
-        hidden = self.activation(linear("up", rows))
-        return linear("down", linear.dropout(hidden, self.dropout))
+    @property
+    def network(self):
+        return FeedForward(backend.activation(self.activation), self.dropout)
 
 
 @register
@@ -95,8 +127,6 @@ class GatedExperts(StackedExperts):
     OpenAI 2025 (arXiv:2508.10925), section 2, for the limit and the shift.
     """
 
-    settings = ("activation", "clip", "up_shift", "dropout")
-
     def __init__(
         self,
         num_experts: int,
@@ -120,13 +150,10 @@ class GatedExperts(StackedExperts):
         up = (features, self.hidden_dim)
         return {"gate": up, "up": up, "down": (self.hidden_dim, self.output_dim or features)}
 
-    def network(self, rows, linear):
-        gate, up = linear("gate", rows), linear("up", rows)
-        if self.clip is not None:
-            gate, up = ops.minimum(gate, self.clip), ops.clip(up, -self.clip, self.clip)
-        if self.up_shift:
-            up = up + self.up_shift
-        return linear("down", linear.dropout(self.activation(gate) * up, self.dropout))
+    @property
+    def network(self):
+        activation = backend.activation(self.activation)
+        return GatedFeedForwardNetwork(activation, self.clip, self.up_shift, self.dropout)
 
 
 @register
@@ -145,7 +172,6 @@ class LinearExperts(StackedExperts):
     Reference: Jacobs et al. 1991, "Adaptive mixtures of local experts".
     """
 
-    settings = ()
     fixed_arguments = ("activation",)
 
     def __init__(self, num_experts: int, output_dim: int, use_bias: bool = True, **kwargs: Any):
@@ -155,8 +181,9 @@ class LinearExperts(StackedExperts):
     def widths(self, features):
         return {"up": (features, self.output_dim)}
 
-    def network(self, rows, linear):
-        return linear("up", rows)
+    @property
+    def network(self):
+        return linear_network
 
 
 @register

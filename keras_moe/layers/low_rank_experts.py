@@ -8,6 +8,7 @@ The frozen kernels W multiply each token once. With factors B A of expert k and 
 Each expert is a network of its factors, with inputs x, W_g x, W_u x and outputs h_k, B_dk A_dk h_k.
 """
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -25,6 +26,7 @@ from keras_moe.layers import expert_bank
 from keras_moe.layers.expert_bank import ExpertBank
 from keras_moe.layers.projection import Projection
 from keras_moe.layers.stacked_experts import StackedExperts
+from keras_moe.ops.low_rank import CorrectedLinear
 from keras_moe.ops.networks import network_of
 from keras_moe.ops.plans import GroupedPlan
 
@@ -79,7 +81,6 @@ class LowRankExperts(StackedExperts):
     (arXiv:2404.15159), section 3.
     """
 
-    settings = ("base_network", "widths_of_base", "use_bias", "scale")
     projection_class = _Factor
     fixed_arguments = (
         *("activation", "use_bias", "kernel_initializer", "bias_initializer"),
@@ -124,7 +125,7 @@ class LowRankExperts(StackedExperts):
         if not self.base.built:
             self.base.build(tokens_shape)
         has_vectors = any(each.is_vector for each in self.base.projections)
-        if has_vectors or not self.base._network.ends_linear:
+        if has_vectors or self.base._network.last is None:
             rule = "`base` must have linear maps, no vectors, and return what the last map returns"
             raise ValueError(f"{rule}. Received: `{type(self.base).__name__}`")
         super().build(tokens_shape)
@@ -137,47 +138,27 @@ class LowRankExperts(StackedExperts):
         }
 
     def _trace(self, features):
-        widths = self.base.widths(features)
-        names = self.base._trace(features).names
-        self.base_network = self.base._function()
-        self.widths_of_base = tuple((name, *widths[name]) for name in names)
-        seen = features + sum(fan_out for *_, fan_out in self.widths_of_base[:-1])
-        return network_of(self._function(), seen, self.widths(features))
+        base = self.base._trace(features)
+        names = (*base.saved, base.last)
+        widths = tuple(self.base.widths(features)[name] for name in names)
+        self._factors = _FactorsOfExpert(base.function, names, widths, self.use_bias, self.scale)
+        seen = features + sum(fan_out for _, fan_out in widths[:-1])
+        return network_of(self._factors, seen, self.widths(features))
 
-    def network(self, rows, linear):
-        # Rows are tokens and their products with the base, side by side.
-        *first_maps, (last, features, _) = self.widths_of_base
-        start = first_maps[0][1] if first_maps else features
-        tokens, first = rows[:, :start], {}
-        hidden: list[Any] = []
-        for name, _, width in first_maps:
-            first[name], start = rows[:, start : start + width], start + width
-
-        def corrected(name, values=None):
-            if name != last and values is not tokens:
-                rule = "All linear maps of `base` but the last must take the tokens themselves"
-                raise ValueError(f"{rule}. Received: {name!r} with other inputs")
-            low = linear(f"{name}_lora_a", values)
-            low = linear(f"{name}_lora_b", low * self.scale)
-            if name != last:
-                return first[name] + low
-            hidden.append(values)
-            return low
-
-        corrected.dropout = linear.dropout  # type: ignore[attr-defined]
-        low = self.base_network(tokens, corrected)
-        # The weighted sum of ones is the weight of the last bias.
-        ones = [ops.ones_like(rows[:, :1])] if self.use_bias else []
-        return ops.concatenate([*hidden, low, *ones], axis=1)
+    @property
+    def network(self):
+        return self._factors
 
     def call(self, tokens: Tensor, plan: GroupedPlan, training: bool | None = None) -> Tensor:
-        base = self.base._maps()
-        maps = {name: each.entry(lambda stack: stack[0]) for name, each in base.items()}
-        *first_maps, (last, width, fan_out) = self.widths_of_base
+        maps = {
+            name: each.entry(lambda stack: stack[0]) for name, each in self.base._maps().items()
+        }
+        *first_maps, last = self._factors.names
+        width, fan_out = self._factors.widths[-1]
         tokens = self._compute(tokens)
-        first = [_frozen(tokens, maps[name]) for name, *_ in first_maps]
+        first = [_multiply(tokens, maps[name]) for name in first_maps]
         sums = super().call(ops.concatenate([tokens, *first], axis=1), plan, training)
-        outputs = _frozen(sums[:, :width], maps[last]._replace(bias=None))
+        outputs = _multiply(sums[:, :width], maps[last]._replace(bias=None))
         outputs = outputs + sums[:, width : width + fan_out]
         if self.use_bias:
             outputs = outputs + sums[:, -1:] * self._compute(maps[last].bias)
@@ -226,8 +207,41 @@ class LowRankExperts(StackedExperts):
         return bank
 
 
-def _frozen(rows, linear):
-    """A linear map of rows, whose weights have no gradient."""
+@dataclasses.dataclass(frozen=True)
+class _FactorsOfExpert:
+    """The network of an expert's factors. Rows are tokens and their products with the base."""
+
+    base: Callable
+    names: tuple  # of the linear maps of the base, in the order of their calls
+    widths: tuple  # (D, H) of each
+    use_bias: bool
+    scale: float
+
+    def __call__(self, rows, linear):
+        *names, last = self.names
+        start = self.widths[0][0]
+        tokens, products = rows[:, :start], {}
+        for name, (_, width) in zip(names, self.widths):
+            products[name], start = rows[:, start : start + width], start + width
+        hidden: list[Any] = []
+
+        def base(name, values):
+            if name == last:  # The base computes this map once, of the weighted sum.
+                hidden.append(values)
+                return 0.0
+            if values is not tokens:
+                rule = "All linear maps of `base` but the last must take the tokens themselves"
+                raise ValueError(f"{rule}. Received: {name!r} with other inputs")
+            return products[name]
+
+        low = self.base(tokens, CorrectedLinear(base, linear, self.scale))
+        # The weighted sum of ones is the weight of the last bias.
+        ones = [ops.ones_like(rows[:, :1])] if self.use_bias else []
+        return ops.concatenate([*hidden, low, *ones], axis=1)
+
+
+def _multiply(rows, linear_map):
+    """Rows times the kernel of one expert, plus its bias; neither gets a gradient."""
 
     def forward(rows, kernel, save):
         return kernel.multiply(rows), ()
@@ -235,5 +249,6 @@ def _frozen(rows, linear):
     def backward(rows, kernel, saved, gradient):
         return kernel.multiply(gradient, transposed=True)
 
-    outputs = backend.differentiable(forward, backward, rows, linear.kernel)
-    return outputs if linear.bias is None else outputs + ops.cast(linear.bias, rows.dtype)
+    kernel, bias = linear_map
+    outputs = backend.differentiable(forward, backward, rows, kernel)
+    return outputs if bias is None else outputs + ops.cast(bias, rows.dtype)

@@ -11,7 +11,7 @@ from keras import ops
 
 from keras_moe._internal.base_layer import EachExpert, factors_for, mark_stack
 from keras_moe._internal.keras_internals import untrack
-from keras_moe.ops.linears import Int4Kernel, Kernel, Linear
+from keras_moe.ops.linears import FrozenKernel, Int4Kernel, Kernel, LinearMap
 from keras_moe.ops.sorting import ceil_divide
 
 # In the order in which they are saved.
@@ -116,21 +116,23 @@ class Projection:
         fan_out = (self.kernel if self.scale is None else self.scale).shape[2]
         return (*self.kernel.shape[:2], fan_out)
 
-    def linear(self):
-        """The projection as a `Linear` of tensors, in the dtypes they are stored in."""
+    def maps(self):
+        """The `LinearMap` of the projection by its name, and those of its factors by theirs."""
         kernel, bias, a, b = (
             None if weight is None else ops.convert_to_tensor(weight)
             for weight in (self.kernel, self.bias, self.lora_a, self.lora_b)
         )
-        if self.bank.processes is not None:
-            mean = self.bank.processes.mean_gradient
-            kernel, bias, a, b = (x if x is None else mean(x) for x in (kernel, bias, a, b))
         if self.is_vector:  # a map from one feature, whose input is 1
             kernel = ops.expand_dims(kernel, 1)
-        kernel = Kernel(kernel) if self.scale is None else self._integers()
-        if a is None:
-            return Linear(kernel, bias)
-        return Linear(kernel, bias, Kernel(a), Kernel(b * self.bank.lora_scale()))
+        if self.scale is not None:
+            kernel = self._integers()
+        else:
+            kernel = Kernel(kernel) if a is None else FrozenKernel(kernel)
+        maps = {self.name: LinearMap(kernel, bias)}
+        if a is not None:
+            maps |= {f"{self.name}_lora_a": LinearMap(Kernel(a))}
+            maps |= {f"{self.name}_lora_b": LinearMap(Kernel(b))}
+        return maps
 
     def _integers(self):
         kernel, scale = map(ops.convert_to_tensor, (self.kernel, self.scale))

@@ -1,12 +1,12 @@
 """Banks with stacked kernels: LoRA, quantization, processes and serialization."""
 
 import dataclasses
+import types
 import weakref
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import keras
-from keras import ops
 
 from keras_moe._internal import Tensor
 from keras_moe._internal.base_layer import Adaptable
@@ -16,8 +16,8 @@ from keras_moe.backend import backend
 from keras_moe.layers.expert_bank import ExpertBank
 from keras_moe.layers.projection import Projection, weight_names
 from keras_moe.ops import draws
-from keras_moe.ops.devices import run_in_processes, run_on_mesh
-from keras_moe.ops.networks import Problem, network_of, run_network, run_on_all
+from keras_moe.ops.low_rank import LowRankNetwork
+from keras_moe.ops.networks import Problem, network_of
 from keras_moe.ops.plans import GroupedPlan
 
 
@@ -69,9 +69,6 @@ class StackedExperts(Adaptable, ExpertBank):
     (2, 10, 64)
     """
 
-    # Names of all attributes that `network` reads. Banks whose settings are equal share a compiled
-    # program; without them each bank has its own.
-    settings: tuple[str, ...] | None = None
     projection_class = Projection
 
     def __init__(
@@ -144,36 +141,28 @@ class StackedExperts(Adaptable, ExpertBank):
             self.add_factors()
 
     def _function(self):
-        """The network as a hashable function, which does not keep the bank and its weights."""
-        owner = next(cls for cls in type(self).__mro__ if "network" in vars(cls))
-        names = vars(owner).get("settings")
-        if names is None:
-            return _WeakNetwork(weakref.ref(self))
-        values = (getattr(self, name) for name in names)
-        values = (_IN_PROGRAMS.get(value, value) for value in values)
-        return _SharedNetwork(owner, tuple(zip(names, values)))
+        """The network as a hashable function; equal functions share compiled programs."""
+        network = self.network
+        if isinstance(network, types.MethodType):
+            network = _NetworkOfBank(weakref.WeakMethod(network))
+        return LowRankNetwork(network, self.lora_scale()) if self.lora_enabled else network
 
     def call(self, tokens: Tensor, plan: GroupedPlan, training: bool | None = None) -> Tensor:
         network = self._network._replace(function=self._function())
         draws_now = self._dropout_seed is not None and training
         key = draws.key(self._dropout_seed) if draws_now else None
-        problem = Problem(self._compute(tokens), self._maps(), plan.with_rows(), key)
-        if self.processes is not None:
-            return run_in_processes(network, problem, self.processes)
-        if problem.plan.order is not None:
-            return run_network(network, problem)
-        axis = backend.token_shards().axis_of(self.projections[0].kernel)
-        return run_on_mesh(network, problem, axis)
+        problem = Problem(self._compute(tokens), self._maps(), plan, key)
+        return backend.run(network, problem, self.projections[0].kernel)
 
     def compute_all(self, tokens):
         is_spread = backend.token_shards() or self.processes is not None
         if is_spread or self._dropout_seed is not None:
             return super().compute_all(tokens)
         network = self._network._replace(function=self._function())
-        return run_on_all(network, self._compute(tokens), self._maps())
+        return network.run_on_all(self._compute(tokens), self._maps())
 
     def _maps(self):
-        return {projection.name: projection.linear() for projection in self.projections}
+        return {name: each for part in self.projections for name, each in part.maps().items()}
 
     def compute_output_shape(self, tokens_shape):
         network = self._network if self.built else self._trace(tokens_shape[-1])
@@ -183,10 +172,6 @@ class StackedExperts(Adaptable, ExpertBank):
         """The `Network` for tokens of so many features."""
         widths = {name: (1, *each)[-2:] for name, each in self.widths(features).items()}
         return network_of(self._function(), features, widths)
-
-    def engine_on(self, platform, static_shapes):
-        # The layout of many rows.
-        return "tiles" if platform == "cpu" and static_shapes else "parts"
 
     def _take_policy(self, policy):
         self.dtype_policy = policy
@@ -273,40 +258,11 @@ class StackedExperts(Adaptable, ExpertBank):
             projection.forget_factors()
 
 
-def _gelu(x):
-    """The exact GELU by `erf`. By `erfc` it is slower, and `tf2onnx` cannot write it."""
-    values = ops.cast(x, "float32") if x.dtype in ("bfloat16", "float16") else x
-    # In just these operations LiteRT finds its own GELU.
-    return ops.cast(0.5 * values * (1.0 + ops.erf(values * 0.5**0.5)), x.dtype)
-
-
-# Settings as `network` sees them.
-_IN_PROGRAMS = {keras.activations.gelu: _gelu} if keras.backend.backend() == "tensorflow" else {}
-
-
 @dataclasses.dataclass(frozen=True)
-class _SharedNetwork:
-    """The network of all banks of a class with the same settings, which are its attributes."""
+class _NetworkOfBank:
+    """The `network` method of a bank, which keeps neither the bank nor its weights."""
 
-    _owner: type
-    _settings: tuple  # (name, value) of each
-
-    def __call__(self, rows, linear):
-        return vars(self._owner)["network"](self, rows, linear)
-
-    def __getattr__(self, name):
-        settings = dict(vars(self).get("_settings", ()))
-        if name in settings:
-            return settings[name]
-        rule = "`settings` must name all attributes that `network` reads"
-        received = f"settings={tuple(settings)} and a network that reads {name!r}"
-        raise AttributeError(f"{rule}. Received: {received}")
-
-
-class _WeakNetwork(NamedTuple):
-    """The network of one bank."""
-
-    bank: weakref.ref
+    method: weakref.WeakMethod
 
     def __call__(self, rows, linear):
-        return self.bank().network(rows, linear)  # type: ignore[union-attr]
+        return self.method()(rows, linear)  # type: ignore[misc]

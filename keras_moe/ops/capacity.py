@@ -12,7 +12,7 @@ from keras import ops
 from keras_moe._internal import Tensor
 from keras_moe._internal.checks import check_integer, check_tensors
 from keras_moe.backend import backend
-from keras_moe.ops.plans import GroupedPlan, pad_to_shards, plan_routing
+from keras_moe.ops.plans import GroupedPlan, plan_routing
 from keras_moe.ops.routing import Routing, check_routing
 from keras_moe.ops.sorting import at_least, ceil_divide, position_in_expert
 
@@ -84,8 +84,8 @@ def limit(plan, capacity, priority=None, sequence_length=None, num_capacity_limi
     if shards is not None and (
         sequence_length is None or num_tokens % (shards.number * sequence_length) == 0
     ):
-        padded = pad_to_shards(experts, shards, -1)
-        priority = pad_to_shards(priority, shards, 0)
+        padded = shards.pad(experts, -1)
+        priority = shards.pad(priority)
         admitted = shards.on_each_device(admit, (padded, priority), (shards.axes, shards.axes))
         experts = admitted[:num_tokens]
     else:

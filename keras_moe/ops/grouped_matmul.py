@@ -5,8 +5,8 @@ from keras import ops
 from keras_moe._internal import Tensor
 from keras_moe._internal.checks import check_tensors, host_values
 from keras_moe.backend import backend
-from keras_moe.ops.linears import Kernel, Linear
-from keras_moe.ops.networks import Problem, network_of, run_network
+from keras_moe.ops.linears import Kernel, LinearMap
+from keras_moe.ops.networks import Problem, network_of
 from keras_moe.ops.plans import GroupedPlan
 
 
@@ -53,7 +53,7 @@ def grouped_matmul(rows: Tensor, kernels: Tensor, group_sizes: Tensor) -> Tensor
         rows=ops.where(is_served, ops.expand_dims(number, 1), -1),
     )
     network = network_of(_product, kernels.shape[1], {"kernel": kernels.shape[1:]})
-    return run_network(network, Problem(rows, {"kernel": Linear(Kernel(kernels))}, plan))
+    return backend.run(network, Problem(rows, {"kernel": LinearMap(Kernel(kernels))}, plan))
 
 
 def _product(rows, linear):

@@ -13,26 +13,15 @@ from keras import ops
 from keras_moe.backend import backend
 
 
-class Linear(NamedTuple):
-    """A linear map of each expert: `x W + b`, or `x W + b + (x A) B` with a frozen W.
-
-    Hu et al. 2021 (arXiv:2106.09685), section 4.1. B contains the factor `alpha / rank`.
-    """
+class LinearMap(NamedTuple):
+    """A linear map of each expert, `x W + b`."""
 
     kernel: Any  # W (E, D, H), a `Kernel` or an `Int4Kernel`
     bias: Any = None  # b (E, H), a tensor
-    lora_a: Any = None  # A (E, D, r), a `Kernel`
-    lora_b: Any = None  # B (E, r, H), a `Kernel`
 
     def entry(self, take):
         """Apply `take` to each tensor (E, ...), for instance to get one expert's entry."""
-        kernel, bias, *factors = self
-        bias = None if bias is None else take(bias)
-        return Linear(
-            kernel.entry(take),
-            bias,
-            *(None if each is None else each.entry(take) for each in factors),
-        )
+        return LinearMap(self.kernel.entry(take), None if self.bias is None else take(self.bias))
 
 
 class Kernel(NamedTuple):
@@ -46,12 +35,17 @@ class Kernel(NamedTuple):
         return False
 
     @property
+    def trains(self):
+        """Whether the kernel gets a gradient."""
+        return self.scale is None
+
+    @property
     def shape(self):
         return self.values.shape
 
     def entry(self, take):
         """The kernels, or the one, that `take` returns of each tensor (E, ...)."""
-        return Kernel(take(self.values), None if self.scale is None else take(self.scale))
+        return type(self)(take(self.values), None if self.scale is None else take(self.scale))
 
     def floats(self, dtype):
         """The kernels as a tensor of floats."""
@@ -70,6 +64,14 @@ class Kernel(NamedTuple):
         return product if bias is None else product + bias
 
 
+class FrozenKernel(Kernel):
+    """Kernels of floats that get no gradient."""
+
+    @property
+    def trains(self):
+        return False
+
+
 class Int4Kernel(NamedTuple):
     """Kernels as integers of 4 bits: `(integer - zero) * scale` of their group of rows."""
 
@@ -81,6 +83,10 @@ class Int4Kernel(NamedTuple):
     @property
     def is_packed(self):
         return True
+
+    @property
+    def trains(self):
+        return False
 
     @property
     def shape(self):

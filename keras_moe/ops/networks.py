@@ -1,11 +1,11 @@
-"""Networks of experts: from tokens and a plan to the weighted sums of the experts' outputs.
+"""Networks of experts: from tokens and a plan to weighted sums of the experts' outputs.
 
 The network of an expert is a function `network(rows, linear)` of rows (n, D) that calls
-`linear(name, rows)` once for each of its linear maps. The forward pass saves the outputs and
-what `linear` returns. The backward pass is derived: the network runs again with each linear map
-replaced by its saved output, and the framework differentiates the rest.
+`linear(name, rows)` once for each of its linear maps. The forward pass saves what the maps return.
+The backward pass is derived: the network runs again with each map replaced by its saved output, and
+the framework differentiates the operations between them.
 
-A network runs on parts of the rows of all experts, which the backend lays out: see
+A backend divides the rows of all experts into parts, on which the network runs: see
 `backend.layouts`. Second derivatives, and forward mode, come from the same network in one part,
 built on `backend.product`, which has derivatives of any order.
 
@@ -21,45 +21,30 @@ from keras import ops
 
 from keras_moe._internal.keras_internals import compute_output_spec
 from keras_moe.backend import backend
-from keras_moe.backend.base import named_platform
 from keras_moe.backend.layouts import AllRows, AllTokens
 from keras_moe.ops.draws import hashed
-from keras_moe.ops.linears import Kernel, Linear
+from keras_moe.ops.linears import Kernel, LinearMap
 from keras_moe.ops.plans import row_sums
-
-
-class Network(NamedTuple):
-    """The network of every expert, but for its weights. Hashable: equal networks compile once."""
-
-    function: Callable  # `function(rows, linear)` returns the outputs of rows (n, D)
-    names: tuple  # of its linear maps in the order of their calls
-    output_width: int  # D'
-    ends_linear: bool  # whether the output is what the last of the linear maps returns
-    has_dropout: bool = False  # whether it calls `linear.dropout`
-
-
-def network_of(function: Callable, features: int, widths: dict) -> Network:
-    """The `Network` of a function with linear maps of these widths, {name: (D, H)}."""
-    return _traced(function, features, tuple(sorted(widths.items())))
+from keras_moe.ops.sorting import as_dtype
 
 
 class Problem(NamedTuple):
     """The inputs of a network: tokens, linear maps, a plan and a key of random draws."""
 
     tokens: Any  # (T, D)
-    maps: dict  # the `Linear` maps of all experts, by name
+    maps: dict  # the `LinearMap` of all experts by name
     plan: Any  # a `GroupedPlan`
     key: Any = None  # (2,) int32, for dropout; None where there is none
 
     def split(self):
-        """Two structures: tensors with a gradient, and all others."""
+        """Return two structures: the tensors that get gradients, and the others."""
         trained, frozen = {}, {}
-        for name, linear in self.maps.items():
-            fields = {field: each for field, each in linear._asdict().items() if each is not None}
-            # Integers never train, nor does what factors correct.
-            if linear.lora_a is not None or linear.kernel.scale is not None:
-                frozen[name] = fields.pop("kernel")
-            trained[name] = {f: x if f == "bias" else x.values for f, x in fields.items()}
+        for name, (kernel, bias) in self.maps.items():
+            trained[name] = {} if bias is None else {"bias": bias}
+            if kernel.trains:
+                trained[name]["kernel"] = kernel.values
+            else:
+                frozen[name] = kernel
         inputs = self.tokens, self.plan.weights, trained
         return inputs, (self.plan._replace(weights=None), frozen, self.key)
 
@@ -67,29 +52,121 @@ class Problem(NamedTuple):
     def join(cls, inputs, context):
         """Inverse of `split`."""
         (tokens, weights, trained), (plan, frozen, key) = inputs, context
-        maps = {}
-        for name, fields in trained.items():
-            fields = {f: x if f == "bias" else Kernel(x) for f, x in fields.items()}
-            maps[name] = Linear(**{"kernel": frozen.get(name), **fields})
+        maps = {
+            name: LinearMap(frozen.get(name) or Kernel(fields["kernel"]), fields.get("bias"))
+            for name, fields in trained.items()
+        }
         return cls(tokens, maps, plan._replace(weights=weights), key)
 
 
-class _Linear:
-    """Argument of a network: its linear maps, `compute(name, rows)`, and dropout, on some rows.
+class Network(NamedTuple):
+    """A traced network without its weights. Hashable: equal networks share compiled programs."""
 
-    Random numbers depend on a key and the numbers of the rows: they are the same in both passes.
-    """
+    function: Callable  # `function(rows, linear)` returns the outputs of rows (n, D)
+    saved: tuple  # names of the maps whose outputs are saved, in the order of their calls
+    last: str | None  # name of the map that makes the output, if nothing else depends on it
+    output_width: int  # D'
+    has_dropout: bool = False  # whether it calls `linear.dropout`
 
-    def __init__(self, rows, compute, part=None, key=None):
-        self._rows, self._compute, self._part, self._key = rows, compute, part, key
+    def run(self, platform, problem):
+        """Return the weighted sums (T, D') of each token's expert outputs, on one device.
+
+        Rows past the last group are not computed: padded and dropped assignments cost nothing.
+        """
+
+        def forward(inputs, context, save, lay_out=backend.layout):
+            problem = Problem.join(inputs, context)
+            tokens, maps, plan, key = problem
+            layout, saved = lay_out(problem, platform), self.saved if save else ()
+
+            def compute(part, maps, rows):
+                linear = Linear(rows, part, maps, key)
+                outputs = as_dtype(self.function(rows, linear), rows.dtype)
+                return [outputs, *(linear.outputs[name] for name in saved)], {}
+
+            widths = [self.output_width, *(maps[name].kernel.shape[2] for name in saved)]
+            buffers, _ = layout.run(compute, maps, [tokens], [], widths, {})
+            outputs = layout.join(buffers[0], self.output_width, tokens.dtype)
+            return as_dtype(plan.sum_rows(outputs, plan.weights), tokens.dtype), buffers
+
+        def backward(inputs, context, buffers, gradient):
+            problem = Problem.join(inputs, context)
+            tokens, maps, plan, key = problem
+            layout, (_, features) = backend.layout(problem, platform), tokens.shape
+
+            def compute(part, maps, rows, d_outputs, weights, outputs, *saved):
+                linear = functools.partial(LinearAgain, part=part, maps=maps, key=key)
+                weighted = d_outputs * weights
+                d_rows, factors = self._derive(linear, maps, rows, outputs, saved, weighted)
+                return [d_rows, row_sums(d_outputs, outputs)], factors
+
+            weights = ops.expand_dims(as_dtype(plan.weight_of_row(plan.weights), tokens.dtype), 1)
+            by_row, widths = [layout.split(weights), *buffers], [features, 1]
+            (d_rows, d_weights), d_maps = layout.run(
+                compute, maps, [tokens, gradient], by_row, widths, trained=inputs[2]
+            )
+            d_rows = layout.join(d_rows, features, tokens.dtype)
+            d_weights = layout.join(d_weights, 1, plan.weights.dtype)[:, 0]
+            return (
+                as_dtype(plan.sum_rows(d_rows), tokens.dtype),
+                as_dtype(plan.at_assignments(d_weights), plan.weights.dtype),
+                d_maps,
+            )
+
+        def reference(inputs, context):
+            return forward(inputs, context, False, lay_out=functools.partial(AllRows, backend))[0]
+
+        problem = problem._replace(plan=problem.plan.sort())
+        inputs, context = problem.split()
+        return backend.differentiable(forward, backward, inputs, context, reference)
+
+    def _derive(self, linear, maps, rows, outputs, saved, d_outputs):
+        """From the gradient of outputs: the gradient of rows, and factors of the maps' gradients.
+
+        These are {name: (left, right)}. For each expert the gradient of the kernel is
+        `left^T right`, and of the bias the sum of `right`.
+        """
+        values = dict(zip(self.saved, saved))
+        if self.last is not None:
+            values[self.last] = outputs
+        # Zeros are added to the outputs that are computed again, and get their gradients.
+        computed = [name for name in maps if name not in values]
+        for name in computed:
+            shape = (ops.shape(rows)[0], maps[name].kernel.shape[-1])
+            values[name] = ops.zeros(shape, rows.dtype)
+
+        def run(rows, *tensors):
+            again = linear(rows, values=dict(zip(values, tensors)), computed=computed)
+            return as_dtype(self.function(rows, again), rows.dtype), again.inputs
+
+        inputs, pullback = backend.vjp(run, (rows, *values.values()))
+        d_rows, *d_values = pullback(d_outputs)
+        return d_rows, {name: (inputs[name], each) for name, each in zip(values, d_values)}
+
+    def run_on_all(self, tokens, maps):
+        """Return the outputs (T, E, D') of all experts for each token: products of whole stacks."""
+        num_experts = next(iter(maps.values())).kernel.shape[0]
+        part = AllTokens(tokens, num_experts)
+        outputs = self.function(part.rows, Linear(part.rows, part, maps))
+        return ops.transpose(part.by_expert(outputs), (1, 0, 2))
+
+
+class Linear:
+    """The `linear` that is passed to a network: its linear maps and dropout, on some rows."""
+
+    def __init__(self, rows, part, maps, key=None):
+        self._rows, self._part, self._maps, self._key = rows, part, maps, key
+        self.outputs = {}
         self.num_dropouts = 0
 
     def __call__(self, name, rows=None):
-        if rows is None:  # a vector of each expert
-            rows = ops.ones((ops.shape(self._rows)[0], 1), self._rows.dtype)
-        if rows.dtype != self._rows.dtype:
-            rows = ops.cast(rows, self._rows.dtype)
-        return self._compute(name, rows)
+        self.outputs[name] = self._part.product(self._as_input(rows), *self._maps[name])
+        return self.outputs[name]
+
+    def _as_input(self, rows):
+        if rows is None:  # A vector of each expert is a map from one feature.
+            return ops.ones((ops.shape(self._rows)[0], 1), self._rows.dtype)
+        return as_dtype(rows, self._rows.dtype)
 
     def dropout(self, rows, rate):
         """Rows (n, H), each number set to 0 with the probability `rate`, or scaled, in training."""
@@ -98,201 +175,79 @@ class _Linear:
             raise ValueError(f"`rate` must be at least 0 and below 1. Received: rate={rate}")
         if self._key is None or not rate:
             return rows
+        # By a key and the numbers of the rows, random numbers are the same in both passes.
         key = self._key + self.num_dropouts
         kept = hashed(self._part.row_numbers(), rows.shape[1], key) >= rate
         return ops.where(kept, rows / (1 - rate), ops.zeros((), rows.dtype))
 
 
+class LinearAgain(Linear):
+    """The `linear` of the backward pass: maps return saved outputs, or are computed again."""
+
+    def __init__(self, rows, part, maps, key, values, computed):
+        super().__init__(rows, part, maps, key)
+        self._values, self._computed = values, computed
+        self.inputs = {}
+
+    def __call__(self, name, rows=None):
+        self.inputs[name] = rows = self._as_input(rows)
+        value, (kernel, bias) = self._values[name], self._maps[name]
+        if name in self._computed:
+            kernel_now = kernel.entry(ops.stop_gradient)
+            value = value + self._part.product(ops.stop_gradient(rows), kernel_now, bias)
+        transpose = functools.partial(self._part.product, kernels=kernel, transposed=True)
+        return backend.attach_gradient(value, rows, transpose)
+
+
+def network_of(function: Callable, features: int, widths: dict) -> Network:
+    """The `Network` of a function with linear maps of these widths, {name: (D, H)}."""
+    return _traced(function, features, tuple(sorted(widths.items())))
+
+
 @functools.lru_cache
 def _traced(function, features, widths):
-    found, widths, ends_linear, has_dropout = {}, dict(widths), False, False
+    widths = dict(widths)
+    found: dict = {}
 
-    def compute(name, rows):
-        if name not in widths or name in found:
+    def trace(rows):
+        linear = _TracedLinear(rows, widths)
+        outputs = function(rows, linear)
+        names = tuple(linear.outputs)
+        is_last = bool(names) and outputs is linear.outputs[names[-1]]
+        found.update(names=names, is_last=is_last, has_dropout=linear.num_dropouts > 0)
+        return outputs
+
+    outputs = compute_output_spec(trace, keras.KerasTensor((8, features), "float32"))
+    shape, names = tuple(getattr(outputs, "shape", ())), found["names"]
+    if set(names) != set(widths) or len(shape) != 2 or shape[0] != 8:
+        raise ValueError(
+            "A network must call `linear` once with each name in `widths`, and return rows. "
+            f"Received: calls of {sorted(names)} of {sorted(widths)}, outputs of shape {shape} "
+            f"for rows of shape (8, {features})"
+        )
+    saved, last = (names[:-1], names[-1]) if found["is_last"] else (names, None)
+    return Network(function, saved, last, shape[1], found["has_dropout"])
+
+
+class _TracedLinear(Linear):
+    """The `linear` with which a network is traced for its shapes."""
+
+    def __init__(self, rows, widths):
+        super().__init__(rows, None, {})
+        self._widths = widths
+
+    def __call__(self, name, rows=None):
+        rows = self._as_input(rows)
+        if name not in self._widths or name in self.outputs:
             raise ValueError(
-                "A network must call `linear` once with each name in `widths`. "
-                f"Received: {name!r}{' again' * (name in found)}, of {sorted(widths)}"
+                "A network must call `linear` once with each name in `widths`. Received: "
+                f"{name!r}{' again' * (name in self.outputs)}, of {sorted(self._widths)}"
             )
-        fan_in, fan_out = widths[name]
+        fan_in, fan_out = self._widths[name]
         if len(rows.shape) != 2 or rows.shape[1] != fan_in:
             raise ValueError(
                 f"`linear({name!r}, rows)` must have rows of {fan_in} features. "
                 f"Received: rows.shape={tuple(rows.shape)}"
             )
-        found[name] = ops.zeros((ops.shape(rows)[0], fan_out), rows.dtype)
-        return found[name]
-
-    def trace(rows):
-        nonlocal ends_linear, has_dropout
-        found.clear()
-        linear = _Linear(rows, compute)
-        outputs = function(rows, linear)
-        ends_linear = bool(found) and outputs is found[list(found)[-1]]
-        has_dropout = linear.num_dropouts > 0
-        return outputs
-
-    outputs = compute_output_spec(trace, keras.KerasTensor((8, features), "float32"))
-    shape = tuple(getattr(outputs, "shape", ()))
-    if set(found) != set(widths) or len(shape) != 2 or shape[0] != 8:
-        raise ValueError(
-            "A network must call `linear` once with each name in `widths`, and return rows. "
-            f"Received: calls of {sorted(found)} of {sorted(widths)}, outputs of shape {shape} "
-            f"for rows of shape (8, {features})"
-        )
-    return Network(function, tuple(found), shape[1], ends_linear, has_dropout)
-
-
-# What a linear map returns is saved, and with low-rank factors `x A` before it.
-
-
-def saved_widths(network, maps):
-    """Width of each tensor in the list that `forward_part` saves."""
-    linears = [maps[name] for name in network.names]
-    kernels = [kernel for each in linears for kernel in (each.lora_a, each.kernel) if kernel]
-    widths = [kernel.shape[2] for kernel in kernels]
-    return widths[:-1] if network.ends_linear else widths
-
-
-def forward_part(network, part, maps, rows, key=None):
-    """The outputs of some rows, and a list of what is saved of them."""
-    saved = []
-
-    def compute(name, values):
-        linear = maps[name]
-        output = part.product(values, linear.kernel, linear.bias)
-        if linear.lora_a is not None:
-            saved.append(part.product(values, linear.lora_a))
-            output = output + part.product(saved[-1], linear.lora_b)
-        saved.append(output)
-        return output
-
-    outputs = _like(network.function(rows, _Linear(rows, compute, part, key)), rows)
-    return outputs, saved[:-1] if network.ends_linear else saved
-
-
-def backward_part(network, part, maps, rows, saved, outputs, d_outputs, key=None):
-    """From the gradient of outputs: the gradient of rows, and factors of the maps' gradients.
-
-    These are {name: {field: (left, right)}}. For each expert the gradient of a bias is the sum of
-    `right`, of any other tensor `left^T right`.
-    """
-    saved = [*saved, outputs] if network.ends_linear else saved
-
-    def run(rows, *saved):
-        inputs, values_in_order = [], iter(saved)
-
-        def attach(value, inputs, kernel):
-            transpose = functools.partial(part.product, kernels=kernel, transposed=True)
-            return backend.attach_gradient(value, inputs, transpose)
-
-        def compute(name, values):
-            kernel, _, lora_a, lora_b = maps[name]
-            inputs.append(values)
-            if lora_a is None:
-                return attach(next(values_in_order), values, kernel)
-            low = attach(next(values_in_order), values, lora_a)
-            return attach(attach(next(values_in_order), values, kernel), low, lora_b)
-
-        linear = _Linear(rows, compute, part, key)
-        return _like(network.function(rows, linear), rows), inputs
-
-    inputs, pullback = backend.vjp(run, (rows, *saved))
-    d_rows, *d_saved = pullback(d_outputs)
-    pairs, factors = zip(saved, d_saved), {}
-    for name, values in zip(network.names, inputs):
-        low, d_low = (None, None) if maps[name].lora_a is None else next(pairs)
-        _, d_output = next(pairs)
-        factors[name] = {
-            "kernel": (values, d_output),
-            "bias": (values, d_output),
-            "lora_a": (values, d_low),
-            "lora_b": (low, d_output),
-        }
-    return d_rows, factors
-
-
-def _like(values, rows):
-    """Values in the dtype of the rows: an activation may compute in float32."""
-    # A cast is an operation of a program, even if idle.
-    return values if values.dtype == rows.dtype else ops.cast(values, rows.dtype)
-
-
-def run_network(network, problem, platform=None):
-    """The weighted sums (T, D') of the outputs of each token's experts.
-
-    Rows outside all groups are not computed: padded and dropped assignments cost nothing. The plan
-    of the problem is sorted, and `platform` is None for the one that is found: `on_its_platform`.
-    """
-    return _run((network, platform or named_platform()), problem)
-
-
-@backend.compile_once
-def _run(network_and_platform, problem):
-    network, platform = network_and_platform
-    run = functools.partial(_run_on, network)
-    return run(platform, problem) if platform else backend.on_its_platform(run, problem)
-
-
-def _run_on(network, platform, problem):
-    def forward(inputs, context, save):
-        problem = Problem.join(inputs, context)
-        return _forward(network, problem, backend.layout(problem, platform), save)
-
-    def backward(inputs, context, buffers, gradient):
-        problem = Problem.join(inputs, context)
-        layout = backend.layout(problem, platform)
-        return _backward(network, problem, layout, buffers, gradient, trained=inputs[2])
-
-    def reference(inputs, context):
-        problem = Problem.join(inputs, context)
-        return _forward(network, problem, AllRows(backend, problem, platform), save=False)[0]
-
-    inputs, context = problem.split()
-    return backend.differentiable(forward, backward, inputs, context, reference)
-
-
-def _forward(network, problem, layout, save):
-    tokens, maps, plan, key = problem
-
-    def run(part, maps, rows):
-        outputs, saved = forward_part(network, part, maps, rows, key)
-        return [outputs, *(saved if save else ())], {}
-
-    widths = [network.output_width, *(saved_widths(network, maps) if save else ())]
-    buffers, _ = layout.run(run, maps, [tokens], [], widths, {})
-    outputs = layout.join(buffers[0], network.output_width, tokens.dtype)
-    return ops.cast(plan.sum_rows(outputs, plan.weights), tokens.dtype), buffers
-
-
-def _backward(network, problem, layout, buffers, gradient, trained):
-    tokens, maps, plan, key = problem
-
-    def run(part, maps, rows, d_outputs, weights, outputs, *saved):
-        weighted = d_outputs * weights
-        d_rows, factors = backward_part(network, part, maps, rows, saved, outputs, weighted, key)
-        return [d_rows, row_sums(d_outputs, outputs)], factors
-
-    weights = ops.expand_dims(ops.cast(plan.weight_of_row(plan.weights), tokens.dtype), 1)
-    by_row, features = [layout.split(weights), *buffers], tokens.shape[1]
-    (d_rows, d_weights), d_maps = layout.run(
-        run, maps, [tokens, gradient], by_row, [features, 1], trained
-    )
-    d_rows = layout.join(d_rows, features, tokens.dtype)
-    d_weights = plan.at_assignments(layout.join(d_weights, 1, plan.weights.dtype)[:, 0])
-    return (
-        ops.cast(plan.sum_rows(d_rows), tokens.dtype),
-        ops.cast(d_weights, plan.weights.dtype),
-        d_maps,
-    )
-
-
-def run_on_all(network, tokens, maps):
-    """The outputs (T, E, D') of all experts for each token (T, D): products of whole stacks."""
-    num_experts = next(iter(maps.values())).kernel.shape[0]
-    part = AllTokens(tokens, num_experts)
-    outputs, _ = forward_part(network, part, maps, part.rows)
-    if network.ends_linear and maps[network.names[-1]].lora_a is None:
-        outputs = part.last_products
-    else:
-        outputs = ops.reshape(outputs, (num_experts, ops.shape(tokens)[0], outputs.shape[1]))
-    return ops.transpose(outputs, (1, 0, 2))
+        self.outputs[name] = ops.zeros((ops.shape(rows)[0], fan_out), rows.dtype)
+        return self.outputs[name]

@@ -299,12 +299,3 @@ def _without_padding(routing, mask):
 def plan_experts(experts, num_experts):
     """The plan of experts (T, K), -1 for none, with weights of 1."""
     return GroupedPlan.of(experts, ops.ones_like(experts, "float32"), num_experts)
-
-
-def pad_to_shards(tensor, shards, value):
-    """The tensor (T, ...) or None, padded so that all devices have as many tokens."""
-    missing = 0 if tensor is None else -ops.shape(tensor)[0] % shards.number
-    if not missing:
-        return tensor
-    widths = ((0, missing), *[(0, 0)] * (len(tensor.shape) - 1))
-    return ops.pad(tensor, widths, constant_values=value)

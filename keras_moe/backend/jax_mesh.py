@@ -1,0 +1,200 @@
+"""Networks of experts on a mesh of devices, on JAX: gather tokens, compute, scatter outputs.
+
+Tokens are split over some axes, the data axes. Kernels are whole on every device, or their experts
+are split over one axis, the expert axis. Each device runs its own experts:
+
+1. Where the expert axis splits tokens as well, the devices along it gather each other's tokens.
+2. Each device sorts and runs the assignments of its own experts.
+3. The devices along the expert axis sum their outputs, and each keeps the outputs of its tokens.
+
+Where less is sent that way, each token goes to the devices of its experts only, and its outputs
+come back (all-to-all). Kernels are sent nowhere.
+
+A device may be sent every token, or none, and shapes are fixed. So rows are computed in chunks: the
+first has buffers for little more than a mean share of the rows. What exceeds it goes through
+shorter chunks of a loop, often none, which are computed again in the backward pass.
+
+Axes: T tokens, E experts, K experts per token, R rows, n devices along the expert axis.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from keras_moe.backend import jax_derivatives
+from keras_moe.backend.base import named_platform
+from keras_moe.backend.padded import interval
+
+
+def run(network, problem, shards, kernel):
+    """`network.run` on all devices; `kernel` is a variable (E, D, H) whose split all maps share."""
+    platform = named_platform() or shards.platform
+    return _run(network, platform, shards, shards.axis_of(kernel), problem)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
+def _run(network, platform, shards, expert_axis, problem):
+    run = functools.partial(network.run, platform)
+    tokens_cross = expert_axis in shards.axes
+
+    def on_device(tokens, maps, plan, key):
+        own = problem._replace(tokens=tokens, maps=maps, plan=plan, key=key)
+        lengths, num_experts = _chunk_lengths(plan.experts.size), _num_experts(own)
+        if expert_axis is None:
+            return run(own._replace(plan=plan.of_experts(0, num_experts)))
+        if tokens_cross:
+            # Whether K rows of each token are fewer values than the tokens of all devices.
+            num_tokens = shards.mesh.shape[expert_axis] * tokens.shape[0]
+            if plan.places is None and lengths[0] < num_tokens:
+                return _by_all_to_all(run, own, shards, expert_axis)
+            tokens, plan = lax.all_gather((tokens, plan), expert_axis, tiled=True)
+        first = lax.axis_index(expert_axis) * num_experts
+        plan = plan.of_experts(first, num_experts).sort()
+        outputs = _run_in_chunks(run, own._replace(tokens=tokens, plan=plan), lengths)
+        if tokens_cross:  # Each device keeps its own part of the sum.
+            return lax.psum_scatter(outputs, expert_axis, tiled=True)
+        return lax.psum(outputs, expert_axis)
+
+    plan, num_tokens = problem.plan, problem.tokens.shape[0]
+    plan = plan._replace(experts=shards.pad(plan.experts, -1), weights=shards.pad(plan.weights))
+    plan = plan._replace(sizes=None, places=shards.pad(plan.places), mask=shards.pad(plan.mask))
+    operands = shards.pad(problem.tokens), problem.maps, plan, problem.key
+    axes = shards.axes, expert_axis, shards.axes, None
+    return shards.on_each_device(on_device, operands, axes)[:num_tokens]
+
+
+def _num_experts(problem):
+    return next(iter(problem.maps.values())).kernel.shape[0]
+
+
+# A chunk is a span of rows, the same for every device. `lengths` are two integers: the rows of the
+# first chunk and of every further one.
+
+
+def _chunk_lengths(num_rows, num_buckets=1):
+    """A thirty-second more than the mean share of the rows, then a quarter at a time."""
+    lengths = -(-33 * num_rows // 32), -(-num_rows // 4)
+    return tuple(-(-length // num_buckets) for length in lengths)
+
+
+def _sum_chunks(run_chunk, lengths, count_rows, problem):
+    """The sum of `run_chunk(problem, start, length)` over `count_rows(plan)`, with derivatives."""
+    first, further = lengths
+
+    def num_chunks(plan):
+        return 1 + -(-jnp.maximum(count_rows(plan) - first, 0) // further)
+
+    def nth_chunk(context, number):
+        start = first + (number - 1) * further
+        return lambda *inputs: run_chunk(problem.join(inputs, context), start, further)
+
+    def forward(inputs, context, save):
+        def run_first(*inputs):
+            return run_chunk(problem.join(inputs, context), 0, first)
+
+        output, pullback = jax.vjp(run_first, *inputs) if save else (run_first(*inputs), ())
+
+        def add(number, total):
+            return total + nth_chunk(context, number)(*inputs)
+
+        return lax.fori_loop(1, num_chunks(context[0]), add, output), pullback
+
+    def backward(inputs, context, pullback, gradient):
+        def add(number, totals):
+            _, pullback = jax.vjp(nth_chunk(context, number), *inputs)
+            return jax.tree.map(jnp.add, totals, pullback(gradient))
+
+        return lax.fori_loop(1, num_chunks(context[0]), add, pullback(gradient))
+
+    def reference(inputs, context):
+        return run_chunk(problem.join(inputs, context), 0, context[0].num_rows())
+
+    inputs, context = problem.split()
+    return jax_derivatives.differentiable(forward, backward, inputs, context, reference)
+
+
+def _run_in_chunks(run, problem, lengths):
+    if lengths[0] >= problem.plan.num_rows():
+        return run(problem)
+
+    def run_chunk(problem, start, length):
+        return run(problem._replace(plan=_chunk(problem.plan, start, length)))
+
+    return _sum_chunks(run_chunk, lengths, lambda plan: jnp.sum(plan.sizes), problem)
+
+
+def _chunk(plan, start, length):
+    """The plan of `length` rows from `start` on."""
+    ends = jnp.cumsum(plan.sizes)
+    sizes = jnp.clip(ends - start, 0, length) - jnp.clip(ends - plan.sizes - start, 0, length)
+    rows = plan.rows - start
+    # The last chunk may overrun the rows.
+    order = jnp.pad(plan.order, (0, length))
+    return plan._replace(
+        sizes=sizes,
+        order=lax.dynamic_slice(order, (start,), (length,), allow_negative_indices=False),
+        rows=jnp.where((rows >= 0) & (rows < length), rows, -1),
+    )
+
+
+def _by_all_to_all(run, problem, shards, axis):
+    """Send each token to the devices of its experts; a bucket has the rows for one device."""
+    plan, num_local = problem.plan, _num_experts(problem)
+    num_shards = shards.mesh.shape[axis]
+    lengths = _chunk_lengths(plan.experts.size, num_shards)
+    plan = plan.of(plan.experts, plan.weights, num_local * num_shards).sort()
+
+    def exchange(tensor):
+        # Part i goes to device i; the result has a part from each device.
+        return lax.all_to_all(tensor, axis, split_axis=0, concat_axis=0, tiled=True)
+
+    def run_chunk(problem, start, length):
+        plan = problem.plan
+        buckets, local_expert = _buckets(plan, num_shards, start, length)
+        # Outputs are weighted, and saved for the weights' gradient, on the device that computes
+        # them, so that the receiving device need not save them.
+        weight = exchange(buckets.weight_of_row(plan.weights))
+        expert = exchange(local_expert)
+        received = plan.of(expert[:, None], weight[:, None], num_local)
+        tokens = exchange(buckets.dispatch(problem.tokens))
+        outputs = run(problem._replace(tokens=tokens, plan=received))
+        return buckets._replace(weights=None).combine(exchange(outputs))
+
+    def count_rows(plan):
+        # If one device needs a chunk, all take part in it.
+        return lax.pmax(jnp.max(_rows_by_shard(plan, num_shards)), shards.axes)
+
+    return _sum_chunks(run_chunk, lengths, count_rows, problem._replace(plan=plan))
+
+
+def _rows_by_shard(plan, num_shards):
+    """How many rows go to each device, (n,) int32."""
+    return jnp.sum(plan.sizes.reshape(num_shards, -1), axis=1)
+
+
+def _buckets(plan, num_shards, start, length):
+    """The rows of one chunk: in each bucket `length` rows, from its row `start` on.
+
+    A plan of these rows, and their experts on the device they go to, -1 where a bucket is not full.
+    """
+    sizes = _rows_by_shard(plan, num_shards)
+    starts = jnp.cumsum(sizes) - sizes
+    place = start + jnp.arange(length, dtype="int32")
+    row = jnp.minimum(starts[:, None] + place, plan.num_rows() - 1)
+    filled = place < sizes[:, None]
+
+    expert = interval(row, jnp.cumsum(plan.sizes))
+    local = jnp.where(filled, expert % (plan.num_experts // num_shards), -1)
+
+    # The place of each token's rows among all buckets.
+    rows = plan.rows
+    shard = jnp.minimum(interval(rows, jnp.cumsum(sizes)), num_shards - 1)
+    place = rows - jnp.take(starts, shard) - start
+    inside = (rows >= 0) & (place >= 0) & (place < length)
+    buckets = plan._replace(
+        order=jnp.take(plan.order, row.reshape(-1)),
+        rows=jnp.where(inside, shard * length + place, -1),
+    )
+    return buckets, local.reshape(-1)
