@@ -44,17 +44,21 @@ PLACES = {
     "jax": [("cpu", "jit"), ("tpu", "jit"), ("gpu", "jit")],
     "torch": [("cpu", "eager"), ("gpu", "eager")],
 }[BACKEND]
-if backend.current_platform() != "cpu":
-    PLACES = [(backend.current_platform(), mode) for mode in KERNEL_MODES]
+found: list = []
+if BACKEND == "jax":
+    import jax
+
+    found.append(jax.default_backend())
+else:
+    backend.on_its_platform(lambda platform, _: found.append(platform), ops.zeros(()))
+if found != ["cpu"]:
+    PLACES = [(found[0], mode) for mode in KERNEL_MODES]
 
 if BACKEND == "tensorflow":
     import tensorflow as tf
 
     # Each test traces its functions anew, which TensorFlow takes for a mistake.
     tf.get_logger().setLevel("ERROR")
-
-if BACKEND == "jax":
-    import jax
 
 
 def forget():

@@ -379,7 +379,6 @@ REFUSED = [
         "moe(router=own_part(routers.Router, E, top_k=2, route=logits))(t())",
         "return an `ops.Routing`",
     ),
-    ("moe(own_bank({'up': (D, D)}, settings=()))(t())", "`settings` must name all attributes"),
     ("moe(own_bank({'up': (D, D), 'activation': (D,)}))(t())", "Received: ['activation']"),
     ("moe(own_bank({'up': (D, D), 'network': (D,)}))(t())", "Received: ['network']"),
     ("moe(own_bank({'up': (D, D), 'up_bias': (D,)}))(t())", "Received: ['up_bias']"),

@@ -28,9 +28,7 @@ T, D, H, E = 9, 6, 5, 3
 
 @keras.saving.register_keras_serializable("tests")
 class DeepExperts(layers.StackedExperts):
-    """Three layers deep, with settings."""
-
-    settings = ("activation",)
+    """Three layers deep."""
 
     def widths(self, features):
         return {"first": (features, H), "second": (H, 7), "third": (7, features)}

@@ -72,13 +72,13 @@ class Backend:
         """Return "running" in a recomputation, "possible" if one may follow, or None."""
         return None
 
-    def current_platform(self):
-        """Return the platform of this process: "cpu", "gpu" or "tpu"."""
-        raise NotImplementedError
-
     def on_its_platform(self, function, *operands):
-        """Call `function(platform, *operands)`, perhaps traced for all platforms."""
-        return function(self.current_platform(), *operands)
+        """Call `function(platform, *operands)` for "cpu", "gpu" or "tpu".
+
+        That is the platform that `platform` names, or that of the operands or the process. JAX may
+        trace the function for all of them.
+        """
+        raise NotImplementedError
 
     def without_autocast(self, tensor):
         """Return a context without automatic casts of the tensor to a smaller dtype."""
@@ -91,7 +91,7 @@ class Backend:
 
         `kernel` is the variable (E, D, H) of one of the problem's maps: all are split as it is.
         """
-        return network.run(named_platform() or self.current_platform(), problem)
+        return self.on_its_platform(network.run, problem)
 
     def jit_when_eager(self, function):
         """On JAX, compile an eager call as one program instead of one for each operation.

@@ -17,10 +17,9 @@ class JaxBackend(Backend):
     def needs_static_shapes(self):
         return True
 
-    def current_platform(self):
-        return jax.default_backend()
-
     def on_its_platform(self, function, *operands):
+        if named_platform() is not None:
+            return function(named_platform(), *operands)
         cpu, gpu, tpu = (functools.partial(function, name) for name in ("cpu", "gpu", "tpu"))
         return jax.lax.platform_dependent(*operands, tpu=tpu, cuda=gpu, rocm=gpu, default=cpu)
 
@@ -30,7 +29,7 @@ class JaxBackend(Backend):
         shards = jax_sharding.token_shards()
         if shards is not None:
             return jax_mesh.run(network, problem, shards, kernel)
-        return run_compiled(network, named_platform(), problem)
+        return run_compiled(self, network, named_platform(), problem)
 
     def jit_when_eager(self, function):
         # JAX would compile each operation alone, for each shape: some hundred programs at the first
@@ -109,10 +108,7 @@ class JaxBackend(Backend):
 
 
 # Outside `jit` JAX would compile each loop again at every call.
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def run_compiled(network, platform, problem):
-    """`network.run` as a program, for a platform or for the one that it is compiled for."""
-    if platform is not None:
-        return network.run(platform, problem)
-    cpu, gpu, tpu = (functools.partial(network.run, name) for name in ("cpu", "gpu", "tpu"))
-    return jax.lax.platform_dependent(problem, tpu=tpu, cuda=gpu, rocm=gpu, default=cpu)
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def run_compiled(backend, network, named, problem):
+    """`network.run` as a program for each named platform."""
+    return backend.on_its_platform(network.run, problem)

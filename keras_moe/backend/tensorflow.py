@@ -12,7 +12,7 @@ import tensorflow as tf
 from tensorflow.compiler.tf2xla.python import xla
 
 from keras_moe._internal.keras_internals import current_model
-from keras_moe.backend.base import Backend, packed_order, split_rows
+from keras_moe.backend.base import Backend, named_platform, packed_order, split_rows
 from keras_moe.backend.layouts import AllRows, Parts
 from keras_moe.backend.tiles import Tiles
 
@@ -31,10 +31,11 @@ class TensorFlowBackend(Backend):
         # No function tells that `tf.vectorized_map` traces.
         return "loop_body" in tf.get_current_name_scope().split("/")
 
-    def current_platform(self):
+    def on_its_platform(self, function, *operands):
         # TensorFlow does not tell for which device a function is traced.
         types = {device.device_type for device in tf.config.list_logical_devices()}
-        return next((name for name in ("tpu", "gpu") if name.upper() in types), "cpu")
+        found = next((name for name in ("tpu", "gpu") if name.upper() in types), "cpu")
+        return function(named_platform() or found, *operands)
 
     def num_replicas(self):
         replica = tf.distribute.get_replica_context()

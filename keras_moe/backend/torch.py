@@ -1,6 +1,7 @@
 """PyTorch primitives."""
 
 import contextlib
+import functools
 
 import keras
 import torch
@@ -34,14 +35,12 @@ class TorchBackend(Backend):
         # As `torch.utils.checkpoint` finds out itself; there is no public way.
         return "possible" if torch._C._current_graph_task_id() == -1 else "running"
 
-    def current_platform(self):
-        return _platform_of(ops.convert_to_tensor(0).device)
-
     def on_its_platform(self, function, *operands):
         tensor = operands[0]
         while isinstance(tensor, tuple):
             tensor = tensor[0]
-        return function(_platform_of(tensor.device), *operands)
+        found = "cpu" if tensor.device.type in ("cpu", "meta") else "gpu"
+        return function(named_platform() or found, *operands)
 
     def without_autocast(self, tensor):
         kind = tensor.device.type
@@ -81,10 +80,10 @@ class TorchBackend(Backend):
         return [part.reshape(each.shape).to(each.dtype) for part, each in zip(parts, values)]
 
     def run(self, network, problem, kernel=None):
-        platform = named_platform() or _platform_of(problem.tokens.device)
         if kernel is not None and kernel.shape[0] < problem.plan.num_experts:
-            return torch_experts.expert_processes().run(network, platform, problem)
-        return network.run(platform, problem)
+            run = functools.partial(torch_experts.expert_processes().run, network)
+            return self.on_its_platform(run, problem)
+        return self.on_its_platform(network.run, problem)
 
     expert_processes = staticmethod(torch_experts.expert_processes)
     split_experts = staticmethod(torch_experts.split_experts)
@@ -211,7 +210,3 @@ class _Attached(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gradient):
         return None, gradient, ctx.transpose(gradient)
-
-
-def _platform_of(device):
-    return "cpu" if device.type in ("cpu", "meta") else "gpu"

@@ -1,4 +1,4 @@
-"""Tools to look into a model: its MoE layers by name, their sizes, engines and routings."""
+"""Tools to look into a model: its MoE layers by name, their sizes and routings."""
 
 from keras_moe.inspection.recording import count_in_evaluation, record_routings, replay_routings
 from keras_moe.inspection.summaries import (

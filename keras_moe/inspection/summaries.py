@@ -1,4 +1,4 @@
-"""The MoE layers of a model: their names, sizes, costs and engines."""
+"""The MoE layers of a model: their names, sizes and costs."""
 
 import collections
 import math
@@ -12,8 +12,6 @@ from keras_moe import metrics
 from keras_moe._internal.checks import check_instance
 from keras_moe._internal.keras_internals import own_layers
 from keras_moe._internal.plain_text import as_text, table
-from keras_moe.backend import backend
-from keras_moe.backend.base import named_platform
 from keras_moe.layers.gate import Gate
 from keras_moe.layers.low_rank_experts import LowRankExperts
 from keras_moe.layers.stacked_experts import StackedExperts
@@ -86,10 +84,6 @@ class LayerSummary(NamedTuple):
       of the training; of a layer without training, in evaluations that were counted.
     - `router`, `experts`: names of their classes.
     - `dtype`: of the experts, "int8" or "int4" if any is quantized, else the compute dtype.
-    - `platform`: "cpu", "gpu" or "tpu".
-    - `engine`: for many rows "tiles" (a loop over tiles of rows) or "parts" (grouped products of
-      all rows, or of parts of them); for experts that are Keras layers "vectorized" (all tiles at
-      once, each with a copy of its weights), "scan" (one tile after another) or "slices".
     """
 
     name: str
@@ -102,16 +96,11 @@ class LayerSummary(NamedTuple):
     router: str
     experts: str
     dtype: str
-    platform: str
-    engine: str
     shared_parameters: int = 0
 
 
 def summarize(model: keras.Model) -> list[LayerSummary]:
     """One `LayerSummary` for each MoE layer of a built model, in the order of the model.
-
-    The engine follows from the backend, the platform, the dtype, and whether `model.compile` turned
-    XLA on. To read it for another platform, call this in the context `ops.platform`.
 
     Args:
         model: A built Keras model with MoE layers.
@@ -124,10 +113,6 @@ def summarize(model: keras.Model) -> list[LayerSummary]:
     >>> layer.parameters, layer.active_parameters  # router 16 * 4, experts 2 * 16 * 32 each
     (4160, 2112)
     """
-    platform = named_platform() or backend.current_platform()
-    is_tensorflow = keras.backend.backend() == "tensorflow"
-    by_xla = is_tensorflow and bool(getattr(model, "jit_compile", False))
-    has_static_shapes = backend.needs_static_shapes() or by_xla
     summaries, layers = [], _built_layers(model)
     number_of = collections.Counter(part for each in layers.values() for part in _parts(each))
     for name, layer in layers.items():
@@ -141,9 +126,8 @@ def summarize(model: keras.Model) -> list[LayerSummary]:
         sizes = (router.num_experts, router.max_top_k, parameters, active, 2 * active)
         modes = [part.quantization_mode for part in bank._flatten_layers()]
         dtype = next(filter(None, modes), bank.compute_dtype)
-        kinds = (type(router).__name__, type(bank).__name__, dtype, platform)
-        engine = bank.engine_on(platform, has_static_shapes)
-        summaries.append(LayerSummary(name, *sizes, counts.tolist(), *kinds, engine, shared))
+        kinds = (type(router).__name__, type(bank).__name__, dtype)
+        summaries.append(LayerSummary(name, *sizes, counts.tolist(), *kinds, shared))
     return summaries
 
 
@@ -188,7 +172,7 @@ def table_row(layer):
         "FLOPs a token": f"{layer.flops:,}",
         "busiest": f"{busiest:.2f} x fair" if used else "-",
         "dead": f"{int(metrics.dead_experts(layer.counts))}" if used else "-",
-        "engine": f"{layer.engine or '-'} ({layer.platform}, {layer.dtype})",
+        "dtype": layer.dtype,
     }
 
 

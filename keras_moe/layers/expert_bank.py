@@ -80,13 +80,6 @@ class ExpertBank(BaseLayer):
         """Return the call itself: the layer around the bank is recomputed with the bank in it."""
         return call
 
-    def engine_on(self, platform: str, static_shapes: bool) -> str:
-        """Return the name of what computes a built bank, "" if not known.
-
-        `platform` is "cpu", "gpu" or "tpu". Under XLA, all shapes are static.
-        """
-        return ""
-
     def inherit_policy(self, policy: keras.DTypePolicy) -> None:
         """Take the dtype policy of the layer around the bank, unless the bank has its own."""
         if not self.has_own_policy and not self.built:

@@ -13,7 +13,6 @@ from keras_moe._internal.checks import shortened
 from keras_moe._internal.keras_internals import parameters_of, recompute_as_one
 from keras_moe._internal.serialization import note_part, register
 from keras_moe.backend import backend
-from keras_moe.backend.base import named_platform
 from keras_moe.backend.padded import pad_tiles
 from keras_moe.layers.expert_bank import ExpertBank
 from keras_moe.layers.mixture_of_experts import MixtureOfExperts
@@ -176,7 +175,7 @@ class LayerExperts(ExpertBank):
 
     def _as_one_function(self):
         """A function of weights and rows for all experts, and one that stacks weights, or None."""
-        if not _are_alike(self.layers):
+        if not are_alike(self.layers):
             return None
         first = self.layers[0]
 
@@ -193,9 +192,6 @@ class LayerExperts(ExpertBank):
 
         return function, stack
 
-    def engine_on(self, platform, static_shapes):
-        return _engine_of(_are_alike(self.layers), platform, static_shapes)
-
     def compute_output_shape(self, tokens_shape):
         if self.built:
             return (tokens_shape[0], *self._output_shape)
@@ -206,7 +202,7 @@ def _sum(losses, start):
     return sum((ops.cast(loss, "float32") for loss in losses), start)
 
 
-def _are_alike(layers):
+def are_alike(layers):
     """Whether built layers compute the same function, but for the values of their weights."""
     has_state = any(len(parameters_of(layer)) < len(layer.variables) for layer in layers)
     return len({_kind(layer) for layer in layers}) == 1 and not has_state
@@ -241,13 +237,6 @@ def _without_names(config):
     return {key: _without_names(config[key]) for key in kept}
 
 
-def _engine_of(alike, platform, static_shapes):
-    """The name of the way in which `_map_groups` runs, see `inspection.LayerSummary`."""
-    if not static_shapes:
-        return "slices"
-    return "vectorized" if alike and platform != "cpu" else "scan"
-
-
 def _map_groups(functions, alike, has_samples, width, rows, sizes, state):
     """Apply function e to group e of the rows (R, D); return rows (R, D') and the state.
 
@@ -259,16 +248,15 @@ def _map_groups(functions, alike, has_samples, width, rows, sizes, state):
         return _map_slices(functions, width, rows, sizes, state)
 
     def run_on(platform, rows, sizes, state):
-        if _engine_of(alike, platform, True) == "vectorized":
+        if alike and platform != "cpu":
             return _map_alike(alike, None, rows, sizes, state)
         length = _unrolled_length(rows, sizes) if alike and has_samples else 0
         if length:
             return _map_alike(alike, length, rows, sizes, state)
         return _scan_tiles(functions, width, rows, sizes, state)
 
-    platform = named_platform()
-    if platform or alike is None:
-        return run_on(platform, rows, sizes, state)
+    if alike is None:  # The same on all platforms.
+        return run_on("cpu", rows, sizes, state)
     return backend.on_its_platform(run_on, rows, sizes, state)
 
 

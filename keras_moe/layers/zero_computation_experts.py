@@ -114,9 +114,6 @@ class ZeroComputationExperts(ExpertBank):
             outputs = outputs + weight * constant
         return outputs
 
-    def engine_on(self, platform, static_shapes):
-        return self.experts.engine_on(platform, static_shapes)
-
     def _take_policy(self, policy):
         self.dtype_policy = in_floats(policy)
         self.experts.inherit_policy(policy)

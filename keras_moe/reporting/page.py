@@ -214,7 +214,7 @@ def _table(layers):
 def _row(layer):
     counts, shared = layer.routing.counts, layer.information
     row = table_row(layer.summary._replace(counts=counts.tolist()))
-    del row["FLOPs a token"], row["engine"]
+    del row["FLOPs a token"], row["dtype"]
     return {
         **{name: _escape(cell) for name, cell in row.items()},
         "shares": _bars(counts),
