@@ -33,7 +33,7 @@ class ExpertMonitor(keras.callbacks.Callback):
       balance, in the least even layer
     - `dead_experts`: number of experts with less than a thousandth of the mean of their layer
     - `dropped_fraction`, with a capacity: largest share of assignments that found no slot
-    - `router_loss`, with router losses: their part of `loss`, the mean of all passes of the model
+    - `router_loss`, with router losses: what a call adds to `loss` on average, summed over layers
 
     `history`, a dict of lists by epoch as in `keras.callbacks.History`, has `load_imbalance`,
     `dead_experts`, `dropped_fraction` of each layer, as `moe_load_imbalance` and in validation

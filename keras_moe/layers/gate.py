@@ -20,9 +20,7 @@ from keras_moe._internal.checks import check_number, fixed, shortened
 from keras_moe._internal.keras_internals import (
     drops_losses,
     in_symbolic_scope,
-    is_first_in_pass,
     names_below,
-    own_losses,
     unlocked,
     untrack,
 )
@@ -172,14 +170,10 @@ class Gate(Recomputable):
         observers = [each() for each in self._observers if each() is not None]
         for observer in observers:
             indices = observer.indices if indices is None else indices
-        earlier = own_losses(self.router) if training else []
-        # On JAX the call of a gate is the outermost, in PyTorch's recomputation losses come later.
-        is_first = bool(training) and is_first_in_pass(self) and not (earlier or own_losses(self))
         routing = self._route(tokens, training, router_inputs, token_ids=token_ids, indices=indices)
         counts = any(observer.counts for observer in observers) and not in_symbolic_scope()
         if training or counts:
-            added = own_losses(self.router)[len(earlier) :] if training else []
-            self._add_losses_and_count(routing, tokens.sequence_length, training, added, is_first)
+            self._add_losses_and_count(routing, tokens.sequence_length, training)
         for observer in observers:
             if observer.saw is not None:
                 observer.saw(routing.without_plan(), tokens.values)
@@ -198,26 +192,29 @@ class Gate(Recomputable):
         limited = sum(bank.num_capacity_limited for bank in self.banks)
         return self.capacity.admit(routing, length, training, self._capacity_seed, limited)
 
-    def _add_losses_and_count(self, routing, sequence_length, training, added, is_first):
-        """Add router losses to those that the router has `added`, and count this call."""
+    def _add_losses_and_count(self, routing, sequence_length, training):
+        """Add the router losses in training, and count this call."""
         if isinstance(routing.shares, tuple):
             routing = routing._replace(shares=token_shares(routing.mask))
-        values: list = []
-        for index in range(len(self.router_losses)):
-            values.append(self._compute_loss(index, routing, sequence_length, training))
-            if training:
-                weighted = self.router_loss_weights[index] * values[-1]
-                # Keras adds it to the other losses, which have this dtype.
-                self.add_loss(as_dtype(weighted, keras.config.floatx()))
-                added.append(weighted)
-        if training and values and drops_losses():
+        values = [
+            self._compute_loss(index, routing, sequence_length, training)
+            for index in range(len(self.router_losses))
+        ]
+        weighted = []
+        if training:
+            weighted = [self.router_loss_weights[index] * each for index, each in enumerate(values)]
+        for loss in weighted:
+            # Keras adds it to the other losses, which have this dtype.
+            self.add_loss(as_dtype(loss, keras.config.floatx()))
+        if weighted and drops_losses():
             warnings.warn(
                 f"The router losses of `{self.name}` are dropped: in training call "
                 "`stateless_call` with `return_losses=True`, and add what it returns to the loss.",
                 stacklevel=2,
             )
         counters = self._training_counters if training else self._evaluation_counters
-        counters.add(routing, values, added, is_first, training, self.capacity is not None)
+        added = [*weighted, *routing.losses]
+        counters.add(routing, values, added, training, self.capacity is not None)
 
     def _compute_loss(self, index, routing, sequence_length, training):
         loss, variables = self.router_losses[index], self.loss_states[index]

@@ -10,7 +10,7 @@ from keras import ops
 
 from keras_moe._internal import Tensor
 from keras_moe._internal.checks import shortened
-from keras_moe._internal.keras_internals import parameters_of, recompute_as_one
+from keras_moe._internal.keras_internals import parameters_of, recompute_as_one, stored_dtypes
 from keras_moe._internal.serialization import note_part, register
 from keras_moe.backend import backend
 from keras_moe.backend.base import named_platform
@@ -121,15 +121,17 @@ class LayerExperts(ExpertBank):
         functions = [self._as_function(layer, variables) for layer in self.layers]
         # Compiled loops allow neither writes to variables nor stored losses: both are passed
         # through. PyTorch assigns in place, which would change a value the gradient needs.
-        state = [ops.copy(variable) for variable in variables]
+        with stored_dtypes():
+            state = [ops.copy(variable) for variable in variables]
         state.append(ops.zeros((), "float32"))
         alike = self._as_one_function() if backend.needs_static_shapes() else None
         width = math.prod(self._output_shape)
         has_samples = len(self._row_shape) > 1
         arguments = (functions, alike, has_samples, width, rows, plan.sizes, state)
         rows, (*values, loss) = _map_groups(*arguments)
-        for variable, value in zip(variables, values):
-            variable.assign(value)
+        with stored_dtypes():
+            for variable, value in zip(variables, values):
+                variable.assign(value)
         self.add_loss(loss)
         return ops.reshape(plan.combine(rows), (-1, *self._output_shape))
 

@@ -38,6 +38,8 @@ class Routing(NamedTuple):
     - `dropped` () float32: share of the assignments that found no slot in their expert.
     - `load` (E,) float32: `counts`; for noisy routers a smooth, differentiable estimate of them.
     - `selectors` (T, K, E) float32: scores of each selector of `routers.DSelectKRouter`, else `()`.
+    - `losses`: tuple of () float32, what the router itself adds to the loss in training; `()` in
+      what layers return.
     - `plan`: which expert serves which token, `ops.GroupedPlan`; `()` in what layers return.
     - `shares` (T, 1) float32: each real token's share of them all, 0 for padding; a number if there
       is no padding, and `()` in what layers return.
@@ -52,12 +54,13 @@ class Routing(NamedTuple):
     dropped: Any = None
     load: Any = None
     selectors: Any = ()
+    losses: tuple = ()
     plan: Any = ()
     shares: Any = ()
 
     def without_plan(self) -> "Routing":
         """Return the routing as layers return it, a structure of tensors."""
-        return self._replace(plan=(), shares=())
+        return self._replace(losses=(), plan=(), shares=())
 
     def mean(self, values: Tensor) -> Tensor:
         """Mean (N,) of values (T, N) over the real tokens, 0 where there is none."""
