@@ -387,7 +387,10 @@ REFUSED = [
     ("own(top_k=1)", "`indices` must have"),
     ("own(indices=t(T, 2))", "`indices` must have a dtype"),
     ("own(counts=ints(1, E))", "`counts` must have the shape"),
-    ("trained(router_losses=[own_part(losses.RouterZ, compute=lambda _, x: x.load)])", "one float"),
+    (
+        "trained(router_losses=[own_part(losses.RouterZ, compute=lambda _, x: x.load)])",
+        "must have the shape ()",
+    ),
     ("balanced(measure=lambda *_: t(1))", "`balancer.measure(...)` must have"),
     # Functions.
     ("ops.top_k_routing(t(T, E), 2, true(5))", "`mask` must have"),

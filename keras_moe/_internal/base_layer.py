@@ -138,14 +138,16 @@ class Adaptable:
         layer: Any = self
         store: dict = {}
         layer.save_own_variables(store)  # with corrected kernels
+        self.remove_factors()
+        layer.load_own_variables(store)
+
+    def remove_factors(self):
+        layer: Any = self
         for weight in layer.weights:
             if "_lora_" in weight.name:
                 delattr(layer, weight.name)
-        for projection in getattr(self, "projections", ()):
-            projection.lora_a = projection.lora_b = None
         self.lora_rank = self.lora_alpha = None
         self.lora_enabled, self._corrected = False, ()
-        layer.load_own_variables(store)
 
     def lora_scale(self):
         return (self.lora_alpha or self.lora_rank) / self.lora_rank

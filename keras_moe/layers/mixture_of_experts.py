@@ -20,7 +20,14 @@ from keras_moe.layers import expert_bank, sublayers
 from keras_moe.layers.capacity import Capacity
 from keras_moe.layers.expert_bank import ExpertBank
 from keras_moe.layers.gate import Gate
-from keras_moe.layers.tokens import Tokens, check_call, num_token_axes, pass_mask_on, token_shape
+from keras_moe.layers.tokens import (
+    Tokens,
+    check_call,
+    num_token_axes,
+    pass_mask_on,
+    token_shape,
+    zero_padding,
+)
 from keras_moe.ops.plans import plan_routing
 from keras_moe.ops.soft import SoftPlan
 from keras_moe.routers.router import Router
@@ -128,7 +135,7 @@ class MixtureOfExperts(Gate):
         self.gated_shared_expert, self.shared_gate = bool(gated_shared_expert), None
         if gated_shared_expert:
             policy = expert_bank.in_floats(self.dtype_policy)
-            self.shared_gate = sublayers.SharedGate(dtype=policy, name="shared_gate")
+            self.shared_gate = _SharedGate(dtype=policy, name="shared_gate")
         self.token_axes = None if token_axes is None else check_integer("token_axes", token_axes)
         sublayers.freeze_parts(self)
 
@@ -157,7 +164,27 @@ class MixtureOfExperts(Gate):
         if not self.experts.built:
             self.experts.build((None, *of_token))
         if self.shared_expert is not None:
-            sublayers.build_shared_expert(self, inputs_shape)
+            self._build_shared_expert(inputs_shape)
+
+    def _build_shared_expert(self, inputs_shape):
+        shape = sublayers.build_and_measure(
+            "shared_expert", self.shared_expert, inputs_shape, self.token_axes
+        )
+        expected = self.compute_output_shape(inputs_shape)
+        num_axes = num_token_axes(inputs_shape, self.token_axes)
+        if tuple(shape[num_axes:]) != tuple(expected[num_axes:]):
+            raise ValueError(
+                "`shared_expert` must return as many features as `experts`. Received: "
+                f"shape {tuple(shape)} from shared_expert, {tuple(expected)} from experts"
+            )
+        if self.shared_gate is not None:
+            if len(expected) > num_axes + 1:
+                raise ValueError(
+                    "`gated_shared_expert=True` needs tokens that are vectors. "
+                    f"Received: outputs of shape {expected}, token_axes={self.token_axes}"
+                )
+            if not self.shared_gate.built:
+                self.shared_gate.build(inputs_shape)
 
     def tokens_of(self, inputs: Tensor, mask: Tensor | None = None, **others: Any) -> Tokens:
         """The `Tokens` of inputs (batch, ..., D), after a check of all tensors of a call."""
@@ -215,7 +242,7 @@ class MixtureOfExperts(Gate):
             outputs = self.experts(tokens.values, routing.plan)
         outputs = tokens.unflatten(outputs, self.compute_dtype)
         if self.shared_expert is not None:
-            outputs = outputs + sublayers.compute_shared_expert(self, tokens)
+            outputs = outputs + self._shared_outputs(tokens)
 
         returned = [outputs]
         if return_routing:
@@ -223,6 +250,19 @@ class MixtureOfExperts(Gate):
         if return_expert_outputs:
             returned.append(tokens.unflatten(expert_outputs, self.compute_dtype))
         return tuple(returned) if len(returned) > 1 else outputs
+
+    def _shared_outputs(self, tokens):
+        """The outputs of the shared expert, times its gate; zero where tokens are padding."""
+        mask = tokens.mask_of_inputs
+        inputs = ops.reshape(tokens.values, (*tokens.sizes, *tokens.values.shape[1:]))
+        arguments = {} if mask is None else {"mask": mask}
+        accepted = sublayers.accepted_arguments(self.shared_expert, arguments)
+        outputs = self.shared_expert(inputs, **{name: arguments[name] for name in accepted})
+        sublayers.check_output("shared_expert", outputs, self.compute_output_shape(inputs.shape))
+        outputs = ops.cast(outputs, self.compute_dtype)
+        if self.shared_gate is not None:
+            outputs = outputs * self.shared_gate(inputs)
+        return outputs if mask is None else zero_padding(outputs, mask)
 
     def compute_output_shape(self, inputs_shape, router_inputs_shape=None):
         outputs_shape = self.experts.compute_output_shape(
@@ -253,6 +293,16 @@ class MixtureOfExperts(Gate):
             "capacity_factor": config_of(self.capacity),
             "top_k": self.router.top_k if self._names_top_k else None,  # surgery may change it
         }
+
+
+class _SharedGate(keras.layers.Dense):
+    """A gate of each token, `sigmoid(x g)`."""
+
+    def __init__(self, **kwargs):
+        super().__init__(1, "sigmoid", use_bias=False, **kwargs)
+
+    def quantize(self, mode, type_check=True, config=None):
+        """Do nothing: it has one column. Keras calls this for every layer."""
 
 
 def _plan_of_choices(routing):

@@ -3,6 +3,7 @@
 Axes: T tokens (all leading axes flattened), E experts, K experts per token.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -212,21 +213,18 @@ def top_k_routing(
     logits, mask = clean_logits(logits, mask)
     check_choice("score", score, SCORES)
     scale = check_number("scale", scale, above=0)
+    select = select or functools.partial(top_k_indices, top_k=top_k)
+    return counted(masked(select_and_weigh(logits, mask, top_k, score, renormalize, scale, select)))
+
+
+def select_and_weigh(logits, mask, top_k, score, renormalize, scale, select):
+    """The routing to the experts (T, K) that a user-defined function selects by scores (T, E)."""
     scores = SCORES[score](logits)
-    if select is None:
-        indices = top_k_indices(scores, top_k)
-    else:
-        indices = checked_choice(select(ops.stop_gradient(scores)), scores, top_k)
-    renormalize = top_k > 1 if renormalize is None else renormalize
-    return counted(masked(weigh(logits, scores, indices, mask, score, renormalize, scale)))
-
-
-def checked_choice(indices, scores, top_k):
-    """Indices (T, K) int32 that a user-defined function has selected by scores (T, E)."""
-    indices = ops.convert_to_tensor(indices)
+    indices = ops.convert_to_tensor(select(ops.stop_gradient(scores)))
     sizes = {"T": scores.shape[0], "K": top_k}
     check_tensors(sizes, **{"select(scores)": (indices, "TK", "int")})
-    return as_dtype(indices, "int32")
+    renormalize = top_k > 1 if renormalize is None else renormalize
+    return weigh(logits, scores, as_dtype(indices, "int32"), mask, score, renormalize, scale)
 
 
 def weigh(logits, scores, indices, mask, score, renormalize, scale=1.0):

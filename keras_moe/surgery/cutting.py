@@ -12,7 +12,7 @@ from keras import ops
 from keras_moe._internal.keras_internals import float_array, names_beside
 from keras_moe.inspection.summaries import architecture
 from keras_moe.layers import FeedForwardExperts, GatedExperts, LayerExperts, LinearExperts
-from keras_moe.layers.gate import TaskGate
+from keras_moe.layers.multi_gate import TaskGate
 from keras_moe.layers.replacement import put_in
 from keras_moe.layers.stacked_experts import StackedExperts
 
