@@ -39,6 +39,15 @@ def test_all_axes_but_the_last_are_tokens(leading):
     np.testing.assert_allclose(array(outputs).reshape(6, D), array(flat), rtol=1e-6)
 
 
+class OnlyACall(keras.layers.Layer):
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.dense = keras.layers.Dense(D)
+
+    def call(self, inputs):
+        return self.dense(inputs)
+
+
 EMPTY = {
     "layers": lambda: moe(layers.LayerExperts([keras.layers.Dense(D) for _ in range(3)])),
     "convolutions": lambda: moe(
@@ -58,6 +67,15 @@ def test_an_empty_batch_has_an_empty_output(name, mode):
     assert call(np.zeros(shape, "float32")).shape == shape
     x = np.zeros(shape, "float32")
     assert gradients(layer, x, mode, training=True)["inputs"].shape == shape
+
+
+@on_one_backend
+@pytest.mark.parametrize("shared", [lambda: keras.layers.Dense(D), OnlyACall])
+@pytest.mark.parametrize("shape", [(0, D), (2, 0, D)])
+def test_a_shared_expert_is_built_by_an_empty_batch(shared, shape):
+    layer = moe(shared_expert=shared())
+    assert layer(np.zeros(shape, "float32")).shape == shape
+    assert layer(normal(3, 2, D)).shape == (3, 2, D)
 
 
 @on_one_backend
