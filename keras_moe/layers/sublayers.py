@@ -62,7 +62,7 @@ def build_and_measure(name, layer, inputs_shape, num_kept=None):
     try:
         shape = tuple(shape)
         has_rank = len(shape) == len(inputs_shape) or (num_kept is not None and len(shape) > 1)
-        fits = has_rank and all(size is None or int(size) > 0 for size in shape)
+        fits = has_rank and all(size is None or int(size) >= 0 for size in shape)
     except TypeError:
         fits = False
     if not fits or any(None not in pair and pair[0] != pair[1] for pair in zip(shape, leading)):
@@ -79,7 +79,8 @@ def _try(layer, inputs_shape):
     try:
         return layer(inputs)
     except NotImplementedError:
-        zeros = keras.ops.zeros([size or 1 for size in inputs_shape], layer.compute_dtype)
+        sizes = [1 if size is None else size for size in inputs_shape]
+        zeros = keras.ops.zeros(sizes, layer.compute_dtype)
         shape = layer(zeros, training=False).shape
         known = (None if size is None else made for size, made in zip(inputs_shape, shape))
         return keras.KerasTensor((*known, *shape[len(inputs_shape) :]), layer.compute_dtype)
