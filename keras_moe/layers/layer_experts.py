@@ -16,7 +16,7 @@ from keras_moe.backend import backend
 from keras_moe.backend.base import named_platform
 from keras_moe.backend.padded import pad_tiles
 from keras_moe.layers.expert_bank import ExpertBank
-from keras_moe.layers.mixture_of_experts import MixtureOfExperts
+from keras_moe.layers.gate import Gate
 from keras_moe.layers.sublayers import (
     accepted_arguments,
     build_and_measure,
@@ -145,7 +145,7 @@ class LayerExperts(ExpertBank):
         mask = {}
         if inside is not None and len(self._row_shape) == 1:
             # A mixture counts tokens, of which padding is none.
-            if any(isinstance(part, MixtureOfExperts) for part in layer._flatten_layers()):
+            if any(isinstance(part, Gate) for part in layer._flatten_layers()):
                 mask = dict.fromkeys(accepted_arguments(layer, ("mask",)), inside)
         output = layer(rows, **mask)
         check_output("layers", output, (rows.shape[0], *self._output_shape))

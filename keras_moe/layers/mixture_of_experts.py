@@ -6,7 +6,7 @@ experts of a token.
 
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import keras
@@ -14,12 +14,14 @@ import numpy as np
 from keras import ops
 
 from keras_moe._internal import Tensor
-from keras_moe._internal.checks import check_indices, check_integer, fixed
+from keras_moe._internal.checks import check_indices, check_integer, fixed, shortened
 from keras_moe._internal.serialization import config_of, register, resolve
 from keras_moe.layers import expert_bank, sublayers
 from keras_moe.layers.capacity import Capacity
 from keras_moe.layers.expert_bank import ExpertBank
+from keras_moe.layers.feed_forward_experts import FeedForwardExperts
 from keras_moe.layers.gate import Gate
+from keras_moe.layers.layer_experts import LayerExperts
 from keras_moe.layers.tokens import (
     Tokens,
     check_call,
@@ -45,7 +47,8 @@ class MixtureOfExperts(Gate):
     where the mask is False, runs no expert, is not counted, changes no loss, and its output is 0.
 
     Args:
-        experts: Bank of experts, such as `FeedForwardExperts` or `LayerExperts`. Required.
+        experts: Bank of experts, such as `GatedExperts`; a list of Keras layers or models, for
+            `LayerExperts`; or an integer, `num_experts`.
         router: Router, or a name for `routers.get`. Its number of experts is the bank's by default.
         router_losses: List of losses of the routing, objects or names for `losses.get`. None: the
             `default_losses` of the router, for most `("load_balance", "router_z")`. `[]`: none.
@@ -60,6 +63,10 @@ class MixtureOfExperts(Gate):
             a whole, to experts in `LayerExperts`. None: all axes but the last.
         top_k: Integer. Experts per token, if `router` is a name whose router has a `top_k`. With a
             router object, leave it out.
+        num_experts: Integer. Number of `FeedForwardExperts`, which the layer then makes itself.
+        hidden_dim: Integer. Their hidden width.
+        activation: String, function or Keras layer. Their activation, by default "gelu".
+        output_dim: Integer. Number of output features, by default as many as the inputs have.
         **kwargs: Arguments of a Keras layer, such as `name` and `dtype`. A bank without a
             `dtype` takes the dtype of its first layer; `LayerExperts` keep theirs.
 
@@ -90,9 +97,7 @@ class MixtureOfExperts(Gate):
 
     Example:
 
-    >>> layer = keras_moe.layers.MixtureOfExperts(
-    ...     keras_moe.layers.FeedForwardExperts(num_experts=8, hidden_dim=256)
-    ... )
+    >>> layer = keras_moe.layers.MixtureOfExperts(num_experts=8, hidden_dim=256)
     >>> outputs, routing = layer(keras.random.normal((2, 10, 64)), return_routing=True)
     >>> outputs.shape, routing.indices.shape
     ((2, 10, 64), (20, 2))
@@ -100,9 +105,12 @@ class MixtureOfExperts(Gate):
     References: Shazeer et al. 2017 (arXiv:1701.06538); Fedus et al. 2021 (arXiv:2101.03961).
     """
 
+    # The config holds a bank instead.
+    fixed_arguments = ("num_experts", "hidden_dim", "activation", "output_dim")
+
     def __init__(
         self,
-        experts: ExpertBank | None = None,
+        experts: ExpertBank | Sequence[keras.Layer] | int | None = None,
         router: str | Router = "top_k",
         router_losses: Sequence | None = None,
         shared_expert: keras.Layer | None = None,
@@ -110,11 +118,20 @@ class MixtureOfExperts(Gate):
         gated_shared_expert: bool = False,
         token_axes: int | None = None,
         top_k: int | None = None,
+        num_experts: int | None = None,
+        hidden_dim: int | None = None,
+        activation: str | Callable | None = None,
+        output_dim: int | None = None,
         **kwargs: Any,
     ):
-        # `experts` has a default so that a call without it ends here.
         super().__init__(**kwargs)
-        self.experts = expert_bank.get(experts)
+        self.experts = _bank_of(
+            experts,
+            num_experts=num_experts,
+            hidden_dim=hidden_dim,
+            activation=activation,
+            output_dim=output_dim,
+        )
         if kwargs.get("dtype") is not None:
             self.experts.inherit_policy(self.dtype_policy)
         number = self.experts.num_experts
@@ -303,6 +320,22 @@ class _SharedGate(keras.layers.Dense):
 
     def quantize(self, mode, type_check=True, config=None):
         """Do nothing: it has one column. Keras calls this for every layer."""
+
+
+def _bank_of(experts, **arguments):
+    """The bank given as `experts`, or a new one of a list of layers or of other arguments."""
+    given = {name: value for name, value in arguments.items() if value is not None}
+    if isinstance(experts, (int, np.integer)) and "num_experts" not in given:
+        experts, given = None, {"num_experts": experts, **given}
+    if experts is not None and given:
+        received = ", ".join(f"{name}={value!r}" for name, value in given.items())
+        raise TypeError(
+            "`MixtureOfExperts` got multiple values for its experts: arguments of a bank go to the "
+            f"bank. Received: {received}, experts={shortened(experts)}"
+        )
+    if given:
+        return FeedForwardExperts(**{"num_experts": None, "hidden_dim": None, **given})
+    return LayerExperts(experts) if isinstance(experts, (list, tuple)) else expert_bank.get(experts)
 
 
 def _plan_of_choices(routing):

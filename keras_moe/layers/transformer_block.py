@@ -25,11 +25,17 @@ class TransformerBlock(Recomputable):
     """Abstract: branches `x = x + dropout(branch(norm(x)))`; the last is any feed-forward layer."""
 
     def __init__(
-        self, num_heads: int, feedforward: keras.Layer, dropout: float = 0.0, **kwargs: Any
+        self,
+        num_heads: int,
+        feedforward: keras.Layer | None = None,
+        dropout: float = 0.0,
+        **kwargs: Any,
     ):
+        # `feedforward` has a default so that a call without it ends here.
         super().__init__(**kwargs)
         self.num_heads = check_integer("num_heads", num_heads)
-        self.feedforward = resolve("feedforward", feedforward, keras.Layer)
+        example = "`MixtureOfExperts(num_experts=8, hidden_dim=256)`"
+        self.feedforward = resolve("feedforward", feedforward, keras.Layer, example=example)
         self.dropout = check_number("dropout", dropout, below=1)
         self._seed_generator = draws.seeded_generator() if self.dropout else None
         freeze_parts(self)
@@ -135,10 +141,8 @@ class TransformerEncoderBlock(TransformerBlock):
 
     Example:
 
-    >>> experts = keras_moe.layers.FeedForwardExperts(num_experts=4, hidden_dim=128)
-    >>> block = keras_moe.layers.TransformerEncoderBlock(
-    ...     num_heads=4, feedforward=keras_moe.layers.MixtureOfExperts(experts)
-    ... )
+    >>> feedforward = keras_moe.layers.MixtureOfExperts(num_experts=4, hidden_dim=128)
+    >>> block = keras_moe.layers.TransformerEncoderBlock(num_heads=4, feedforward=feedforward)
     >>> block(keras.random.normal((2, 10, 64))).shape
     (2, 10, 64)
 

@@ -54,10 +54,8 @@ class TransformerDecoderBlock(TransformerBlock):
 
     Example:
 
-    >>> experts = keras_moe.layers.FeedForwardExperts(num_experts=4, hidden_dim=128)
-    >>> block = keras_moe.layers.TransformerDecoderBlock(
-    ...     num_heads=4, feedforward=keras_moe.layers.MixtureOfExperts(experts)
-    ... )
+    >>> feedforward = keras_moe.layers.MixtureOfExperts(num_experts=4, hidden_dim=128)
+    >>> block = keras_moe.layers.TransformerDecoderBlock(num_heads=4, feedforward=feedforward)
     >>> tokens = keras.random.normal((2, 10, 64))
     >>> block(tokens).shape
     (2, 10, 64)
@@ -73,7 +71,7 @@ class TransformerDecoderBlock(TransformerBlock):
     def __init__(
         self,
         num_heads: int,
-        feedforward: keras.Layer,
+        feedforward: keras.Layer | None = None,
         dropout: float = 0.0,
         cross_attention: bool = False,
         rotary: bool = True,
