@@ -123,7 +123,7 @@ class TransformerEncoderBlock(TransformerBlock):
         num_heads: Integer. Number of attention heads; divides the number of features, D.
         feedforward: Keras layer from D to D features, such as a `MixtureOfExperts`. It receives the
             mask if its `call` has a `mask` argument.
-        dropout: Float from 0 to below 1. Rate of dropout on both branches.
+        dropout: Float from 0 to below 1. Rate of dropout on each branch.
         **kwargs: Arguments of a Keras layer, such as `name` and `dtype`.
 
     Raises:
