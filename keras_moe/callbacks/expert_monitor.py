@@ -30,8 +30,9 @@ class ExpertMonitor(keras.callbacks.Callback):
     The logs get a few numbers over all `MixtureOfExperts` layers: `load_imbalance` and
     `val_load_imbalance` of the least even layer, `dead_experts`, with a capacity the largest
     `dropped_fraction`, and with router losses `router_loss`, what a call adds to `loss` on average,
-    summed over layers. Callbacks that monitor a number, such as `EarlyStopping("val_load_imbalance", mode="min")`, come after this
-    one. `model.evaluate` prints the first three but does not return them.
+    summed over layers. Callbacks that monitor a number, such as
+    `EarlyStopping("val_load_imbalance", mode="min")`, come after this one. `model.evaluate` prints
+    the first three but does not return them.
 
     `history`, a dict of lists by epoch as in `keras.callbacks.History`, has the numbers of each
     layer, as `moe_load_imbalance` and in validation `val_moe_load_imbalance`: also `load_entropy`,
