@@ -139,14 +139,14 @@ def build(block, distribution, layer_types, options):
     import keras_hub
 
     from keras_moe import convert
-    from keras_moe.convert import keras_hub_blocks
+    from keras_moe.convert import keras_hub as conversion
 
     names = [f"decoder_block_{number}" for number in range(len(layer_types))]
     names += [f"{name}_mixture" for name in names]
     recomputed = keras.RematScope(mode="list_of_layers", layer_names=names)
     with (
         # There are none.
-        mock.patch.object(keras_hub_blocks, "_give_weights"),
+        mock.patch.object(conversion, "_give_weights"),
         keras.StatelessScope(initialize_variables=False),
         recomputed if options.remat else contextlib.nullcontext(),
     ):

@@ -9,7 +9,6 @@ import importlib
 # First, as it says whether Keras has a backend that the package runs on.
 import keras_moe.backend  # noqa: F401
 from keras_moe import (
-    activations,
     callbacks,
     convert,
     distribution,
@@ -31,7 +30,6 @@ from keras_moe.upcycling import freeze_all_but, merge_lora, upcycle
 __version__ = "0.2.0"
 
 __all__ = [
-    "activations",
     "callbacks",
     "convert",
     "distribution",

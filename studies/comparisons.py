@@ -28,6 +28,14 @@ def count_parameters(model):
     return {"parameters": total, "active_parameters": active}
 
 
+def is_sparse(model):
+    """Whether a model has MoE layers."""
+    try:
+        return bool(inspection.moe_layers(model))
+    except ValueError:
+        return False
+
+
 def spread(values, form):
     """The mean of some runs and, where they differ, their standard deviation."""
     text = form.format(np.mean(values))

@@ -14,12 +14,12 @@ import numpy as np
 import plots
 import resuming
 from command_line import parser_of, positive
-from comparisons import PARAMETERS, count_parameters, dense_feedforward, print_runs
+from comparisons import PARAMETERS, count_parameters, dense_feedforward, is_sparse, print_runs
 from files import claim, write_json
 from id_batches import Batches, rows
 from subwords import Subwords
 
-from keras_moe import callbacks, distribution, inspection, layers
+from keras_moe import callbacks, distribution, layers
 
 
 class Size(typing.NamedTuple):
@@ -148,7 +148,7 @@ def fit(model, data, seed, size, folder, batch_size=BATCH_SIZE, learning_rate=LE
 def fit_compiled(model, data, seed, size, folder, batch_size=BATCH_SIZE):
     """As `fit`, with the model's own optimizer."""
     train, held_out = data
-    monitors = [callbacks.ExpertMonitor()] if inspection.has_moe_layers(model) else []
+    monitors = [callbacks.ExpertMonitor()] if is_sparse(model) else []
     batches = Batches(train, batch_size, size.steps, seed)
     return resuming.fit(
         model,

@@ -18,6 +18,7 @@ from comparisons import (
     compile_classifier,
     count_parameters,
     dense_feedforward,
+    is_sparse,
     print_runs,
     shuffled_batches,
 )
@@ -170,7 +171,7 @@ def fit(model, arrays, epochs):
     loss = keras.losses.CategoricalCrossentropy(from_logits=True, label_smoothing=LABEL_SMOOTHING)
     compile_classifier(model, loss, LEARNING_RATE, epochs * len(batches))
     timer, monitors = StepTimer(), []
-    if inspection.has_moe_layers(model):
+    if is_sparse(model):
         monitors = [callbacks.ExpertMonitor(), callbacks.ExpertHealth()]
     history = model.fit(
         batches,

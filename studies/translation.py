@@ -15,14 +15,21 @@ import plots
 import resuming
 import sacrebleu
 from command_line import parser_of, positive
-from comparisons import PARAMETERS, count_parameters, dense_feedforward, interval, print_runs
+from comparisons import (
+    PARAMETERS,
+    count_parameters,
+    dense_feedforward,
+    interval,
+    is_sparse,
+    print_runs,
+)
 from decoding import write
 from files import claim, write_json
 from sentence_batches import SentenceBatches, Shapes
 from subwords import Subwords
 from translator import SmoothedCrossentropy, Translator, bilingual_embedding
 
-from keras_moe import callbacks, inspection, layers, losses, routers
+from keras_moe import callbacks, layers, losses, routers
 
 
 class Size(typing.NamedTuple):
@@ -153,7 +160,7 @@ def fit(model, train, validation, epochs, folder):
         weighted_metrics=[keras.metrics.SparseCategoricalAccuracy(name="accuracy")],
         jit_compile=resuming.HAS_XLA,
     )
-    monitors = [callbacks.ExpertMonitor()] if inspection.has_moe_layers(model) else []
+    monitors = [callbacks.ExpertMonitor()] if is_sparse(model) else []
     return resuming.fit(
         model,
         train.dataset(),

@@ -346,12 +346,12 @@ def configured(cls, **kwargs):
 def constructor_arguments(cls):
     """Own arguments of a class, and the optional ones it hands to its bases in the package."""
     own = _parameters(cls)
-    if cls is layers.LinearExperts:  # has no activation to hand on
-        return own
     for base in cls.__mro__[1:]:
         if base.__module__.startswith("keras_moe") and "__init__" in vars(base):
             optional = _parameters(base).items()
             own.update({name: p for name, p in optional if p.default is not p.empty})
+    for name in getattr(cls, "fixed_arguments", ()):
+        own.pop(name, None)
     return {name: p for name, p in own.items() if name in _parameters(cls) or _takes(cls, name)}
 
 

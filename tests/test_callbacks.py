@@ -142,8 +142,8 @@ def test_each_router_loss_is_reported_by_its_name_before_its_weight():
 
 
 @on_each_backend
-def test_the_logged_router_loss_is_what_each_batch_adds_to_the_loss():
-    twice = moe(router_losses=[losses.LoadBalance(0.5)])
+def test_the_logged_router_loss_is_what_a_call_adds_to_the_loss():
+    twice = moe(router_losses=[losses.LoadBalance(0.5)], name="twice")
     own = moe(router=routers.ReLURouter(E, initial_strength=50.0), name="own")
     inputs = keras.Input((E,))
     model = keras.Model(inputs, own(twice(twice(inputs))))
@@ -151,8 +151,10 @@ def test_the_logged_router_loss_is_what_each_batch_adds_to_the_loss():
     monitor = ExpertMonitor()
     logs = fit(model, monitor, validation=False)
     added = logs["loss"][0] - logs["mse"][0]
-    assert added > 1 and logs["router_loss"] == [pytest.approx(added, rel=1e-4)]
-    assert monitor.history["own_router_loss"][0] > 0.01, "a loss of the router itself"
+    (of_twice,), (of_own,) = (monitor.history[f"{name}_router_loss"] for name in ("twice", "own"))
+    assert of_twice > 0.5 and of_own > 0.01, "a loss of the router itself"
+    assert 2 * of_twice + of_own == pytest.approx(added, rel=1e-4)
+    assert logs["router_loss"] == [pytest.approx(of_twice + of_own)]
 
 
 def test_a_batch_of_nan_does_not_end_the_counts_of_weights():

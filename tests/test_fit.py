@@ -1,10 +1,12 @@
 """The layer inside `model.fit` and its relatives, as users write them."""
 
+import functools
+
 import keras
 import numpy as np
 import pytest
-from backends import EVERY_JIT, on_one_backend, unless_compiled
-from layer_checks import D, E, array, moe, normal, one_hot, one_hot_router
+from backends import BACKEND, EVERY_JIT, QUICK_JIT, on_one_backend, unless_compiled
+from layer_checks import D, E, SumOfTasks, array, moe, normal, one_hot, one_hot_router
 
 from keras_moe import layers, losses, routers
 
@@ -153,3 +155,45 @@ def test_frozen_layers_as_experts_are_no_state():
         variable.assign = assigned.append
     np.testing.assert_allclose(array(model(X)), outputs, atol=1e-6)
     assert not assigned
+
+
+@keras.saving.register_keras_serializable("tests")
+class MeanLoad(routers.TopKRouter):
+    """A user's router with a state: the mean load of all steps so far."""
+
+    def build(self, tokens_shape):
+        super().build(tokens_shape)
+        self.mean = self.add_weight(
+            name="mean", shape=(self.num_experts,), initializer="zeros", trainable=False
+        )
+
+    def update(self, routing):
+        load = keras.ops.cast(routing.counts, "float32")
+        self.mean.assign(0.5 * keras.ops.convert_to_tensor(self.mean) + 0.5 * load)
+
+
+@pytest.mark.parametrize("policy", ["float32", "mixed_bfloat16", "mixed_float16"])
+def test_the_state_of_each_router_moves_under_each_policy(policy):
+    """In mixtures; and in a block, for many tasks, and where gradients compute a layer again."""
+    keras.config.set_dtype_policy(policy)
+    biased = functools.partial(routers.TopKRouter, balancer="loss_free")
+    quantile = routers.GroupLimitedRouter(num_groups=2, balancer="quantile")
+    accumulating = routers.TopKRouter(balancer=routers.LossFreeBias(accumulation_steps=2))
+    made = [biased(), quantile, routers.ReLURouter(top_k=1), accumulating, MeanLoad()]
+    parts = [moe(router=router) for router in made]
+    if BACKEND == "torch":
+        bank = layers.FeedForwardExperts(E, 16)
+        parts.append(SumOfTasks(layers.MultiGateMixtureOfExperts(bank, 2, biased())))
+        parts.append(layers.TransformerEncoderBlock(2, moe(router=biased())))
+        with keras.RematScope("full"):
+            parts.append(moe(router=biased()))
+    model = compiled_model(keras.Sequential([keras.Input((3, D)), *parts]), jit_compile=QUICK_JIT)
+    ends = "selection_bias", "strength", "mean"
+    states = [each for each in model.non_trainable_variables if each.path.endswith(ends)]
+    # An unfinished step of the optimizer is measured; the bias waits for its end.
+    states = [each for each in states if each is not accumulating.selection_bias]
+    states += [each for each in accumulating.weights if each.name == "measured"]
+    before = list(map(array, states))
+    model.train_on_batch(X, Y)  # A second step may take back what the first one changed.
+    assert len(states) == (9 if BACKEND == "torch" else 5)
+    assert not [each.path for each, old in zip(states, before) if (array(each) == old).all()]

@@ -16,7 +16,7 @@ PARTS = [
     ("checks", "keras_internals", "plain_text", "Tensor"),
     ("backend", "serialization"),
     ("base_layer", "ops"),
-    ("activations", "losses", "metrics", "optimizers", "routers"),
+    ("losses", "metrics", "optimizers", "routers"),
     ("layers",),
     ("health", "inspection"),
     ("visualization",),

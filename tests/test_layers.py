@@ -6,7 +6,8 @@ import keras
 import numpy as np
 import pytest
 from backends import EVERY_JIT, QUICK_JIT, on_one_backend, unless_compiled
-from layer_checks import D, E, array, model_of, moe, normal, one_hot, one_hot_router
+from backends import compiled as compile_in
+from layer_checks import D, E, array, gradients, model_of, moe, normal, one_hot, one_hot_router
 
 import keras_moe
 from keras_moe import layers, routers
@@ -36,6 +37,45 @@ def test_all_axes_but_the_last_are_tokens(leading):
     assert tuple(routing.indices.shape) == (6, 2)
     flat = layer(x.reshape(6, D))
     np.testing.assert_allclose(array(outputs).reshape(6, D), array(flat), rtol=1e-6)
+
+
+class OnlyACall(keras.layers.Layer):
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.dense = keras.layers.Dense(D)
+
+    def call(self, inputs):
+        return self.dense(inputs)
+
+
+EMPTY = {
+    "layers": lambda: moe(layers.LayerExperts([keras.layers.Dense(D) for _ in range(3)])),
+    "convolutions": lambda: moe(
+        layers.LayerExperts([keras.layers.Conv1D(D, 3, padding="same") for _ in range(3)]),
+        token_axes=1,
+    ),
+    "float16": lambda: moe(layers.FeedForwardExperts(E, 4), dtype="mixed_float16"),
+}
+
+
+@pytest.mark.parametrize("name", EMPTY)
+def test_an_empty_batch_has_an_empty_output(name, mode):
+    shape = (0, 5, D) if name == "convolutions" else (0, D)
+    layer = EMPTY[name]()
+    layer.build((None, *shape[1:]))
+    call = compile_in(lambda x: layer(x, training=mode == "eager"), mode)
+    assert call(np.zeros(shape, "float32")).shape == shape
+    x = np.zeros(shape, "float32")
+    assert gradients(layer, x, mode, training=True)["inputs"].shape == shape
+
+
+@on_one_backend
+@pytest.mark.parametrize("shared", [lambda: keras.layers.Dense(D), OnlyACall])
+@pytest.mark.parametrize("shape", [(0, D), (2, 0, D)])
+def test_a_shared_expert_is_built_by_an_empty_batch(shared, shape):
+    layer = moe(shared_expert=shared())
+    assert layer(np.zeros(shape, "float32")).shape == shape
+    assert layer(normal(3, 2, D)).shape == (3, 2, D)
 
 
 @on_one_backend

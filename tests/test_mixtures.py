@@ -17,6 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from keras import ops
 from layer_checks import D, E, array, model_of, moe, normal
+from reference_routers import soft
 
 from keras_moe import inspection, layers, losses, routers
 from keras_moe._internal.keras_internals import get_keras_mask
@@ -229,6 +230,22 @@ def test_whole_samples_keep_their_shape_and_leave_padding_out():
     outputs, routing = layer(series, mask=np.arange(4) != 1, return_routing=True)
     assert outputs.shape == (4, 7, 2) and (array(outputs)[1] == 0).all()
     assert array(routing.counts).sum() == 6
+
+
+@on_one_backend
+@pytest.mark.parametrize("token_axes, length", [(1, 6), (2, 3)])
+def test_slots_are_means_of_whole_samples(token_axes, length):
+    bank = layers.LayerExperts([keras.layers.Conv1D(4, 3, padding="same") for _ in range(3)])
+    layer = moe(bank, router=routers.SoftRouter(slots=2), token_axes=token_axes)
+    x = normal(*[(6,), (2, 3)][token_axes - 1], 7, 4)
+    outputs = array(layer(x)).reshape(6, 28)
+    experts = [
+        lambda slot, layer=layer: array(layer(slot.reshape(1, 7, 4).astype("float32"))).ravel()
+        for layer in bank.layers
+    ]
+    for sequence, output in zip(x.reshape(-1, length, 28), outputs.reshape(-1, length, 28)):
+        weights = array(layer.router.kernel), array(layer.router.scale)
+        assert_close(output, soft(sequence, *weights, experts, 2, np.ones(length, bool)))
 
 
 def mixture_of(task):

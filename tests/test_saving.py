@@ -5,11 +5,12 @@ import numpy as np
 import pytest
 from backends import BACKEND, ROOT, on_one_backend, run_python
 from forced_router import ForcedRouter
-from layer_checks import D, E, array, moe, normal
+from layer_checks import D, E, array, model_of, moe, normal
 
 from keras_moe import layers, losses, routers
 
 WIDE = keras.initializers.RandomNormal(stddev=2.0)
+X = normal(9, D)
 TOKENS = np.array([[3, 4, 5, 0, 0], [6, 7, 8, 2, 1]])
 
 LOAD_AND_PREDICT = """
@@ -67,6 +68,42 @@ def test_a_saved_model_predicts_the_same_under_another_backend(trained, tmp_path
     expected = trained.predict(TOKENS, verbose=0)
     assert np.abs(expected).max() > 0.1, "zeros would agree on anything"
     np.testing.assert_allclose(np.load(paths[2]), expected, rtol=1e-5, atol=1e-5)
+
+
+FEED_FORWARD = dict(num_experts=E, hidden_dim=16, activation="relu", output_dim=5)
+
+
+def dense_layers():
+    return [keras.layers.Dense(5, "tanh") for _ in range(E)]
+
+
+@pytest.mark.parametrize(
+    "bank, first_guess",
+    [
+        (lambda: layers.FeedForwardExperts(**FEED_FORWARD), lambda: FEED_FORWARD),
+        (lambda: layers.FeedForwardExperts(E, 16), lambda: dict(experts=E, hidden_dim=16)),
+        (lambda: layers.LayerExperts(dense_layers()), lambda: dict(experts=dense_layers())),
+    ],
+    ids=["keywords", "integer", "list"],
+)
+def test_a_mixture_that_makes_its_bank_equals_one_that_is_given_it(bank, first_guess, tmp_path):
+    def trained(arguments):
+        keras.utils.clear_session()
+        keras.utils.set_random_seed(0)
+        model = model_of(layers.MixtureOfExperts(**arguments(), dtype="float32"))
+        outputs = model(X).shape[-1]
+        model.fit(X, normal(9, outputs), verbose=0)
+        return model
+
+    expected, model = trained(lambda: {"experts": bank()}), trained(first_guess)
+    assert model.layers[0].get_config() == expected.layers[0].get_config()
+    assert [each.path for each in model.weights] == [each.path for each in expected.weights]
+    expected.save_weights(tmp_path / "bank.weights.h5")
+    model.save(tmp_path / "model.keras")
+    loaded = keras.saving.load_model(tmp_path / "model.keras")
+    loaded.load_weights(tmp_path / "bank.weights.h5")
+    np.testing.assert_array_equal(model.predict(X), expected.predict(X))
+    np.testing.assert_array_equal(loaded.predict(X), expected.predict(X))
 
 
 @on_one_backend

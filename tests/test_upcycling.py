@@ -235,7 +235,7 @@ LOADED = """
 import sys, keras, numpy, keras_moe
 folder = sys.argv[1]
 converted = keras.saving.load_model(f"{folder}/converted.keras")
-assert keras_moe.inspection.has_moe_layers(converted)
+assert keras_moe.inspection.moe_layers(converted)
 import keras_hub
 model = keras_hub.models.CausalLM.from_preset(folder)
 inputs = {name: numpy.load(f"{folder}/{name}.npy") for name in ("token_ids", "padding_mask")}
@@ -455,4 +455,5 @@ def test_changes_of_outputs_or_loss_are_refused_before_anything_changes():
         model = make()
         with pytest.raises(ValueError, match=r"(?s)must .*Received: "):
             keras_moe.upcycle(model, **arguments)
-        assert not inspection.has_moe_layers(model)
+        with pytest.raises(ValueError, match="must have a `MixtureOfExperts`"):
+            inspection.moe_layers(model)

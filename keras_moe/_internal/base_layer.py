@@ -13,21 +13,28 @@ from keras_moe._internal.keras_internals import KeepsLosses, unlocked
 from keras_moe._internal.serialization import arguments_of, load_draws, save_draws
 from keras_moe.backend import backend
 
-_BANK = (
-    "the bank, as in `MixtureOfExperts(FeedForwardExperts(num_experts=8, hidden_dim=256), top_k=2)`"
+_MIXTURE = (
+    "an argument of `MixtureOfExperts` and of banks, as in `MixtureOfExperts(num_experts=8, "
+    "hidden_dim=256)`"
 )
-# Where arguments belong that are passed to a layer without them.
-_PLACES = {
-    "num_experts": _BANK,
-    "hidden_dim": _BANK,
-    "units": "`keras.layers.Dense`; a bank has `hidden_dim` and `output_dim`",
-    "top_k": "routers that choose so many experts for each token, such as `TopKRouter(top_k=2)`",
-    "balancer": "`TopKRouter` and routers derived from it",
-    "score": "routers such as `TopKRouter`",
-    "capacity": "`layers.Capacity`, or `capacity_factor` of the mixture",
+# What a keyword is that is passed to a layer without it.
+_KEYWORDS = {
+    "num_experts": _MIXTURE,
+    "hidden_dim": _MIXTURE,
+    "units": "an argument of `keras.layers.Dense`; a bank has `hidden_dim` and `output_dim`",
+    "top_k": "an argument of `MixtureOfExperts` and of routers such as `TopKRouter`",
+    "balancer": "an argument of `TopKRouter` and of routers derived from it",
+    "score": "an argument of routers such as `TopKRouter`",
+    "k": "called `top_k`",
+    "gate": "called `router`",
+    "capacity": "called `capacity_factor`; `layers.Capacity` has more settings",
 }
 _OF_MIXTURE = ("capacity_factor", "router", "router_losses", "shared_expert")
-_PLACES |= dict.fromkeys(_OF_MIXTURE, "`MixtureOfExperts`")
+_KEYWORDS |= dict.fromkeys(_OF_MIXTURE, "an argument of `MixtureOfExperts`")
+_OF_BANK = ("use_bias", "dropout", "kernel_initializer", "bias_initializer", "kernel_regularizer")
+_KEYWORDS |= dict.fromkeys(_OF_BANK, "an argument of the bank, such as `FeedForwardExperts`")
+_LOSS = "the weight of a loss, as in `router_losses=[losses.LoadBalance(0.01)]`"
+_KEYWORDS |= dict.fromkeys(("aux_loss_weight", "load_balance_loss"), _LOSS)
 
 
 class BaseLayer(KeepsLosses, keras.layers.Layer):
@@ -37,10 +44,10 @@ class BaseLayer(KeepsLosses, keras.layers.Layer):
     fixed_arguments: tuple[str, ...] = ()
 
     def __init__(self, **kwargs: Any):
-        name = next((name for name in kwargs if name in _PLACES), None)
+        name = next((name for name in kwargs if name in _KEYWORDS), None)
         if name is not None:
             raise TypeError(
-                f"`{name}` is an argument of {_PLACES[name]}. Received: {name}="
+                f"`{name}` is {_KEYWORDS[name]}. Received: {name}="
                 f"{shortened(kwargs[name])} for a `{type(self).__name__}`"
             )
         super().__init__(**kwargs)
@@ -138,14 +145,16 @@ class Adaptable:
         layer: Any = self
         store: dict = {}
         layer.save_own_variables(store)  # with corrected kernels
+        self.remove_factors()
+        layer.load_own_variables(store)
+
+    def remove_factors(self):
+        layer: Any = self
         for weight in layer.weights:
             if "_lora_" in weight.name:
                 delattr(layer, weight.name)
-        for projection in getattr(self, "projections", ()):
-            projection.lora_a = projection.lora_b = None
         self.lora_rank = self.lora_alpha = None
         self.lora_enabled, self._corrected = False, ()
-        layer.load_own_variables(store)
 
     def lora_scale(self):
         return (self.lora_alpha or self.lora_rank) / self.lora_rank

@@ -33,20 +33,6 @@ def current_model():
     return None if call is None else call.entry_layer
 
 
-def own_losses(layer):
-    """Return the losses that a layer, not its sublayers, has added in this pass."""
-    return layer._get_own_losses()
-
-
-def is_first_in_pass(layer):
-    """Return True if a layer was not asked about in this pass before: ask once a call."""
-    call = get_global_attribute("current_call_ctx")
-    seen = set() if call is None else vars(call).setdefault("called_gates", set())
-    is_first = layer not in seen
-    seen.add(layer)
-    return is_first
-
-
 class KeepsLosses:
     """A layer that is called several times in a pass, all of whose losses count; before `Layer`.
 

@@ -1,5 +1,6 @@
 """Serialization: registered classes, pluggable arguments, shared layers and random state."""
 
+import difflib
 import inspect
 import weakref
 
@@ -70,7 +71,12 @@ def resolve(argument, identifier, base, by_name=None, example="", **defaults):
     if isinstance(identifier, str) and identifier in (by_name or {}):
         return by_name[identifier](**defaults)
     if not isinstance(identifier, base):
-        names = f", or one of {', '.join(map(repr, by_name))}" if by_name else ""
+
+        def distance(name):
+            return -difflib.SequenceMatcher(None, name, str(identifier)).ratio()
+
+        nearest = sorted(by_name or (), key=distance)
+        names = f", or one of {', '.join(map(repr, nearest))}" if by_name else ""
         example = f", such as {example}" if example else ""
         received = f"{argument}={shortened(identifier)} (of type {type(identifier).__name__})"
         if isinstance(identifier, type):
@@ -99,7 +105,7 @@ def config_of(part):
     config = keras.saving.serialize_keras_object(part)
     # A subclass that inherits our `get_config` would be loaded without its arguments. Code that is
     # run by `exec` has no module.
-    if str(type(part).get_config.__module__).startswith(PACKAGE):
+    if _is_ours(type(part).get_config) and not _is_ours(type(part).__init__):
         named = _named_arguments(type(part).__init__)
         missing = [name for name in named if name not in config["config"]]
         if missing:
@@ -117,10 +123,12 @@ def config_of(part):
     return config
 
 
+def _is_ours(method):
+    return str(method.__module__).startswith(PACKAGE)
+
+
 def _check_fixed_arguments(cls, config):
     """Refuse a config with an argument that the constructor of a subclass passes on itself."""
-    if str(cls.__init__.__module__).startswith(PACKAGE):
-        return
     try:
         cls(**config)
     except Exception as error:  # Others may come from classes that are registered later.

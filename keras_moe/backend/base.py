@@ -68,9 +68,8 @@ class Backend:
         """Return True in a vectorized map or forward mode, which know no rows of other sizes."""
         return False
 
-    def recomputation(self):
-        """Return "running" in a recomputation, "possible" if one may follow, or None."""
-        return None
+    def refuse_recomputation(self, layer):
+        """Raise if a layer is called in a backward pass, where its effects would be repeated."""
 
     def on_its_platform(self, function, *operands):
         """Call `function(platform, *operands)` for "cpu", "gpu" or "tpu".

@@ -58,6 +58,8 @@ class PaddedTiles(NamedTuple):
 
     def cut(self, rows, padding=0):
         """Cut rows (R, ...) into tiles (N, B, ...), with a given number as padding."""
+        if rows.shape[0] == 0:  # Every place of a tile reads a row.
+            rows = ops.pad(rows, ((0, 1), *[(0, 0)] * (len(rows.shape) - 1)))
         return _where(self.inside, ops.take(rows, self.row, axis=0), padding)
 
     def join(self, tiles):
@@ -69,13 +71,14 @@ class PaddedTiles(NamedTuple):
 def pad_tiles(sizes, num_rows, length=None):
     """Return the `PaddedTiles` of B rows, by default `tile_length`, for groups of sizes (E,) int32.
 
-    There are at most `R // B + E` tiles, and no more than rows if their number is known.
+    There are at most `R // B + E` tiles, and no more than rows if their number is known, but one:
+    XLA of TensorFlow differentiates no loop of length 0.
     """
     num_experts = sizes.shape[0]
     length = length or tile_length(num_rows, num_experts)
     num_tiles = num_rows // length + num_experts
     if isinstance(num_rows, int):
-        num_tiles = min(num_rows, num_tiles)
+        num_tiles = max(min(num_rows, num_tiles), 1)
     tiles_of_expert = (sizes + length - 1) // length
     last_tiles, ends = ops.cumsum(tiles_of_expert), ops.cumsum(sizes)
     first_tiles, starts = last_tiles - tiles_of_expert, ends - sizes

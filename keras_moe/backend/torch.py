@@ -7,6 +7,7 @@ import keras
 import torch
 from keras import ops
 
+from keras_moe._internal.keras_internals import in_stateless_scope
 from keras_moe.backend import torch_experts
 from keras_moe.backend.base import Backend, named_platform, packed_order
 from keras_moe.backend.torch_groups import AllOnDevice, Runs, is_traced, sizes_on_host, split
@@ -29,11 +30,17 @@ class TorchBackend(Backend):
             or torch.autograd.forward_ad._current_level >= 0
         )
 
-    def recomputation(self):
-        if not torch.is_grad_enabled() or is_traced():
-            return None
+    def refuse_recomputation(self, layer):
+        if in_stateless_scope() or is_traced() or not torch.is_grad_enabled():
+            return
         # As `torch.utils.checkpoint` finds out itself; there is no public way.
-        return "possible" if torch._C._current_graph_task_id() == -1 else "running"
+        if torch._C._current_graph_task_id() != -1:
+            raise RuntimeError(
+                "A layer must be recomputed by its own `keras.RematScope`: "
+                "`torch.utils.checkpoint` would repeat random draws, counts and updates, also "
+                "where `keras.RematScope` marks only a layer of your own around it. Received: "
+                f"a call of `{layer.name}` in a backward pass"
+            )
 
     def on_its_platform(self, function, *operands):
         tensor = operands[0]

@@ -33,9 +33,8 @@ class ExpertHealth(keras.callbacks.Callback):
     - a balancing loss with a `usual_weight`, such as `losses.LoadBalance`, whose weight is too
       small to matter, or so large that what it adds for an uneven load is much of the loss.
 
-    A collapse or such a capacity must last for `patience` checks; at the end of the training one
-    check of 5 assignments per expert is enough. Each warning is given once a layer, as a Python
-    `UserWarning`, and kept in `findings`, a list of `(step, layer name, health.Finding)`. It
+    At the end of the training one check of 5 assignments per expert is enough. Each warning is
+    given once a layer, and kept in `findings`, a list of `(step, layer name, health.Finding)`. It
     repeats when more experts die, and once more if `rebalance` did not help.
 
     Args:
@@ -52,11 +51,10 @@ class ExpertHealth(keras.callbacks.Callback):
     Example:
 
     >>> moe = keras_moe.layers.MixtureOfExperts(keras_moe.layers.FeedForwardExperts(4, 32))
-    >>> model = keras.Sequential([keras.Input((16,)), moe, keras.layers.Dense(1)])
+    >>> model = keras.Sequential([keras.Input((16,)), moe])
     >>> model.compile("adam", "mse")
-    >>> x, y = keras.random.normal((64, 16)), keras.random.normal((64, 1))
-    >>> watchdog = keras_moe.callbacks.ExpertHealth(stop=True)
-    >>> history = model.fit(x, y, callbacks=[watchdog], verbose=0)
+    >>> x = keras.random.normal((64, 16))
+    >>> history = model.fit(x, x, callbacks=[keras_moe.callbacks.ExpertHealth()], verbose=0)
     """
 
     def __init__(

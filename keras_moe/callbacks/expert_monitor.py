@@ -27,25 +27,17 @@ _counting: weakref.WeakSet = weakref.WeakSet()
 class ExpertMonitor(keras.callbacks.Callback):
     """Logs the load of the experts after each epoch.
 
-    The logs get a few numbers over all `MixtureOfExperts` layers:
+    The logs get a few numbers over all `MixtureOfExperts` layers: `load_imbalance` and
+    `val_load_imbalance` of the least even layer, `dead_experts`, with a capacity the largest
+    `dropped_fraction`, and with router losses `router_loss`, what a call adds to `loss` on average,
+    summed over layers. Callbacks that monitor a number, such as
+    `EarlyStopping("val_load_imbalance", mode="min")`, come after this one. `model.evaluate` prints
+    the first three but does not return them.
 
-    - `load_imbalance`, `val_load_imbalance`: load of the busiest expert above the mean, 0 at
-      balance, in the least even layer
-    - `dead_experts`: number of experts with less than a thousandth of the mean of their layer
-    - `dropped_fraction`, with a capacity: largest share of assignments that found no slot
-    - `router_loss`, with router losses: their part of `loss`, the mean of all passes of the model
-
-    `history`, a dict of lists by epoch as in `keras.callbacks.History`, has `load_imbalance`,
-    `dead_experts`, `dropped_fraction` of each layer, as `moe_load_imbalance` and in validation
-    `val_moe_load_imbalance`, and:
-
-    - `load_entropy`: entropy of the experts' shares over `log E`, 1 at balance, 0 in a collapse
-    - `router_entropy`: entropy of a token's scores over `log E`, 1 undecided, 0 decided
-    - `load_balance_loss`, ...: mean of each router loss by its name, before its weight
-    - and one for each of `metrics`, by the name of the function
-
-    Callbacks that monitor a number, such as `EarlyStopping("val_load_imbalance", mode="min")`, come
-    after this one. `model.evaluate` prints the first three numbers but does not return them.
+    `history`, a dict of lists by epoch as in `keras.callbacks.History`, has the numbers of each
+    layer, as `moe_load_imbalance` and in validation `val_moe_load_imbalance`: also `load_entropy`,
+    `router_entropy`, each router loss before its weight, such as `load_balance_loss`, and each of
+    `metrics` by the name of the function. The guide to seeing experts explains them.
 
     `shares` and `validation_shares`, for `visualization.shares_over_time`, are dicts from layers to
     lists with the shares (E,) of each epoch, NaN for an epoch without the monitor or validation.
@@ -67,11 +59,10 @@ class ExpertMonitor(keras.callbacks.Callback):
 
     >>> experts = keras_moe.layers.FeedForwardExperts(num_experts=4, hidden_dim=32)
     >>> moe = keras_moe.layers.MixtureOfExperts(experts, name="moe")
-    >>> model = keras.Sequential([keras.Input((16,)), moe, keras.layers.Dense(1)])
+    >>> model = keras.Sequential([keras.Input((16,)), moe])
     >>> model.compile("adam", "mse")
-    >>> x, y = keras.random.normal((64, 16)), keras.random.normal((64, 1))
-    >>> monitor = keras_moe.callbacks.ExpertMonitor()
-    >>> logs = model.fit(x, y, callbacks=[monitor], verbose=0).history
+    >>> x, monitor = keras.random.normal((64, 16)), keras_moe.callbacks.ExpertMonitor()
+    >>> logs = model.fit(x, x, callbacks=[monitor], verbose=0).history
     >>> imbalance, entropy = logs["load_imbalance"], monitor.history["moe_load_entropy"]
     """
 

@@ -4,8 +4,9 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import keras
+from keras import ops
 
-from keras_moe import activations, routers
+from keras_moe import routers
 from keras_moe._internal.serialization import register
 from keras_moe.convert.weights import Rule
 
@@ -63,6 +64,11 @@ class Family(NamedTuple):
 @register
 def tanh_gelu(values):
     return keras.activations.gelu(values, approximate=True)
+
+
+@register
+def quick_gelu(values):
+    return values * ops.sigmoid(1.702 * values)
 
 
 def _dense(theirs, ours):
@@ -199,7 +205,7 @@ FAMILIES = {
     "gpt_oss": Family(
         lambda config: {"renormalize": True, "use_bias": True},
         lambda config: {
-            "activation": activations.quick_gelu,
+            "activation": quick_gelu,
             "use_bias": True,
             "clip": config.get("swiglu_limit", 7.0),
             "up_shift": 1.0,

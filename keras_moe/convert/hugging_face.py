@@ -52,10 +52,10 @@ def from_hugging_face(
     check_choice("model_type", config.get("model_type"), IN_FILES)
     if into is not None and kwargs:
         raise ValueError(f"`into` must be given without arguments of a layer. Received: {kwargs}")
-    if into is None:
-        into = MixtureOfExperts(**{**_parts_of(config, kwargs.get("dtype")), **kwargs})
-        into.build((None, None, config["hidden_size"]))
     mixture = into
+    if mixture is None:
+        mixture = MixtureOfExperts(**{**_parts_of(config, kwargs.get("dtype")), **kwargs})
+        mixture.build((None, None, config["hidden_size"]))
     check_plain(mixture)
     read, names = tensor_reader(source)
     experts = range(mixture.experts.num_experts)

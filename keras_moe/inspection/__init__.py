@@ -4,7 +4,6 @@ from keras_moe.inspection.recording import count_in_evaluation, record_routings,
 from keras_moe.inspection.summaries import (
     LayerSummary,
     count_parameters,
-    has_moe_layers,
     moe_layers,
     summarize,
 )
@@ -13,7 +12,6 @@ __all__ = [
     "LayerSummary",
     "count_in_evaluation",
     "count_parameters",
-    "has_moe_layers",
     "moe_layers",
     "record_routings",
     "replay_routings",

@@ -43,11 +43,6 @@ def moe_layers(model: keras.Model) -> dict[str, Gate]:
     return dict(zip(names, layers))
 
 
-def has_moe_layers(model: keras.Model) -> bool:
-    """Whether a Keras model has a `layers.MixtureOfExperts`."""
-    return bool(find_layers(model))
-
-
 def find_layers(model):
     """The MoE layers in a model or layer, a list in the order of the model."""
     check_instance("model", model, keras.Layer)
@@ -183,7 +178,7 @@ def count_parameters(model: keras.Model) -> tuple[int, int]:
 
     Experts that layers share count once; as many work as these layers choose, at most all.
     """
-    layers = _built_layers(model).values() if has_moe_layers(model) else ()
+    layers = _built_layers(model).values() if find_layers(model) else ()
     shares = _active_shares(layers)
     parts = {part for layer in layers for part in (layer, layer.router)}
     counters = [weight for part in parts for weight in part._non_trainable_variables]

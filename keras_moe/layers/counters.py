@@ -34,13 +34,10 @@ class Counters(NamedTuple):
             _counter(f"{prefix}value_numbers", (num_values,)),
         )
 
-    def add(self, routing, losses, added, is_first, training, has_capacity):
-        """Count a call: its routing, router losses, and what it has `added` to the model's loss.
-
-        `is_first` is True for the first call in a pass of the model.
-        """
+    def add(self, routing, losses, added, training, has_capacity):
+        """Count a call: its routing, router losses, and what it has `added` to the model's loss."""
         values = [*losses, routing.entropy()]
-        counted = [routing.counts, *_finite_values(values, added, is_first)]
+        counted = [routing.counts, *_finite_values(values, added)]
         if has_capacity:
             dropped = routing.dropped * ops.cast(ops.sum(routing.counts), "float32")
             counted.append(ops.cast(ops.round(dropped), "int32"))
@@ -75,9 +72,8 @@ class Counts(NamedTuple):
 
     assignments: Any  # (E,) of each expert
     dropped: Any  # () assignments that found no slot
-    # (V,) sum and number of finite values: one for each call; the last value, one for each pass.
-    totals: Any
-    numbers: Any
+    totals: Any  # (V,) sums of the finite values of calls
+    numbers: Any  # (V,)
 
     @property
     def means(self) -> "Means":
@@ -98,7 +94,7 @@ class Counts(NamedTuple):
 
 
 class Means(NamedTuple):
-    """Means of router losses before their weights, the entropy, and the loss added in a pass."""
+    """Means of router losses before their weights, the entropy, and the loss added in a call."""
 
     losses: np.ndarray
     entropy: float
@@ -129,18 +125,12 @@ def _counter(name, shape, dtype="int32"):
 
 
 @backend.jit_when_eager
-def _finite_values(values, added, is_first):
-    """Append the sum of `added` to the values.
-
-    Return them with 0 for what is not finite, and 1 or 0 for what counts in the mean.
-    """
+def _finite_values(values, added):
+    """Append the sum of `added`. Return values, 0 for those not finite, and 1 for finite ones."""
     total = sum((as_dtype(each, "float32") for each in added), ops.zeros((), "float32"))
-    # The calls of the layer in a pass of the model add to one loss.
-    counted = [1] * len(values) + [int(is_first)]
     values = ops.stack([*values, total])
     is_finite = ops.isfinite(values)
-    counted = ops.where(is_finite, ops.array(counted, "int32"), 0)
-    return ops.where(is_finite, values, 0.0), counted
+    return ops.where(is_finite, values, 0.0), ops.cast(is_finite, "int32")
 
 
 @backend.jit_when_eager

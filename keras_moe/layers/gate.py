@@ -15,14 +15,11 @@ from keras import ops
 
 from keras_moe import losses, routers
 from keras_moe._internal import Tensor
-from keras_moe._internal.base_layer import reseeded
-from keras_moe._internal.checks import check_number, fixed, shortened
+from keras_moe._internal.checks import check_number, check_tensors, fixed, shortened
 from keras_moe._internal.keras_internals import (
     drops_losses,
     in_symbolic_scope,
-    is_first_in_pass,
     names_below,
-    own_losses,
     unlocked,
     untrack,
 )
@@ -31,10 +28,8 @@ from keras_moe.layers.capacity import Capacity
 from keras_moe.layers.counters import Counters, Counts
 from keras_moe.layers.expert_bank import ExpertBank
 from keras_moe.layers.recomputation import Recomputable
-from keras_moe.layers.sublayers import warn_of_second_use
 from keras_moe.layers.tokens import Tokens
 from keras_moe.ops.routing import Routing, token_shares
-from keras_moe.ops.selection import mask_invalid, weights_of_experts
 from keras_moe.ops.sorting import as_dtype
 
 
@@ -63,8 +58,6 @@ class Gate(Recomputable):
     has_own_config = True
     router: Any
     capacity: Capacity | None
-    # Weights of the losses that were set before the layer was built.
-    _early_loss_weights: Any = None
 
     def _set_gate(self, router, num_experts, router_losses=None, capacity_factor=None, **arguments):
         """Set the router for a number of experts, with its losses and capacity."""
@@ -78,6 +71,7 @@ class Gate(Recomputable):
         if router_losses is None:
             router_losses = self.router.default_losses
         self._router_losses = losses.get_list(router_losses)
+        self._initial_loss_weights = [loss.weight for loss in self.router_losses]
         for loss in self.router_losses:
             if loss.needs_smooth_load and not self.router.has_smooth_load:
                 warnings.warn(
@@ -172,64 +166,63 @@ class Gate(Recomputable):
         observers = [each() for each in self._observers if each() is not None]
         for observer in observers:
             indices = observer.indices if indices is None else indices
-        earlier = own_losses(self.router) if training else []
-        # On JAX the call of a gate is the outermost, in PyTorch's recomputation losses come later.
-        is_first = bool(training) and is_first_in_pass(self) and not (earlier or own_losses(self))
-        routing = self._route(tokens, training, router_inputs, token_ids=token_ids, indices=indices)
-        counts = any(observer.counts for observer in observers) and not in_symbolic_scope()
-        if training or counts:
-            added = own_losses(self.router)[len(earlier) :] if training else []
-            self._add_losses_and_count(routing, tokens.sequence_length, training, added, is_first)
+        length = tokens.sequence_length
+        context = {"mask": tokens.mask, "sequence_length": length}
+        context |= {"token_ids": token_ids, "indices": indices}
+        # Without None: Keras scans every argument.
+        given = {name: each for name, each in context.items() if each is not None}
+        vectors = tokens.vectors(router_inputs)
+        routing = self.router(vectors, training=training, with_plan=True, **given)
+        if self.capacity is not None:
+            limited = sum(bank.num_capacity_limited for bank in self.banks)
+            routing = self.capacity.admit(routing, length, training, self._capacity_seed, limited)
+        is_counted = any(observer.counts for observer in observers) and not in_symbolic_scope()
+        if training or is_counted:
+            self._add_losses_and_count(routing, length, training)
         for observer in observers:
             if observer.saw is not None:
                 observer.saw(routing.without_plan(), tokens.values)
         return routing
 
-    def _route(self, tokens, training, router_inputs, **context):
-        """The routing of the router, in which experts take no more tokens than their capacity."""
-        length = tokens.sequence_length
-        context |= {"mask": tokens.mask, "sequence_length": length}
-        # Keras looks through each argument.
-        given = {name: each for name, each in context.items() if each is not None}
-        vectors = tokens.vectors(router_inputs)
-        routing = self.router(vectors, training=training, with_plan=True, **given)
-        if self.capacity is None:
-            return routing
-        limited = sum(bank.num_capacity_limited for bank in self.banks)
-        return self.capacity.admit(routing, length, training, self._capacity_seed, limited)
-
-    def _add_losses_and_count(self, routing, sequence_length, training, added, is_first):
-        """Add router losses to those that the router has `added`, and count this call."""
+    def _add_losses_and_count(self, routing, sequence_length, training):
+        """Add the router losses in training, and count this call."""
         if isinstance(routing.shares, tuple):
             routing = routing._replace(shares=token_shares(routing.mask))
-        values: list = []
-        for index in range(len(self.router_losses)):
-            values.append(self._compute_loss(index, routing, sequence_length, training))
-            if training:
-                weighted = self.router_loss_weights[index] * values[-1]
-                # Keras adds it to the other losses, which have this dtype.
-                self.add_loss(as_dtype(weighted, keras.config.floatx()))
-                added.append(weighted)
-        if training and values and drops_losses():
+        values = [
+            self._compute_loss(index, routing, sequence_length, training)
+            for index in range(len(self.router_losses))
+        ]
+        weighted = []
+        if training:
+            weighted = [self.router_loss_weights[index] * each for index, each in enumerate(values)]
+        for loss in weighted:
+            # Keras adds it to the other losses, which have this dtype.
+            self.add_loss(as_dtype(loss, keras.config.floatx()))
+        if weighted and drops_losses():
             warnings.warn(
                 f"The router losses of `{self.name}` are dropped: in training call "
                 "`stateless_call` with `return_losses=True`, and add what it returns to the loss.",
                 stacklevel=2,
             )
         counters = self._training_counters if training else self._evaluation_counters
-        counters.add(routing, values, added, is_first, training, self.capacity is not None)
+        added = [*weighted, *routing.losses]
+        counters.add(routing, values, added, training, self.capacity is not None)
 
     def _compute_loss(self, index, routing, sequence_length, training):
         loss, variables = self.router_losses[index], self.loss_states[index]
         extra = {"sequence_length": sequence_length} if loss.scope == "sequence" else {}
-        if not variables:
-            return _scalar(loss, loss.compute(routing, **extra))
-        # Copies: PyTorch assigns in place, and the gradient may need the old value.
-        state = [variable + 0 for variable in variables] if training else None
-        value, state = loss.compute(routing, state, **extra)
-        for variable, each in zip(variables, state or ()):
-            variable.assign(each)
-        return _scalar(loss, value)
+        if variables:
+            # Copies: PyTorch assigns in place, and the gradient may need the old value.
+            state = [variable + 0 for variable in variables] if training else None
+            value, state = loss.compute(routing, state, **extra)
+            for variable, each in zip(variables, state or ()):
+                variable.assign(each)
+        else:
+            value = loss.compute(routing, **extra)
+        value = ops.convert_to_tensor(value)
+        # A vector would be added up silently.
+        check_tensors(**{f"{type(loss).__name__}.compute(routing)": (value, "", "float")})
+        return value
 
     # Observers and readers
 
@@ -258,7 +251,7 @@ class Gate(Recomputable):
         """The present weight of each router loss, a list of floats."""
         if self.built:
             return ops.convert_to_numpy(self.router_loss_weights).tolist()
-        return list(self._early_loss_weights or [loss.weight for loss in self.router_losses])
+        return list(self._initial_loss_weights)
 
     def set_router_loss_weight(self, index: int | str, weight: float) -> None:
         """Set the weight of a router loss. Nothing is compiled again.
@@ -283,7 +276,7 @@ class Gate(Recomputable):
         if self.built:
             self.router_loss_weights.assign(weights)
         else:
-            self._early_loss_weights = weights
+            self._initial_loss_weights = weights
 
     # Weights that stay with the experts
 
@@ -317,7 +310,8 @@ class Gate(Recomputable):
             )
         for key, variable in self._saved_variables().items():
             # A checkpoint fits a layer with other losses: those keep their own state.
-            if key in ("expert_counts", "dropped_count") or _fits(variable, entries.get(key)):
+            fits = key in entries and entries[key].shape == tuple(variable.shape)
+            if key in ("expert_counts", "dropped_count") or fits:
                 variable.assign(entries[key])
         for index, loss in enumerate(self.router_losses):
             initial, weight = entries.get(f"{self._loss_key(index)}_weight", (None, None))
@@ -336,75 +330,3 @@ class Gate(Recomputable):
 
     def _loss_key(self, index):
         return f"router_loss_{index}_{self.router_losses[index].name}"
-
-
-class TaskGate(Gate):
-    """The gate of a task, which chooses among the experts of banks that tasks may share."""
-
-    def __init__(self, banks, router, router_losses, **kwargs):
-        super().__init__(**kwargs)
-        self._banks = list(banks)
-        self._set_gate(router, sum(bank.num_experts for bank in banks), router_losses)
-        if not self.router.serves_tasks:
-            rule = "`router` must choose experts by the tokens alone"
-            raise ValueError(f"{rule}. Received: a `{type(self.router).__name__}`")
-
-    @property
-    def banks(self):
-        return self._banks
-
-    def build(self, inputs_shape):
-        warn_of_second_use(self, self.router)
-        self._build_gate(inputs_shape[-1])
-
-    def choices_of(self, bank, routing):
-        """Experts (T, K) of a bank, out of range for those of others, and weights (T, E)."""
-        number, place = self.router.num_experts, self.banks.index(bank)
-        first = sum(each.num_experts for each in self.banks[:place])
-        weights = routing.weights  # of all experts, in order
-        if not self.router.serves_all:
-            weights = weights_of_experts(routing.indices, weights, number)
-        indices = mask_invalid(routing.indices, number, routing.mask)
-        return indices - first, weights[:, first : first + bank.num_experts]
-
-
-def routers_of_tasks(identifier, number):
-    """A list of one router for each task. Copies of one draw other weights and other noise."""
-    if isinstance(identifier, (list, tuple)):
-        instances = [id(each) for each in identifier if isinstance(each, routers.Router)]
-        if len(identifier) != number or len(set(instances)) < len(instances):
-            raise ValueError(
-                "A list of `router` must have one for each task, and one for a shared output, no "
-                f"instance twice. Received: {len(identifier)} for {number}, {len(set(instances))} "
-                "different instances"
-            )
-        return list(identifier)
-    if not isinstance(identifier, routers.Router):
-        return [identifier] * number
-    return [identifier, *(_copy_of_router(identifier, copy) for copy in range(1, number))]
-
-
-def _copy_of_router(router, number):
-    config = router.get_config()
-    del config["name"]
-    if config.get("seed") is not None:
-        config["seed"] += number
-    copy = type(router).from_config(config)
-    if isinstance(copy, routers.LogitRouter):
-        copy.kernel_initializer = reseeded(copy.kernel_initializer, number)
-    return copy
-
-
-def _scalar(loss, value):
-    """The value of a loss, which may be user-defined: a vector would be added up silently."""
-    value = value if ops.is_tensor(value) else ops.convert_to_tensor(value)
-    if len(value.shape) or not keras.backend.is_float_dtype(value.dtype):
-        raise ValueError(
-            "A router loss must compute one float. Received: a tensor of shape "
-            f"{tuple(value.shape)} and dtype {value.dtype} from `{type(loss).__name__}`"
-        )
-    return value
-
-
-def _fits(variable, entry):
-    return entry is not None and tuple(entry.shape) == tuple(variable.shape)

@@ -10,12 +10,12 @@ from keras import ops
 
 from keras_moe._internal import Tensor
 from keras_moe._internal.checks import shortened
-from keras_moe._internal.keras_internals import parameters_of, recompute_as_one
+from keras_moe._internal.keras_internals import parameters_of, recompute_as_one, stored_dtypes
 from keras_moe._internal.serialization import note_part, register
 from keras_moe.backend import backend
 from keras_moe.backend.padded import pad_tiles
 from keras_moe.layers.expert_bank import ExpertBank
-from keras_moe.layers.mixture_of_experts import MixtureOfExperts
+from keras_moe.layers.gate import Gate
 from keras_moe.layers.sublayers import (
     accepted_arguments,
     build_and_measure,
@@ -120,15 +120,17 @@ class LayerExperts(ExpertBank):
         functions = [self._as_function(layer, variables) for layer in self.layers]
         # Compiled loops allow neither writes to variables nor stored losses: both are passed
         # through. PyTorch assigns in place, which would change a value the gradient needs.
-        state = [ops.copy(variable) for variable in variables]
+        with stored_dtypes():
+            state = [ops.copy(variable) for variable in variables]
         state.append(ops.zeros((), "float32"))
         alike = self._as_one_function() if backend.needs_static_shapes() else None
         width = math.prod(self._output_shape)
         has_samples = len(self._row_shape) > 1
         arguments = (functions, alike, has_samples, width, rows, plan.sizes, state)
         rows, (*values, loss) = _map_groups(*arguments)
-        for variable, value in zip(variables, values):
-            variable.assign(value)
+        with stored_dtypes():
+            for variable, value in zip(variables, values):
+                variable.assign(value)
         self.add_loss(loss)
         return ops.reshape(plan.combine(rows), (-1, *self._output_shape))
 
@@ -142,7 +144,7 @@ class LayerExperts(ExpertBank):
         mask = {}
         if inside is not None and len(self._row_shape) == 1:
             # A mixture counts tokens, of which padding is none.
-            if any(isinstance(part, MixtureOfExperts) for part in layer._flatten_layers()):
+            if any(isinstance(part, Gate) for part in layer._flatten_layers()):
                 mask = dict.fromkeys(accepted_arguments(layer, ("mask",)), inside)
         output = layer(rows, **mask)
         check_output("layers", output, (rows.shape[0], *self._output_shape))

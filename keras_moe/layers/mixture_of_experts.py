@@ -6,7 +6,7 @@ experts of a token.
 
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import keras
@@ -14,13 +14,22 @@ import numpy as np
 from keras import ops
 
 from keras_moe._internal import Tensor
-from keras_moe._internal.checks import check_indices, check_integer, fixed
+from keras_moe._internal.checks import check_indices, check_integer, fixed, shortened
 from keras_moe._internal.serialization import config_of, register, resolve
 from keras_moe.layers import expert_bank, sublayers
 from keras_moe.layers.capacity import Capacity
 from keras_moe.layers.expert_bank import ExpertBank
+from keras_moe.layers.feed_forward_experts import FeedForwardExperts
 from keras_moe.layers.gate import Gate
-from keras_moe.layers.tokens import Tokens, check_call, num_token_axes, pass_mask_on, token_shape
+from keras_moe.layers.layer_experts import LayerExperts
+from keras_moe.layers.tokens import (
+    Tokens,
+    check_call,
+    num_token_axes,
+    pass_mask_on,
+    token_shape,
+    zero_padding,
+)
 from keras_moe.ops.plans import plan_routing
 from keras_moe.ops.soft import SoftPlan
 from keras_moe.routers.router import Router
@@ -38,7 +47,8 @@ class MixtureOfExperts(Gate):
     where the mask is False, runs no expert, is not counted, changes no loss, and its output is 0.
 
     Args:
-        experts: Bank of experts, such as `FeedForwardExperts` or `LayerExperts`. Required.
+        experts: Bank of experts, such as `GatedExperts`; a list of Keras layers or models, for
+            `LayerExperts`; or an integer, `num_experts`.
         router: Router, or a name for `routers.get`. Its number of experts is the bank's by default.
         router_losses: List of losses of the routing, objects or names for `losses.get`. None: the
             `default_losses` of the router, for most `("load_balance", "router_z")`. `[]`: none.
@@ -53,6 +63,10 @@ class MixtureOfExperts(Gate):
             a whole, to experts in `LayerExperts`. None: all axes but the last.
         top_k: Integer. Experts per token, if `router` is a name whose router has a `top_k`. With a
             router object, leave it out.
+        num_experts: Integer. Number of `FeedForwardExperts`, which the layer then makes itself.
+        hidden_dim: Integer. Their hidden width.
+        activation: String, function or Keras layer. Their activation, by default "gelu".
+        output_dim: Integer. Number of output features, by default as many as the inputs have.
         **kwargs: Arguments of a Keras layer, such as `name` and `dtype`. A bank without a
             `dtype` takes the dtype of its first layer; `LayerExperts` keep theirs.
 
@@ -83,9 +97,7 @@ class MixtureOfExperts(Gate):
 
     Example:
 
-    >>> layer = keras_moe.layers.MixtureOfExperts(
-    ...     keras_moe.layers.FeedForwardExperts(num_experts=8, hidden_dim=256)
-    ... )
+    >>> layer = keras_moe.layers.MixtureOfExperts(num_experts=8, hidden_dim=256)
     >>> outputs, routing = layer(keras.random.normal((2, 10, 64)), return_routing=True)
     >>> outputs.shape, routing.indices.shape
     ((2, 10, 64), (20, 2))
@@ -93,9 +105,12 @@ class MixtureOfExperts(Gate):
     References: Shazeer et al. 2017 (arXiv:1701.06538); Fedus et al. 2021 (arXiv:2101.03961).
     """
 
+    # The config holds a bank instead.
+    fixed_arguments = ("num_experts", "hidden_dim", "activation", "output_dim")
+
     def __init__(
         self,
-        experts: ExpertBank | None = None,
+        experts: ExpertBank | Sequence[keras.Layer] | int | None = None,
         router: str | Router = "top_k",
         router_losses: Sequence | None = None,
         shared_expert: keras.Layer | None = None,
@@ -103,11 +118,20 @@ class MixtureOfExperts(Gate):
         gated_shared_expert: bool = False,
         token_axes: int | None = None,
         top_k: int | None = None,
+        num_experts: int | None = None,
+        hidden_dim: int | None = None,
+        activation: str | Callable | None = None,
+        output_dim: int | None = None,
         **kwargs: Any,
     ):
-        # `experts` has a default so that a call without it ends here.
         super().__init__(**kwargs)
-        self.experts = expert_bank.get(experts)
+        self.experts = _bank_of(
+            experts,
+            num_experts=num_experts,
+            hidden_dim=hidden_dim,
+            activation=activation,
+            output_dim=output_dim,
+        )
         if kwargs.get("dtype") is not None:
             self.experts.inherit_policy(self.dtype_policy)
         number = self.experts.num_experts
@@ -128,7 +152,7 @@ class MixtureOfExperts(Gate):
         self.gated_shared_expert, self.shared_gate = bool(gated_shared_expert), None
         if gated_shared_expert:
             policy = expert_bank.in_floats(self.dtype_policy)
-            self.shared_gate = sublayers.SharedGate(dtype=policy, name="shared_gate")
+            self.shared_gate = _SharedGate(dtype=policy, name="shared_gate")
         self.token_axes = None if token_axes is None else check_integer("token_axes", token_axes)
         sublayers.freeze_parts(self)
 
@@ -157,7 +181,27 @@ class MixtureOfExperts(Gate):
         if not self.experts.built:
             self.experts.build((None, *of_token))
         if self.shared_expert is not None:
-            sublayers.build_shared_expert(self, inputs_shape)
+            self._build_shared_expert(inputs_shape)
+
+    def _build_shared_expert(self, inputs_shape):
+        shape = sublayers.build_and_measure(
+            "shared_expert", self.shared_expert, inputs_shape, self.token_axes
+        )
+        expected = self.compute_output_shape(inputs_shape)
+        num_axes = num_token_axes(inputs_shape, self.token_axes)
+        if tuple(shape[num_axes:]) != tuple(expected[num_axes:]):
+            raise ValueError(
+                "`shared_expert` must return as many features as `experts`. Received: "
+                f"shape {tuple(shape)} from shared_expert, {tuple(expected)} from experts"
+            )
+        if self.shared_gate is not None:
+            if len(expected) > num_axes + 1:
+                raise ValueError(
+                    "`gated_shared_expert=True` needs tokens that are vectors. "
+                    f"Received: outputs of shape {expected}, token_axes={self.token_axes}"
+                )
+            if not self.shared_gate.built:
+                self.shared_gate.build(inputs_shape)
 
     def tokens_of(self, inputs: Tensor, mask: Tensor | None = None, **others: Any) -> Tokens:
         """The `Tokens` of inputs (batch, ..., D), after a check of all tensors of a call."""
@@ -215,7 +259,7 @@ class MixtureOfExperts(Gate):
             outputs = self.experts(tokens.values, routing.plan)
         outputs = tokens.unflatten(outputs, self.compute_dtype)
         if self.shared_expert is not None:
-            outputs = outputs + sublayers.compute_shared_expert(self, tokens)
+            outputs = outputs + self._shared_outputs(tokens)
 
         returned = [outputs]
         if return_routing:
@@ -223,6 +267,19 @@ class MixtureOfExperts(Gate):
         if return_expert_outputs:
             returned.append(tokens.unflatten(expert_outputs, self.compute_dtype))
         return tuple(returned) if len(returned) > 1 else outputs
+
+    def _shared_outputs(self, tokens):
+        """The outputs of the shared expert, times its gate; zero where tokens are padding."""
+        mask = tokens.mask_of_inputs
+        inputs = ops.reshape(tokens.values, (*tokens.sizes, *tokens.values.shape[1:]))
+        arguments = {} if mask is None else {"mask": mask}
+        accepted = sublayers.accepted_arguments(self.shared_expert, arguments)
+        outputs = self.shared_expert(inputs, **{name: arguments[name] for name in accepted})
+        sublayers.check_output("shared_expert", outputs, self.compute_output_shape(inputs.shape))
+        outputs = ops.cast(outputs, self.compute_dtype)
+        if self.shared_gate is not None:
+            outputs = outputs * self.shared_gate(inputs)
+        return outputs if mask is None else zero_padding(outputs, mask)
 
     def compute_output_shape(self, inputs_shape, router_inputs_shape=None):
         outputs_shape = self.experts.compute_output_shape(
@@ -253,6 +310,32 @@ class MixtureOfExperts(Gate):
             "capacity_factor": config_of(self.capacity),
             "top_k": self.router.top_k if self._names_top_k else None,  # surgery may change it
         }
+
+
+class _SharedGate(keras.layers.Dense):
+    """A gate of each token, `sigmoid(x g)`."""
+
+    def __init__(self, **kwargs):
+        super().__init__(1, "sigmoid", use_bias=False, **kwargs)
+
+    def quantize(self, mode, type_check=True, config=None):
+        """Do nothing: it has one column. Keras calls this for every layer."""
+
+
+def _bank_of(experts, **arguments):
+    """The bank given as `experts`, or a new one of a list of layers or of other arguments."""
+    given = {name: value for name, value in arguments.items() if value is not None}
+    if isinstance(experts, (int, np.integer)) and "num_experts" not in given:
+        experts, given = None, {"num_experts": experts, **given}
+    if experts is not None and given:
+        received = ", ".join(f"{name}={value!r}" for name, value in given.items())
+        raise TypeError(
+            "`MixtureOfExperts` got multiple values for its experts: arguments of a bank go to the "
+            f"bank. Received: {received}, experts={shortened(experts)}"
+        )
+    if given:
+        return FeedForwardExperts(**{"num_experts": None, "hidden_dim": None, **given})
+    return LayerExperts(experts) if isinstance(experts, (list, tuple)) else expert_bank.get(experts)
 
 
 def _plan_of_choices(routing):

@@ -11,16 +11,48 @@ from keras import ops
 
 from keras_moe import losses
 from keras_moe._internal import Tensor
+from keras_moe._internal.base_layer import reseeded
 from keras_moe._internal.checks import check_integer, check_tensors, shortened
 from keras_moe._internal.serialization import register
 from keras_moe.layers import expert_bank, sublayers
 from keras_moe.layers.expert_bank import ExpertBank
-from keras_moe.layers.gate import TaskGate, routers_of_tasks
+from keras_moe.layers.gate import Gate
 from keras_moe.layers.recomputation import Recomputable
 from keras_moe.layers.tokens import Tokens
 from keras_moe.ops.plans import plan_experts
-from keras_moe.ops.selection import mask_invalid, take_scores, without_repeats
+from keras_moe.ops.selection import mask_invalid, take_scores, weights_of_experts, without_repeats
+from keras_moe.routers.logit_router import LogitRouter
 from keras_moe.routers.router import Router
+
+
+class TaskGate(Gate):
+    """The gate of a task, which chooses among the experts of banks that tasks may share."""
+
+    def __init__(self, banks, router, router_losses, **kwargs):
+        super().__init__(**kwargs)
+        self._banks = list(banks)
+        self._set_gate(router, sum(bank.num_experts for bank in banks), router_losses)
+        if not self.router.serves_tasks:
+            rule = "`router` must choose experts by the tokens alone"
+            raise ValueError(f"{rule}. Received: a `{type(self.router).__name__}`")
+
+    @property
+    def banks(self):
+        return self._banks
+
+    def build(self, inputs_shape):
+        sublayers.warn_of_second_use(self, self.router)
+        self._build_gate(inputs_shape[-1])
+
+    def choices_of(self, bank, routing):
+        """Experts (T, K) of a bank, out of range for those of others, and weights (T, E)."""
+        number, place = self.router.num_experts, self.banks.index(bank)
+        first = sum(each.num_experts for each in self.banks[:place])
+        weights = routing.weights  # of all experts, in order
+        if not self.router.serves_all:
+            weights = weights_of_experts(routing.indices, weights, number)
+        indices = mask_invalid(routing.indices, number, routing.mask)
+        return indices - first, weights[:, first : first + bank.num_experts]
 
 
 @register
@@ -110,7 +142,9 @@ class MultiGateMixtureOfExperts(Recomputable):
             raise ValueError(f"{rule}. Received: {names}")
         self.tasks = [
             TaskGate(banks, router, self.router_losses, name=f"{self.name}_{name}")
-            for banks, router, name in zip(chosen_from, routers_of_tasks(router, len(names)), names)
+            for banks, router, name in zip(
+                chosen_from, _routers_of_tasks(router, len(names)), names
+            )
         ]
         if kwargs.get("dtype") is not None:
             for bank in all_banks:
@@ -218,3 +252,30 @@ def _one_for_each(name, values, number):
             f"`{name}` must have one for each task, of {number}. Received: {shortened(values)}"
         )
     return values or []
+
+
+def _routers_of_tasks(identifier, number):
+    """A list of one router for each task. Copies of one draw other weights and other noise."""
+    if isinstance(identifier, (list, tuple)):
+        instances = [id(each) for each in identifier if isinstance(each, Router)]
+        if len(identifier) != number or len(set(instances)) < len(instances):
+            raise ValueError(
+                "A list of `router` must have one for each task, and one for a shared output, no "
+                f"instance twice. Received: {len(identifier)} for {number}, {len(set(instances))} "
+                "different instances"
+            )
+        return list(identifier)
+    if not isinstance(identifier, Router):
+        return [identifier] * number
+    return [identifier, *(_copy_of_router(identifier, copy) for copy in range(1, number))]
+
+
+def _copy_of_router(router, number):
+    config = router.get_config()
+    del config["name"]
+    if config.get("seed") is not None:
+        config["seed"] += number
+    copy = type(router).from_config(config)
+    if isinstance(copy, LogitRouter):
+        copy.kernel_initializer = reseeded(copy.kernel_initializer, number)
+    return copy

@@ -1,11 +1,10 @@
-"""Gradient checkpointing: layers that are computed twice, whose effects happen once.
+"""Gradient checkpointing: recompute a layer in the backward pass without repeating its effects.
 
 A layer that counts, draws random numbers, moves a bias or adds losses is no function of its inputs:
 computed again in the backward pass, it would do all of that again, from another state.
 """
 
 import functools
-import inspect
 
 import keras
 from keras import ops
@@ -14,21 +13,14 @@ from keras_moe._internal.base_layer import BaseLayer
 from keras_moe._internal.keras_internals import (
     current_call,
     get_keras_mask,
-    in_stateless_scope,
     recompute_as_one,
     set_keras_mask,
     stored_dtypes,
 )
-from keras_moe.backend import backend
 
 
 class Recomputable(BaseLayer):
-    """Abstract: a layer that `keras.RematScope` may compute again, with its effects once."""
-
-    def __init_subclass__(cls, **kwargs):
-        super().__init_subclass__(**kwargs)
-        if "call" in vars(cls):
-            cls.call = _effects_once(cls.call)
+    """Abstract: a layer that `keras.RematScope` recomputes without repeating its effects."""
 
     def rematerialized_call(self, call, *args, **kwargs):
         # Keras's own wrapper fails with effects on JAX, and with `training` on TensorFlow.
@@ -72,66 +64,12 @@ def _recomputed(layer, call, *args, **kwargs):
     outputs = keras.tree.map_structure(lambda _: next(results), found["structure"])
     for number in found["changed"]:
         values[number] = ops.copy(values[number])  # PyTorch assigns in place
-    _take_effect(layer, [(state[number], next(results)) for number in found["changed"]], results)
-    return outputs
-
-
-def _effects_once(call):
-    """The `call` of a layer, for `torch.utils.checkpoint`.
-
-    It calls layers a second time in the backward pass without telling them. A repeated call stands
-    for the last call in training: it starts from the same state, and has no effects. The layer
-    keeps that state until it is called without `training`.
-    """
-
-    if "training" not in inspect.signature(call).parameters:
-        return call  # It has no effects, or calls another that has the argument.
-
-    @functools.wraps(call)
-    def called(layer, *args, training=None, **kwargs):
-        run = functools.partial(call, layer, *args, **kwargs)
-        recomputation = backend.recomputation()
-        if in_stateless_scope() or recomputation is None:
-            return run(training=training)
-        if recomputation == "running":
-            last = None if training is False else vars(layer).get("_last_call")
-            if last is None:
-                return run(training=training)
-            before, again, training = last
-            with again(), keras.StatelessScope(before, collect_losses=True):
-                return run(training=training)
-        if not training:
-            if training is None:
-                vars(layer)["_last_call"] = None
-            return run(training=training)
-        with _Updates(collect_losses=True) as scope:
-            outputs = run(training=training)
-        updates = list(scope.updates.values())
-        before = [(variable, ops.copy(variable.value)) for variable, _ in updates]
-        vars(layer)["_last_call"] = before, current_call(), training  # not tracked by Keras
-        _take_effect(layer, updates, scope.losses)
-        return outputs
-
-    return called
-
-
-class _Updates(keras.StatelessScope):
-    """A scope that also knows which variables are updated, perhaps kernels among them."""
-
-    def __init__(self, **kwargs):
-        super().__init__(**kwargs)
-        self.updates = {}
-
-    def add_update(self, update):
-        super().add_update(update)
-        self.updates[id(update[0])] = update
-
-
-def _take_effect(layer, updates, losses):
-    for variable, value in updates:
-        variable.assign(value)
-    for loss in losses:
+    with stored_dtypes():  # In PyTorch a value that is read in another dtype is a copy.
+        for number in found["changed"]:
+            state[number].assign(next(results))
+    for loss in results:
         layer.add_loss(loss)
+    return outputs
 
 
 def _is_float(leaf):

@@ -6,12 +6,7 @@ from typing import Any
 
 import keras
 
-from keras_moe._internal.keras_internals import (
-    compile_like,
-    forget_old_weights,
-    own_layers,
-    set_state,
-)
+from keras_moe._internal.keras_internals import compile_like, own_layers, set_state
 from keras_moe._internal.serialization import PACKAGE
 from keras_moe.layers.transformer_block import TransformerBlock
 
@@ -20,16 +15,10 @@ def replace(model, replacements):
     """Replace layers of a built model, each by another, or by None, which removes it.
 
     Functional and sequential models that contain one become new models with the same other layers;
-    everything else changes in place. Returns the model, and a list for `record`: pairs of a layer
-    whose config lacks a new sublayer, and names of its attributes.
+    everything else changes in place. Returns the model, and a list for `record_changes`: pairs of a
+    layer whose config lacks a new sublayer, and names of its attributes. Call `forget_old_weights`
+    on the model afterwards.
     """
-    model, changes = put_in(model, replacements)
-    forget_old_weights(model)
-    return model, changes
-
-
-def put_in(model, replacements):
-    """`replace`, before the model and its optimizer forget the old weights."""
     replacement = _Replacement(replacements)
     return replacement.of(model), replacement.changes
 
@@ -116,35 +105,31 @@ def backbones(model):
     return [layer for layer in model._flatten_layers() if isinstance(layer, cls)]
 
 
-def record(model, changes=(), converters=()):
+def record_changes(model, changes):
     """Add changes to the config of a model, or of the KerasHub backbone in which they are.
 
-    Changes are pairs of a layer and names of attributes, whose values are saved. Converters are
-    registered functions, called with the model that the old config describes; files of weights are
-    as without them.
+    Changes are pairs of a layer and names of attributes, whose values are saved.
     """
     for holder in [*backbones(model), model]:
         paths = {id(layer): path for path, layer in _walk(holder)}
         own = [(paths[id(layer)], tuple(names)) for layer, names in changes if id(layer) in paths]
         changes = [(layer, names) for layer, names in changes if id(layer) not in paths]
         if own:
-            _add(holder, own)
-    if converters:
-        _add(model, converters=converters)
+            _set_record(holder, [*recorded(holder)[0], *own], recorded(holder)[1])
 
 
-def _add(model, changes=(), converters=()):
-    old, before = _recorded(model)
-    _set_record(model, [*old, *changes], list(dict.fromkeys([*before, *converters])))
-
-
-def forget_converters(model):
-    """Remove converters from the config of a model."""
-    _set_record(model, _recorded(model)[0], [])
-
-
-def _recorded(model):
+def recorded(model):
+    """The changes in the config of a model, as pairs of a path and names, and its converters."""
     return vars(model).get("_record", ([], []))
+
+
+def record_converters(model, converters):
+    """Put converters into the config of a model in the place of those before.
+
+    They are registered functions, called with the model that the original config describes; files
+    of weights are as without them.
+    """
+    _set_record(model, recorded(model)[0], converters)
 
 
 def _set_record(model, changes, converters):
@@ -155,6 +140,7 @@ def _set_record(model, changes, converters):
         members = {"_original_class": cls, "__module__": __name__}
         cls = _register(type(name, (_WithReplacements, cls), members))
         _register(_WithReplacements)  # KerasHub takes the class of the name for the model's.
+    # The class alone tells Keras how to save and load an object, and callers keep this one.
     model.__class__ = cls
     object.__setattr__(model, "_record", (changes, converters))  # Keras would track it.
 
@@ -193,9 +179,10 @@ class _WithReplacements:
         for converter in config.get("converters", ()):  # 0.2 had none.
             revive(converter)(model)
         for path, attributes in (each.values() for each in config["replaced"]):
+            layer = _layer_at(model, path)
             for name, value in attributes.items():
-                set_state(_layer_at(model, path), name, revive(value))
-            _add(model, [(tuple(path), tuple(attributes))])
+                set_state(layer, name, revive(value))
+            record_changes(model, [(layer, tuple(attributes))])
         return model
 
     def save_to_preset(self, preset_dir, *args, **kwargs):
@@ -204,11 +191,11 @@ class _WithReplacements:
         if changes and not (pathlib.Path(preset_dir) / "task.json").exists():
             rule = "KerasHub loads no preset of a backbone with replaced layers, only of its task"
             raise ValueError(f"{rule}. Received: `save_to_preset`, {len(changes)} replaced layers")
-        forget_converters(self)
+        record_converters(self, [])
         try:
             original.save_to_preset(self, preset_dir, *args, **kwargs)
         finally:
-            _add(self, converters=converters)
+            record_converters(self, converters)
 
 
 # One name for all models; the config says which one it is.

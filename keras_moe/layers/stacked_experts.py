@@ -181,6 +181,11 @@ class StackedExperts(Adaptable, ExpertBank):
             projection.add_factors(a_initializer, b_initializer)
         self.lora_enabled = True
 
+    def remove_factors(self):
+        super().remove_factors()
+        for projection in self.projections:
+            projection.lora_a = projection.lora_b = None
+
     def quantize(
         self, mode: str | None = None, type_check: bool = True, config: Any = None
     ) -> None:

@@ -9,7 +9,6 @@ import keras
 from keras_moe._internal.checks import check_tensors
 from keras_moe._internal.keras_internals import get_keras_mask, sources_of
 from keras_moe.layers.expert_bank import ExpertBank
-from keras_moe.layers.tokens import num_token_axes, zero_padding
 
 # Routers and banks of the mixtures that were built.
 _in_use: weakref.WeakSet = weakref.WeakSet()
@@ -63,7 +62,7 @@ def build_and_measure(name, layer, inputs_shape, num_kept=None):
     try:
         shape = tuple(shape)
         has_rank = len(shape) == len(inputs_shape) or (num_kept is not None and len(shape) > 1)
-        fits = has_rank and all(size is None or int(size) > 0 for size in shape)
+        fits = has_rank and all(size is None or int(size) >= 0 for size in shape)
     except TypeError:
         fits = False
     if not fits or any(None not in pair and pair[0] != pair[1] for pair in zip(shape, leading)):
@@ -74,60 +73,14 @@ def build_and_measure(name, layer, inputs_shape, num_kept=None):
     return shape
 
 
-class SharedGate(keras.layers.Dense):
-    """A gate of each token, `sigmoid(x g)`."""
-
-    def __init__(self, **kwargs):
-        super().__init__(1, "sigmoid", use_bias=False, **kwargs)
-
-    def quantize(self, mode, type_check=True, config=None):
-        """Do nothing: it has one column. Keras calls this for every layer."""
-
-
-def build_shared_expert(mixture, inputs_shape):
-    """Build the shared expert of a `MixtureOfExperts`, and its gate if it has one."""
-    shape = build_and_measure(
-        "shared_expert", mixture.shared_expert, inputs_shape, mixture.token_axes
-    )
-    expected = mixture.compute_output_shape(inputs_shape)
-    num_axes = num_token_axes(inputs_shape, mixture.token_axes)
-    if tuple(shape[num_axes:]) != tuple(expected[num_axes:]):
-        raise ValueError(
-            "`shared_expert` must return as many features as `experts`. Received: "
-            f"shape {tuple(shape)} from shared_expert, {tuple(expected)} from experts"
-        )
-    if mixture.shared_gate is not None:
-        if len(expected) > num_axes + 1:
-            raise ValueError(
-                "`gated_shared_expert=True` needs tokens that are vectors. "
-                f"Received: outputs of shape {expected}, token_axes={mixture.token_axes}"
-            )
-        if not mixture.shared_gate.built:
-            mixture.shared_gate.build(inputs_shape)
-
-
-def compute_shared_expert(mixture, tokens):
-    """The output of a shared expert for `Tokens`, times its gate; zero where they are padding."""
-    mask = tokens.mask_of_inputs
-    inputs = keras.ops.reshape(tokens.values, (*tokens.sizes, *tokens.values.shape[1:]))
-    layer, arguments = mixture.shared_expert, {}
-    if mask is not None and accepted_arguments(layer, ("mask",)):
-        arguments["mask"] = mask
-    outputs = layer(inputs, **arguments)
-    check_output("shared_expert", outputs, mixture.compute_output_shape(inputs.shape))
-    outputs = keras.ops.cast(outputs, mixture.compute_dtype)
-    if mixture.shared_gate is not None:
-        outputs = outputs * mixture.shared_gate(inputs)
-    return outputs if mask is None else zero_padding(outputs, mask)
-
-
 def _try(layer, inputs_shape):
     """The output of a layer for symbolic inputs; for zeros, if it is a module of PyTorch."""
     inputs = keras.KerasTensor(inputs_shape, layer.compute_dtype)
     try:
         return layer(inputs)
     except NotImplementedError:
-        zeros = keras.ops.zeros([size or 1 for size in inputs_shape], layer.compute_dtype)
+        sizes = [1 if size is None else size for size in inputs_shape]
+        zeros = keras.ops.zeros(sizes, layer.compute_dtype)
         shape = layer(zeros, training=False).shape
         known = (None if size is None else made for size, made in zip(inputs_shape, shape))
         return keras.KerasTensor((*known, *shape[len(inputs_shape) :]), layer.compute_dtype)

@@ -9,6 +9,7 @@ from keras_moe._internal import Tensor
 from keras_moe._internal.checks import check_integer, check_number, check_tensors
 from keras_moe._internal.keras_internals import get_keras_mask
 from keras_moe._internal.serialization import register, resolve
+from keras_moe.backend import backend
 from keras_moe.layers.recomputation import Recomputable
 from keras_moe.layers.sublayers import (
     accepted_arguments,
@@ -24,15 +25,25 @@ class TransformerBlock(Recomputable):
     """Abstract: branches `x = x + dropout(branch(norm(x)))`; the last is any feed-forward layer."""
 
     def __init__(
-        self, num_heads: int, feedforward: keras.Layer, dropout: float = 0.0, **kwargs: Any
+        self,
+        num_heads: int,
+        feedforward: keras.Layer | None = None,
+        dropout: float = 0.0,
+        **kwargs: Any,
     ):
+        # `feedforward` has a default so that a call without it ends here.
         super().__init__(**kwargs)
         self.num_heads = check_integer("num_heads", num_heads)
-        self.feedforward = resolve("feedforward", feedforward, keras.Layer)
+        example = "`MixtureOfExperts(num_experts=8, hidden_dim=256)`"
+        self.feedforward = resolve("feedforward", feedforward, keras.Layer, example=example)
         self.dropout = check_number("dropout", dropout, below=1)
         self._seed_generator = draws.seeded_generator() if self.dropout else None
         freeze_parts(self)
         self.supports_masking = True
+
+    def __call__(self, *args, **kwargs):
+        backend.refuse_recomputation(self)
+        return super().__call__(*args, **kwargs)
 
     def _build_norm(self, name, inputs_shape):
         norm = keras.layers.LayerNormalization(dtype=self.dtype_policy, name=name)
@@ -112,7 +123,7 @@ class TransformerEncoderBlock(TransformerBlock):
         num_heads: Integer. Number of attention heads; divides the number of features, D.
         feedforward: Keras layer from D to D features, such as a `MixtureOfExperts`. It receives the
             mask if its `call` has a `mask` argument.
-        dropout: Float from 0 to below 1. Rate of dropout on both branches.
+        dropout: Float from 0 to below 1. Rate of dropout on each branch.
         **kwargs: Arguments of a Keras layer, such as `name` and `dtype`.
 
     Raises:
@@ -130,10 +141,8 @@ class TransformerEncoderBlock(TransformerBlock):
 
     Example:
 
-    >>> experts = keras_moe.layers.FeedForwardExperts(num_experts=4, hidden_dim=128)
-    >>> block = keras_moe.layers.TransformerEncoderBlock(
-    ...     num_heads=4, feedforward=keras_moe.layers.MixtureOfExperts(experts)
-    ... )
+    >>> feedforward = keras_moe.layers.MixtureOfExperts(num_experts=4, hidden_dim=128)
+    >>> block = keras_moe.layers.TransformerEncoderBlock(num_heads=4, feedforward=feedforward)
     >>> block(keras.random.normal((2, 10, 64))).shape
     (2, 10, 64)
 

@@ -23,14 +23,10 @@ class TransformerDecoderBlock(TransformerBlock):
     Each is a branch `x = x + dropout(branch(norm(x)))`. No token sees a later one, except through
     the feed-forward layer: a warning names a router or a capacity that allows it.
 
-    To decode token by token, `make_cache` once and pass `cache` and `position`: keys and values of
-    earlier tokens are then read instead of computed. The cache is a dict of tensors (batch, ...) of
-    fixed shapes, fit for `ops.while_loop`.
+    To decode token by token, `make_cache` once and pass `cache` and `position`. The cache is a dict
+    of tensors (batch, ...) of fixed shapes, fit for `ops.while_loop`.
 
     Args:
-        num_heads: Integer. Number of attention heads; divides the number of features, D.
-        feedforward: Keras layer from D to D features.
-        dropout: Float from 0 to below 1. Rate of dropout on all branches.
         cross_attention: Boolean. Whether the block attends to a `context` as well, such as the
             outputs of an encoder.
         rotary: Boolean. Whether self-attention has rotary positions, else the inputs contain them.
@@ -47,25 +43,21 @@ class TransformerDecoderBlock(TransformerBlock):
         position: Integer or integer tensor, with a cache: the position of the first input. One in a
             tensor is not checked, but moved to the nearest position where the inputs fit.
 
-    More on these, other errors and call arguments: as for `TransformerEncoderBlock`.
+    Other arguments, errors and call arguments: as for `TransformerEncoderBlock`.
 
     Output shape:
         (batch, length, D); with a cache also the cache with these tokens in it.
 
     Example:
 
-    >>> experts = keras_moe.layers.FeedForwardExperts(num_experts=4, hidden_dim=128)
-    >>> block = keras_moe.layers.TransformerDecoderBlock(
-    ...     num_heads=4, feedforward=keras_moe.layers.MixtureOfExperts(experts)
-    ... )
+    >>> feedforward = keras_moe.layers.MixtureOfExperts(num_experts=4, hidden_dim=128)
+    >>> block = keras_moe.layers.TransformerDecoderBlock(num_heads=4, feedforward=feedforward)
     >>> tokens = keras.random.normal((2, 10, 64))
     >>> block(tokens).shape
     (2, 10, 64)
     >>> cache = block.make_cache(batch_size=2, max_length=10)
-    >>> first, cache = block(tokens[:, :9], cache=cache, position=0)
-    >>> last, cache = block(tokens[:, 9:], cache=cache, position=9)
-    >>> last.shape
-    (2, 1, 64)
+    >>> outputs, cache = block(tokens[:, :9], cache=cache, position=0)
+    >>> outputs, cache = block(tokens[:, 9:], cache=cache, position=9)
 
     Reference: Su et al. 2021 (arXiv:2104.09864) for rotary positions.
     """
@@ -73,7 +65,7 @@ class TransformerDecoderBlock(TransformerBlock):
     def __init__(
         self,
         num_heads: int,
-        feedforward: keras.Layer,
+        feedforward: keras.Layer | None = None,
         dropout: float = 0.0,
         cross_attention: bool = False,
         rotary: bool = True,

@@ -3,6 +3,7 @@
 Axes: T tokens (all leading axes flattened), E experts, K experts per token.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -38,6 +39,8 @@ class Routing(NamedTuple):
     - `dropped` () float32: share of the assignments that found no slot in their expert.
     - `load` (E,) float32: `counts`; for noisy routers a smooth, differentiable estimate of them.
     - `selectors` (T, K, E) float32: scores of each selector of `routers.DSelectKRouter`, else `()`.
+    - `losses`: tuple of () float32, what the router itself adds to the loss in training; `()` in
+      what layers return.
     - `plan`: which expert serves which token, `ops.GroupedPlan`; `()` in what layers return.
     - `shares` (T, 1) float32: each real token's share of them all, 0 for padding; a number if there
       is no padding, and `()` in what layers return.
@@ -52,12 +55,13 @@ class Routing(NamedTuple):
     dropped: Any = None
     load: Any = None
     selectors: Any = ()
+    losses: tuple = ()
     plan: Any = ()
     shares: Any = ()
 
     def without_plan(self) -> "Routing":
         """Return the routing as layers return it, a structure of tensors."""
-        return self._replace(plan=(), shares=())
+        return self._replace(losses=(), plan=(), shares=())
 
     def mean(self, values: Tensor) -> Tensor:
         """Mean (N,) of values (T, N) over the real tokens, 0 where there is none."""
@@ -209,21 +213,18 @@ def top_k_routing(
     logits, mask = clean_logits(logits, mask)
     check_choice("score", score, SCORES)
     scale = check_number("scale", scale, above=0)
+    select = select or functools.partial(top_k_indices, top_k=top_k)
+    return counted(masked(select_and_weigh(logits, mask, top_k, score, renormalize, scale, select)))
+
+
+def select_and_weigh(logits, mask, top_k, score, renormalize, scale, select):
+    """The routing to the experts (T, K) that a user-defined function selects by scores (T, E)."""
     scores = SCORES[score](logits)
-    if select is None:
-        indices = top_k_indices(scores, top_k)
-    else:
-        indices = checked_choice(select(ops.stop_gradient(scores)), scores, top_k)
-    renormalize = top_k > 1 if renormalize is None else renormalize
-    return counted(masked(weigh(logits, scores, indices, mask, score, renormalize, scale)))
-
-
-def checked_choice(indices, scores, top_k):
-    """Indices (T, K) int32 that a user-defined function has selected by scores (T, E)."""
-    indices = ops.convert_to_tensor(indices)
+    indices = ops.convert_to_tensor(select(ops.stop_gradient(scores)))
     sizes = {"T": scores.shape[0], "K": top_k}
     check_tensors(sizes, **{"select(scores)": (indices, "TK", "int")})
-    return as_dtype(indices, "int32")
+    renormalize = top_k > 1 if renormalize is None else renormalize
+    return weigh(logits, scores, as_dtype(indices, "int32"), mask, score, renormalize, scale)
 
 
 def weigh(logits, scores, indices, mask, score, renormalize, scale=1.0):

@@ -1,9 +1,10 @@
 """Soft mixtures: experts run on weighted means of tokens, and nothing is chosen.
 
 Axes: T tokens, B sequences, S tokens of a sequence, E experts, P slots of an expert for each
-sequence, M = E * P, D features.
+sequence, M = E * P.
 """
 
+import math
 from typing import Any, NamedTuple
 
 from keras import ops
@@ -60,15 +61,15 @@ class SoftPlan(NamedTuple):
     back: Any
 
     def dispatch(self, tokens: Tensor, num_experts: int) -> tuple[Tensor, GroupedPlan]:
-        """Slots (B * M, D) from tokens (T, D), and the `GroupedPlan` of the slots as tokens."""
+        """Slots (B * M, ...) from tokens (T, ...), and the `GroupedPlan` of the slots as tokens."""
         sequences, length, num_slots = ops.shape(self.back)
         if isinstance(num_slots, int) and num_slots % num_experts:
             raise ValueError(
                 "A plan must have as many slots for each expert of the bank that follows it. "
                 f"Received: {num_slots} slots, and a bank with num_experts={num_experts}"
             )
-        features = tokens.shape[-1]
-        tokens = ops.reshape(tokens, (sequences, length, features))
+        of_token = tokens.shape[1:]
+        tokens = ops.reshape(tokens, (sequences, length, math.prod(of_token)))
         slots = ops.einsum(f"bsm,bsd->{_order()}d", ops.cast(self.to_slots, tokens.dtype), tokens)
         number = ops.arange(sequences * num_slots, dtype="int32")
         weights = ops.ones((sequences * num_slots, 1), "float32")
@@ -84,15 +85,16 @@ class SoftPlan(NamedTuple):
                 order=number,
                 rows=ops.expand_dims(number, 1),
             )
-        return ops.reshape(slots, (-1, features)), plan
+        return ops.reshape(slots, (-1, *of_token)), plan
 
     def combine(self, outputs: Tensor) -> Tensor:
-        """Tokens (T, D') from the outputs (B * M, D') of the slots."""
+        """Tokens (T, ...) from the outputs (B * M, ...) of the slots."""
         sequences, _, num_slots = ops.shape(self.back)
         sizes = (sequences, num_slots) if _order() == "bm" else (num_slots, sequences)
-        width, back = outputs.shape[-1], ops.cast(self.back, outputs.dtype)
-        outputs = ops.reshape(outputs, (*sizes, width))
-        return ops.reshape(ops.einsum(f"bsm,{_order()}d->bsd", back, outputs), (-1, width))
+        of_output, back = outputs.shape[1:], ops.cast(self.back, outputs.dtype)
+        outputs = ops.reshape(outputs, (*sizes, math.prod(of_output)))
+        tokens = ops.einsum(f"bsm,{_order()}d->bsd", back, outputs)
+        return ops.reshape(tokens, (-1, *of_output))
 
     def served(self) -> Tensor:
         """All tokens, (T,) bool."""

@@ -12,6 +12,7 @@ from keras_moe._internal.checks import check_indices, check_integer, check_tenso
 from keras_moe.backend import backend
 from keras_moe.ops.plans import complete
 from keras_moe.ops.routing import Routing, check_fields, weighted_counts
+from keras_moe.ops.sorting import as_dtype
 
 
 class Router(BaseLayer):
@@ -122,6 +123,7 @@ class Router(BaseLayer):
             )
 
     def __call__(self, *args, **kwargs):
+        backend.refuse_recomputation(self)
         if self.num_experts is None:
             raise ValueError("A router that is called needs `num_experts`. Received: None")
         if kwargs.get("indices") is not None:  # Keras turns arrays into tensors before `call`.
@@ -177,6 +179,8 @@ class Router(BaseLayer):
             counts = weighted_counts(routing.indices, routing.weights, real)
             routing = routing._replace(counts=counts)
         routing = complete(routing, real, is_full=mask is None)
+        for loss in routing.losses:
+            self.add_loss(as_dtype(loss, keras.config.floatx()))
         if training and self.updates_state and indices is None:
             self.update(routing)
         return routing if with_plan else routing.without_plan()

@@ -127,14 +127,14 @@ class ReLURouter(LogitRouter):
         # `not <=` instead of `>`: a NaN score stays visible.
         indices = ops.where(ops.logical_not(weights <= 0), indices, -1)
         routing = Routing(indices, weights, distribution(scores), logits, mask)
-        if training:
-            self._add_sparsity_loss(routing, scores)
-        return routing
+        losses = (self._sparsity_loss(routing, scores),) if training else ()
+        return routing._replace(losses=losses)
 
     def balance_advice(self):
         return f"The loss of the router balances the load: raise its growth of {self.growth:g}."
 
-    def _add_sparsity_loss(self, routing, scores):
+    def _sparsity_loss(self, routing, scores):
+        """Return the loss, and change its strength for the next step."""
         # Over all scores above zero: those beyond `max_top_k` must shrink as well.
         real = ops.expand_dims(routing.mask, 1)
         counted = ops.concatenate([ops.logical_and(scores > 0, real), real], axis=1)
@@ -146,11 +146,10 @@ class ReLURouter(LogitRouter):
         mean_scores = routing.mean(scores)
         # A copy: PyTorch needs the old value for the gradient, after the assignment.
         strength = self.strength + 0.0
-        self.add_loss(strength * ops.sum(ops.stop_gradient(share) * mean_scores))
-        if not self.updates_state:
-            return
-        error = ops.sign(ops.sum(load) - self.top_k)
-        error = ops.where(num_real > 0, error, 0.0)
-        changed = strength * ops.power(self.growth, error)
-        # Below its initial value it has no effect and takes long to recover.
-        self.strength.assign(ops.maximum(changed, self.initial_strength))
+        if self.updates_state:
+            error = ops.sign(ops.sum(load) - self.top_k)
+            error = ops.where(num_real > 0, error, 0.0)
+            changed = strength * ops.power(self.growth, error)
+            # Below its initial value it has no effect and takes long to recover.
+            self.strength.assign(ops.maximum(changed, self.initial_strength))
+        return strength * ops.sum(ops.stop_gradient(share) * mean_scores)

@@ -11,7 +11,7 @@ from keras_moe._internal.base_layer import reseeded
 from keras_moe._internal.checks import check_choice, check_integer, check_number, check_tensors
 from keras_moe._internal.serialization import register
 from keras_moe.backend import backend
-from keras_moe.ops.routing import checked_choice, weigh
+from keras_moe.ops.routing import select_and_weigh
 from keras_moe.ops.selection import (
     SCORES,
     chosen_experts,
@@ -112,18 +112,16 @@ class TopKRouter(LogitRouter):
         return top_k_indices(scores, self.top_k)
 
     def route(self, tokens, mask, training, indices=None, **context):
-        logits, top_k = self.logits(tokens, training), self.top_k
+        def select(scores):
+            if indices is not None:
+                return mask_invalid(ops.cast(indices, "int32"), self.num_experts)
+            return self.select(scores if self.balancer is None else scores + self.selection_bias)
+
+        logits = self.logits(tokens, training)
         if self.use_bias:
             logits = logits + self.bias
-        scores = SCORES[self.score](logits)
-        if indices is not None:
-            indices = mask_invalid(ops.cast(indices, "int32"), self.num_experts)
-        else:
-            biased = scores if self.balancer is None else scores + self.selection_bias
-            selected = self.select(ops.stop_gradient(biased))
-            indices = checked_choice(selected, scores, top_k)
-        renormalize = top_k > 1 if self.renormalize is None else self.renormalize
-        return weigh(logits, scores, indices, mask, self.score, renormalize, self.scaling_factor)
+        weighting = self.score, self.renormalize, self.scaling_factor
+        return select_and_weigh(logits, mask, self.top_k, *weighting, select)
 
     def update(self, routing):
         if self.balancer is None or not self.updates_selection_bias:

@@ -138,12 +138,9 @@ def add_experts(
     """Copy all experts of a model, in place, so that it has more of them to train on with.
 
     Expert e becomes the experts `factor * e` to `factor * e + factor - 1`, with copies of its
-    column of the router. A token still goes to K experts. If K is 1, outputs stay the same without
-    noise. Else the copies of one expert fill several places; after `set_top_k` to `factor * K`
-    outputs are as before, at a higher cost, for routers that renormalize weights.
-
-    A compiled model trains on, with copies of optimizer slots such as the moments of Adam; its
-    optimizer starts again, with a warning, if other weights trained when it was built.
+    column of the router. A token still goes to K experts: if K is 1, outputs stay the same without
+    noise. A compiled model trains on, with copies of optimizer slots such as the moments of Adam;
+    its optimizer starts again, with a warning, if other weights trained when it was built.
 
     Args:
         model: Keras model. A built model with MoE layers of stacked experts, or one such layer.
@@ -262,8 +259,6 @@ def apply_selection(model: keras.Layer, source: Surgery | str | os.PathLike) -> 
         chosen: list = sum(groups, [])
         fits = len(set(chosen)) == len(chosen) and set(chosen) <= set(range(number))
         meant = (source.num_experts or {}).get(name, number)
-        if source.usage:
-            meant = len(source.usage.get(name, ()))
         if not fits or meant != number:
             rule = "`source` must be a choice among the experts of the model, each at most once"
             received = f"{shortened(groups)} of {number} experts in {name!r}, made for {meant}"
@@ -305,10 +300,7 @@ def _plan(model, given, data, operation="cut"):
         raise ValueError(f"{rule}. Received: {'; '.join(wrong)}")
     numbers = {}
     for name, layer in layers.items():
-        if operation == "copy":
-            numbers[name] = check_integer("factor", given[name], minimum=2) * _num_experts(layer)
-        else:
-            numbers[name] = _number(name, layer, given[name])
+        numbers[name] = _number(name, layer, given[name], operation)
         # Its constructor has rules, such as for groups.
         cutting.router_like(layer.router, num_experts=numbers[name])
     _check_converted(model, numbers, _num_experts)
@@ -348,8 +340,11 @@ def _layers(model, given, argument):
     return {name: layer for name, layer in layers.items() if name in given}, given
 
 
-def _number(name, layer, keep):
+def _number(name, layer, keep, operation):
+    """How many experts a layer will have, by the `keep` or the `factor` that is given for it."""
     num_experts, router = layer.router.num_experts, layer.router
+    if operation == "copy":
+        return check_integer("factor", keep, minimum=2) * num_experts
     try:
         number = operator.index(keep)
     except TypeError:

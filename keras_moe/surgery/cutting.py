@@ -12,8 +12,8 @@ from keras import ops
 from keras_moe._internal.keras_internals import float_array, names_beside
 from keras_moe.inspection.summaries import architecture
 from keras_moe.layers import FeedForwardExperts, GatedExperts, LayerExperts, LinearExperts
-from keras_moe.layers.gate import TaskGate
-from keras_moe.layers.replacement import put_in
+from keras_moe.layers.multi_gate import TaskGate
+from keras_moe.layers.replacement import replace
 from keras_moe.layers.stacked_experts import StackedExperts
 
 # Banks with one hidden layer or none, whose features `merge` matches.
@@ -68,7 +68,7 @@ def take(model, chosen, noise=None):
     replacements: dict = {}
     for layer, experts in chosen.items():
         replacements |= _other_parts(layer, experts, noise)
-    put_in(model, replacements)
+    replace(model, replacements)
     for layer, experts in chosen.items():
         layer.keep_counters_of(experts)
 

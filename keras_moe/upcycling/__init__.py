@@ -1,5 +1,6 @@
 """Upcycling of dense models to mixtures of experts."""
 
+import collections
 import itertools
 import random
 import re
@@ -23,7 +24,7 @@ from keras_moe._internal.keras_internals import (
 from keras_moe._internal.serialization import register
 from keras_moe.inspection.summaries import architecture
 from keras_moe.layers import FeedForwardExperts, GatedExperts, LowRankExperts, MixtureOfExperts
-from keras_moe.layers.replacement import record, replace
+from keras_moe.layers.replacement import record_changes, replace
 from keras_moe.layers.sublayers import freeze_parts
 from keras_moe.routers import TopKRouter
 from keras_moe.upcycling.feed_forwards import feed_forwards, left_dense
@@ -46,31 +47,25 @@ def upcycle(
     """Turn dense feed-forward layers of a model into mixtures of experts that start from them.
 
     Each expert begins as a copy of the dense layer, or as one of `granularity` equal parts of it,
-    and the router at random. The outputs of a model do not change at the start, except at padding,
-    where a mixture returns zeros. The experts of frozen layers are frozen; their router trains.
-    Several models of one architecture become one: experts come from each, and all other weights are
-    averaged. The guide to upcycling says which layers are found; a warning, which stay dense.
+    and the router at random. Outputs do not change at the start, except at padding, where a mixture
+    returns zeros. Several models of one architecture become one: experts come from each, and all
+    other weights are averaged. The guide to upcycling says which layers are found, and more on the
+    arguments; a warning says which layers stay dense.
 
     Args:
         model: Built Keras model, or list of M models. The first changes in place, and the result
             shares its other layers: use the result only. The others stay as they are.
         num_experts: Integer or None. Number of experts, E, divisible by `granularity` times M; copy
             c is of model c modulo M. None: 8 for one model, otherwise one copy of each.
-        top_k: Integer. Experts per token, K, divisible by `granularity`. With 1 the router learns
-            from its losses only.
-        granularity: Integer. Parts into which each copy is split; divides the hidden width. The
-            router's columns are equal for the parts of a copy. `top_k=granularity` costs what the
-            dense layer costs.
-        reinitialized: Float from 0 to below 1. Share of the hidden features of each expert that is
-            drawn again, so that experts differ from the start.
+        top_k: Integer. Experts per token, K, divisible by `granularity`.
+        granularity: Integer. Parts into which each copy is split; divides the hidden width.
+        reinitialized: Float from 0 to below 1. Share of each expert's hidden features drawn again.
         select: List of strings, string, function or None. Names of the layers, a regular expression
-            that is found in them, or a function of a name. A layer is named after the block that
-            holds it, or after its first `Dense`. None: all.
+            that is found in them, or a function of a name. None: all.
         every: Integer. n for every n-th of them, beginning with the n-th.
         router_losses: List or None. As in `layers.MixtureOfExperts`.
         seed: Integer or None. None draws one from Keras's, see `keras.utils.set_random_seed`.
-        rank: Integer or None. With a rank, an expert is the frozen dense layer with corrections of
-            this rank: `layers.LowRankExperts`. See `freeze_all_but` and `merge_lora`.
+        rank: Integer or None. Rank of corrections of one frozen layer: `layers.LowRankExperts`.
 
     Returns:
         The model, with a `layers.MixtureOfExperts` for each of the layers, called
@@ -143,11 +138,12 @@ def upcycle(
             if id(weights[0]) in trained:
                 weights[0].assign(np.mean(list(map(float_array, weights)), axis=0))
     model, changes = replace(first, replacements)
+    forget_old_weights(model)
     for block in (feed_forward.owner for feed_forward in chosen if feed_forward.gate is not None):
         # The block still applies the activation to the gate, and multiplies by `up`.
         set_state(block, "activation", keras.activations.linear)
         changes.append((block, ["activation"]))
-    record(model, changes)
+    record_changes(model, changes)
     return model
 
 
@@ -211,6 +207,7 @@ def merge_lora(model: keras.Model) -> None:
     for layer in adapted:
         layer.merge_factors()
     replace(model, {bank: bank.merge() for bank in banks})
+    forget_old_weights(model)
 
 
 @register
@@ -301,24 +298,24 @@ def _regularization(denses, kind):
     return {tuple(float(getattr(r, name, 0.0)) for name in ("l1", "l2")) for r in regularizers}
 
 
-def _bank_regularizer(denses, kind, copies):
-    """A regularizer of the copies that adds as much to the loss as the dense layers' own."""
-    l1, l2 = next(iter(_regularization(denses, kind)), (0.0, 0.0))
-    return keras.regularizers.L1L2(l1 / copies, l2 / copies) if l1 or l2 else None
-
-
 def _mixture(feed_forward, num_experts, top_k, granularity, router_losses, rng, rank):
     up, denses = feed_forward.up, feed_forward.denses
-    copies = num_experts // granularity
     features, width = up.kernel.shape
+
+    def regularizer(kind):
+        """A regularizer of all copies that adds as much to the loss as the dense layers' own."""
+        copies = num_experts // granularity
+        l1, l2 = next(iter(_regularization(denses, kind)), (0.0, 0.0))
+        return keras.regularizers.L1L2(l1 / copies, l2 / copies) if l1 or l2 else None
+
     experts = (FeedForwardExperts if feed_forward.gate is None else GatedExperts)(
         num_experts if rank is None else 1,
         width // granularity,
         feed_forward.activation,
         use_bias=any(dense.use_bias for dense in denses),
         kernel_initializer=up.kernel_initializer,
-        kernel_regularizer=_bank_regularizer(denses, "kernel", copies),
-        bias_regularizer=_bank_regularizer(denses, "bias", copies),
+        kernel_regularizer=regularizer("kernel"),
+        bias_regularizer=regularizer("bias"),
         dropout=feed_forward.dropout,
         dtype=up.dtype_policy,
         trainable=up.trainable,
@@ -342,21 +339,17 @@ def _mixture(feed_forward, num_experts, top_k, granularity, router_losses, rng, 
 
 def _expert_weights(feed_forwards, num_experts, granularity):
     """Stacked weights by their names in a bank: expert `c * G + g` gets part g of copy c."""
-    parts = [_parts(each, granularity) for each in feed_forwards]
-    turns = num_experts // (granularity * len(parts))
-    return {name: np.stack(sum((each[name] for each in parts), []) * turns) for name in parts[0]}
-
-
-def _parts(feed_forward, granularity):
-    """Lists of equal parts of the hidden features; biases of the output sum to the whole."""
-    down = feed_forward.down
-    parts = {"down_kernel": np.split(float_array(down.kernel), granularity)}
-    parts["down_bias"] = [_bias(down) / granularity] * granularity
-    for name, dense in (("gate", feed_forward.gate), ("up", feed_forward.up)):
-        if dense is not None:
-            parts[f"{name}_kernel"] = np.split(float_array(dense.kernel), granularity, axis=1)
-            parts[f"{name}_bias"] = np.split(_bias(dense), granularity)
-    return parts
+    parts: dict = collections.defaultdict(list)
+    for feed_forward in feed_forwards:
+        down = feed_forward.down
+        parts["down_kernel"] += np.split(float_array(down.kernel), granularity)
+        parts["down_bias"] += [_bias(down) / granularity] * granularity  # They sum to the whole.
+        for name, dense in (("gate", feed_forward.gate), ("up", feed_forward.up)):
+            if dense is not None:
+                parts[f"{name}_kernel"] += np.split(float_array(dense.kernel), granularity, axis=1)
+                parts[f"{name}_bias"] += np.split(_bias(dense), granularity)
+    turns = num_experts // (granularity * len(feed_forwards))
+    return {name: np.stack(each * turns) for name, each in parts.items()}
 
 
 def _draw_again(weights, share, rng):
