@@ -9,13 +9,6 @@ from keras_moe.backend import backend
 
 AXES = ("data", "expert")
 
-# Layouts of the stacked weights of built-in banks, by their paths, also where a layer is built
-# before. Constant experts are whole on every device.
-_LAYOUTS = {
-    r"(.*/)?(up|gate|down)_(kernel|scale|lora_a|lora_b)": ("expert", None, None),
-    r"(.*/)?(up|gate|down)_bias": ("expert", None),
-}
-
 
 def expert_parallel(
     experts: int | None = None,
@@ -57,26 +50,17 @@ def expert_parallel(
 
     Reference: Lepikhin et al. 2020, GShard (arXiv:2006.16668), section 3.
     """
-    name = keras.backend.backend()
-    if name == "tensorflow":
-        rule = "Keras splits no weights on TensorFlow: use `tf.distribute.MirroredStrategy`"
-        raise ValueError(f"{rule}. Received: keras.backend.backend()='tensorflow'")
-    foreign = (devices, layout_map) if name == "torch" else (process_group,)
-    if any(each is not None for each in foreign):
-        rule = "`devices` and `layout_map` are for JAX, `process_group` is for PyTorch"
-        raise ValueError(f"{rule}. Received: {shortened(foreign)} on {name}")
     experts = experts if experts is None else check_integer("experts", experts)
     data = data if data is None else check_integer("data", data)
-    if name == "torch":
-        return backend.split_experts(experts, data, process_group)
+    processes = backend.split_experts(experts, data, devices, layout_map, process_group)
+    if processes is not None:
+        return processes
     given = (experts, data, devices)
     mesh = _mesh(*given) if layout_map is None else layout_map.device_mesh
     if layout_map is not None and given not in [(None, None, None), (*mesh.shape[1::-1], None)]:
         rule = "With a `layout_map` its device mesh sets the number of devices"
         raise ValueError(f"{rule}. Received: {experts=}, {data=}, devices={shortened(devices)}")
-    layouts = keras.distribution.LayoutMap(mesh)
-    layouts.update({**_LAYOUTS, **(layout_map or {})})
-    return ExpertParallel(layouts)
+    return ExpertParallel(layout_map or keras.distribution.LayoutMap(mesh))
 
 
 class ExpertParallel(keras.distribution.ModelParallel):
@@ -94,7 +78,7 @@ class ExpertParallel(keras.distribution.ModelParallel):
             rule = "The device mesh of `layout_map` must begin with the axes 'data' and 'expert'"
             raise ValueError(f"{rule}. Received: axis_names={tuple(mesh.axis_names)}")
         super().__init__(layout_map=layout_map, batch_dim_name="data")
-        # Stacked weights of other banks, by the ends of their paths.
+        # Stacked weights by the ends of their paths: a variable is placed when it is made.
         self._stacked: set = set()
         # A layout of Keras names one axis for the batch: this mesh has both as one.
         sizes = (mesh.shape[0] * mesh.shape[1], *mesh.shape[2:])

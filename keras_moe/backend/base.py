@@ -64,13 +64,6 @@ class Backend:
         """Return True while tracing a program that has no gradients and changes no state."""
         return False
 
-    def _is_transformed(self):
-        """Return True in a vectorized map or forward mode, which know no rows of other sizes."""
-        return False
-
-    def refuse_recomputation(self, layer):
-        """Raise if a layer is called in a backward pass, where its effects would be repeated."""
-
     def on_its_platform(self, function, *operands):
         """Call `function(platform, *operands)` for "cpu", "gpu" or "tpu".
 
@@ -79,8 +72,11 @@ class Backend:
         """
         raise NotImplementedError
 
-    def without_autocast(self, tensor):
-        """Return a context without automatic casts of the tensor to a smaller dtype."""
+    def scope_of_call(self, layer, tensor):
+        """Return a context for a call of a layer that computes in the dtype of its tensor.
+
+        It raises if the layer is called again in a backward pass: its effects would be repeated.
+        """
         return contextlib.nullcontext()
 
     # Programs
@@ -90,7 +86,7 @@ class Backend:
 
         `kernel` is the variable (E, D, H) of one of the problem's maps: all are split as it is.
         """
-        return self.on_its_platform(network.run, problem)
+        raise NotImplementedError
 
     def jit_when_eager(self, function):
         """On JAX, compile an eager call as one program instead of one for each operation.
@@ -138,15 +134,7 @@ class Backend:
         It has derivatives of any order. Rows past the last group may be anything. `kernels` are of
         `ops.linears`, `sizes` (E,) int32; `platform` is the one that is compiled for.
         """
-        # In operations that a framework differentiates any number of times.
-        if self.needs_static_shapes() or self._is_transformed() or kernels.scale is not None:
-            return padded.product(rows, kernels, sizes, transposed)
-        *parts, rest = self.split_groups(rows, sizes)[0]
-        kernels = kernels.floats(rows.dtype)
-        kernels = ops.unstack(ops.transpose(kernels, (0, 2, 1)) if transposed else kernels)
-        products = [ops.matmul(*each) for each in zip(parts, kernels)]
-        padding = (ops.shape(rest)[0], products[0].shape[1])
-        return ops.concatenate([*products, ops.broadcast_to(ops.zeros_like(rest[:, :1]), padding)])
+        raise NotImplementedError
 
     def outer(self, left, right, sizes, dtype, platform=None):
         """Return `left^T right` of each group, (E, D, H), for (R, D) and (R, H); 0 without rows."""
@@ -202,39 +190,54 @@ class Backend:
         """Return the rows of each group, then the rest, as a list; and the list of their sizes."""
         raise NotImplementedError
 
-    # Several devices, here a single one. Replicas run the same code on parts of a batch. Processes
-    # may share experts, on PyTorch; `keras.distribution` may shard arrays over a mesh, on JAX.
+    # Several devices, here a single one. Replicas run the same code on parts of a batch. Experts
+    # may be split over processes, on PyTorch, or over a mesh of `keras.distribution`, on JAX.
 
-    def num_replicas(self):
-        return 1
+    @property
+    def replicas(self):
+        """The `Replicas` of a model."""
+        return Replicas()
 
-    def sum_over_replicas(self, values):
-        return values
+    def split_experts(self, experts, data, devices, layout_map, process_group):
+        """Return the distribution of `keras_moe.distribution.expert_parallel`.
 
-    def gather_over_replicas(self, values):
-        """Concatenate the rows (R, ...) of all replicas."""
-        return values
-
-    def sum_of_counts(self, values):
-        """Sum increments of counters over replicas, unless reading a counter does so."""
-        return values
-
-    def separate_losses(self, layer):
-        """Give each replica its own list of the losses that a layer adds."""
+        None: one of Keras, which splits arrays over a mesh of devices.
+        """
+        rule = "Keras splits no weights on TensorFlow: use `tf.distribute.MirroredStrategy`"
+        raise ValueError(f"{rule}. Received: keras.backend.backend()='tensorflow'")
 
     def expert_processes(self):
         """Return the current `torch_experts.ExpertParallel`; None if experts are not split."""
         return None
 
-    def split_experts(self, experts, data, process_group):
-        """Return an `ExpertParallel` for `keras.distribution.set_distribution`."""
-        raise NotImplementedError
-
     def token_shards(self):
         """Return the `jax_sharding.Shards` of a batch of tokens; None on one device."""
         return None
 
-    # Loops over static shapes
+
+class Replicas:
+    """Sums over the replicas of a model; here there is a single one."""
+
+    def number(self):
+        return 1
+
+    def sum(self, values):
+        return values
+
+    def gather(self, values):
+        """Concatenate the rows (R, ...) of all replicas."""
+        return values
+
+    def sum_counts(self, values):
+        """Sum increments of counters, a list, unless reading a counter does so."""
+        return values
+
+    def separate_losses(self, layer):
+        """Give each replica its own list of the losses that a layer adds."""
+
+
+class StaticBackend(Backend):
+    """A backend that compiles loops over static shapes."""
 
     def slice_at(self, tensor, start, shape):
         """Return the slice of a tensor at indices `start`, of a static shape."""
@@ -250,6 +253,16 @@ class Backend:
         Every `y` has the dtype of the last of `xs`. The loop has a gradient.
         """
         raise NotImplementedError
+
+
+def multiply_groups(groups, kernels, transposed=False):
+    """`Backend.product` of rows split in groups, and then the rest, in one product for each."""
+    *groups, rest = groups
+    kernels = kernels.floats(rest.dtype)
+    kernels = ops.unstack(ops.transpose(kernels, (0, 2, 1)) if transposed else kernels)
+    products = [ops.matmul(*each) for each in zip(groups, kernels)]
+    padding = (ops.shape(rest)[0], products[0].shape[1])
+    return ops.concatenate([*products, ops.broadcast_to(ops.zeros_like(rest[:, :1]), padding)])
 
 
 def split_rows(rows, sizes):

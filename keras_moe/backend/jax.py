@@ -6,22 +6,26 @@ import jax
 import jax.numpy as jnp
 
 from keras_moe.backend import jax_derivatives, jax_mesh, jax_products, jax_sharding
-from keras_moe.backend.base import Backend, named_platform, packed_order
+from keras_moe.backend.base import StaticBackend, named_platform, packed_order
 from keras_moe.backend.layouts import AllRows
 from keras_moe.backend.tiles import Tiles
 
 PLAIN_VALUES = (bool, int, float, str)
 
 
-class JaxBackend(Backend):
+class JaxBackend(StaticBackend):
     def needs_static_shapes(self):
         return True
 
     def on_its_platform(self, function, *operands):
         if named_platform() is not None:
             return function(named_platform(), *operands)
-        cpu, gpu, tpu = (functools.partial(function, name) for name in ("cpu", "gpu", "tpu"))
-        return jax.lax.platform_dependent(*operands, tpu=tpu, cuda=gpu, rocm=gpu, default=cpu)
+        return _dependent_on_platform(function, *operands)
+
+    def split_experts(self, experts, data, devices, layout_map, process_group):
+        if process_group is not None:
+            rule = "`devices` and `layout_map` are for JAX, `process_group` is for PyTorch"
+            raise ValueError(f"{rule}. Received: {process_group=} on JAX")
 
     token_shards = staticmethod(jax_sharding.token_shards)
 
@@ -29,7 +33,7 @@ class JaxBackend(Backend):
         shards = jax_sharding.token_shards()
         if shards is not None:
             return jax_mesh.run(network, problem, shards, kernel)
-        return run_compiled(self, network, named_platform(), problem)
+        return run_compiled(network, named_platform(), problem)
 
     def jit_when_eager(self, function):
         # JAX would compile each operation alone, for each shape: some hundred programs at the first
@@ -108,7 +112,14 @@ class JaxBackend(Backend):
 
 
 # Outside `jit` JAX would compile each loop again at every call.
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def run_compiled(backend, network, named, problem):
-    """`network.run` as a program for each named platform."""
-    return backend.on_its_platform(network.run, problem)
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def run_compiled(network, platform, problem):
+    """`network.run` as a program for a platform; for None, for the one it is lowered for."""
+    if platform is not None:
+        return network.run(platform, problem)
+    return _dependent_on_platform(network.run, problem)
+
+
+def _dependent_on_platform(function, *operands):
+    cpu, gpu, tpu = (functools.partial(function, name) for name in ("cpu", "gpu", "tpu"))
+    return jax.lax.platform_dependent(*operands, tpu=tpu, cuda=gpu, rocm=gpu, default=cpu)

@@ -12,7 +12,15 @@ import tensorflow as tf
 from tensorflow.compiler.tf2xla.python import xla
 
 from keras_moe._internal.keras_internals import current_model
-from keras_moe.backend.base import Backend, named_platform, packed_order, split_rows
+from keras_moe.backend import padded
+from keras_moe.backend.base import (
+    Replicas,
+    StaticBackend,
+    multiply_groups,
+    named_platform,
+    packed_order,
+    split_rows,
+)
 from keras_moe.backend.layouts import AllRows, Parts
 from keras_moe.backend.tiles import Tiles
 
@@ -23,51 +31,19 @@ MAX_LOOP_ROWS = 0.5
 MAX_CONVERTED_ROWS = 16
 
 
-class TensorFlowBackend(Backend):
+class TensorFlowBackend(StaticBackend):
     def needs_static_shapes(self):
         return tf.__internal__.get_enclosing_xla_context() is not None
 
-    def _is_transformed(self):
-        # No function tells that `tf.vectorized_map` traces.
-        return "loop_body" in tf.get_current_name_scope().split("/")
-
     def on_its_platform(self, function, *operands):
-        # TensorFlow does not tell for which device a function is traced.
-        types = {device.device_type for device in tf.config.list_logical_devices()}
-        found = next((name for name in ("tpu", "gpu") if name.upper() in types), "cpu")
-        return function(named_platform() or found, *operands)
+        return function(_platform(), *operands)
 
-    def num_replicas(self):
-        replica = tf.distribute.get_replica_context()
-        return 1 if replica is None else replica.num_replicas_in_sync
+    def run(self, network, problem, kernel=None):
+        return network.run(_platform(), problem)
 
-    def sum_over_replicas(self, values):
-        return self._across_replicas(
-            values, lambda replica: replica.all_reduce(tf.distribute.ReduceOp.SUM, values)
-        )
-
-    def gather_over_replicas(self, values):
-        return self._across_replicas(values, lambda replica: replica.all_gather(values, axis=0))
-
-    def _across_replicas(self, values, collective):
-        if self.num_replicas() == 1:
-            return values
-        try:
-            with _other_losses_kept():
-                return collective(tf.distribute.get_replica_context())
-        except RuntimeError as error:
-            if "merge_call" not in str(error):
-                raise
-            raise RuntimeError(
-                "Selection biases, global losses and `ReLURouter` sum over all replicas in "
-                "the middle of a call. Received: a call in a `tf.function` or a loop within "
-                "`strategy.run`. Put `tf.function` around `strategy.run`, or use `LoadBalance`."
-            ) from error
-
-    def separate_losses(self, layer):
-        # Keras keeps one list in each layer, and traces replicas in threads: while one waits for
-        # others in a collective operation, theirs would replace or join its losses.
-        layer._losses = _LossesOfThread()
+    @property
+    def replicas(self):
+        return _Replicas()
 
     def control_dependency(self, tensor, value):
         # At the end of data of unknown length, TensorFlow without XLA runs what a step computes
@@ -82,7 +58,7 @@ class TensorFlowBackend(Backend):
         context = tf.nest.map_structure(
             lambda each: None if each is None else tf.stop_gradient(each), context
         )
-        if self._is_transformed():
+        if _is_transformed():
             return reference(inputs, context)
 
         def gradient_of_reference(upstream, *tensors):
@@ -146,6 +122,12 @@ class TensorFlowBackend(Backend):
 
         return others, pullback
 
+    def product(self, rows, kernels, sizes, transposed=False, platform=None):
+        # In operations that TensorFlow differentiates any number of times.
+        if self.needs_static_shapes() or _is_transformed() or kernels.scale is not None:
+            return padded.product(rows, kernels, sizes, transposed)
+        return multiply_groups(self.split_groups(rows, sizes)[0], kernels, transposed)
+
     def activation(self, function):
         return _gelu if function is keras.activations.gelu else function
 
@@ -205,6 +187,19 @@ class TensorFlowBackend(Backend):
         best = tf.reduce_max(scores, axis=-1, keepdims=True)
         number = scores.shape[-1]
         return tf.reduce_min(tf.where(scores >= best, tf.range(number), number), axis=-1)
+
+
+def _platform():
+    # TensorFlow does not tell for which device a function is traced.
+    types = {device.device_type for device in tf.config.list_logical_devices()}
+    found = next((name for name in ("tpu", "gpu") if name.upper() in types), "cpu")
+    return named_platform() or found
+
+
+def _is_transformed():
+    """Return True in a vectorized map, where all parts must have equal shapes."""
+    # No function tells that `tf.vectorized_map` traces.
+    return "loop_body" in tf.get_current_name_scope().split("/")
 
 
 def _gelu(x):
@@ -275,6 +270,42 @@ class _Group:
             gradient = tf.matmul(left, right, transpose_a=True)
         total[self.expert] = tf.cast(gradient, total[self.expert].dtype)
         return total
+
+
+class _Replicas(Replicas):
+    """Replicas of `tf.distribute`, whose counters are summed when they are read."""
+
+    def number(self):
+        replica = tf.distribute.get_replica_context()
+        return 1 if replica is None else replica.num_replicas_in_sync
+
+    def sum(self, values):
+        return self._across_replicas(
+            values, lambda replica: replica.all_reduce(tf.distribute.ReduceOp.SUM, values)
+        )
+
+    def gather(self, values):
+        return self._across_replicas(values, lambda replica: replica.all_gather(values, axis=0))
+
+    def _across_replicas(self, values, collective):
+        if self.number() == 1:
+            return values
+        try:
+            with _other_losses_kept():
+                return collective(tf.distribute.get_replica_context())
+        except RuntimeError as error:
+            if "merge_call" not in str(error):
+                raise
+            raise RuntimeError(
+                "Selection biases, global losses and `ReLURouter` sum over all replicas in "
+                "the middle of a call. Received: a call in a `tf.function` or a loop within "
+                "`strategy.run`. Put `tf.function` around `strategy.run`, or use `LoadBalance`."
+            ) from error
+
+    def separate_losses(self, layer):
+        # Keras keeps one list in each layer, and traces replicas in threads: while one waits for
+        # others in a collective operation, theirs would replace or join its losses.
+        layer._losses = _LossesOfThread()
 
 
 class _LossesOfThread(threading.local):

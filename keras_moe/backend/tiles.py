@@ -35,28 +35,6 @@ class Tiles:
         return buffer  # its end is the rows of no assignment
 
     def run(self, function, maps, by_token, by_row, widths, trained):
-        def compute(tile, maps, carry):
-            buffers, totals = carry
-            rows = [*map(tile.gather, by_token), *map(tile.read, by_row)]
-            outputs, factors = function(tile, maps, *rows)
-            return list(map(tile.write, buffers, outputs)), {
-                name: {
-                    field: tile.add_to_expert(total, field, *factors[name])
-                    for field, total in fields.items()
-                }
-                for name, fields in totals.items()
-            }
-
-        num_rows = self.num_rows + self.length
-        buffers = [ops.zeros((num_rows, width), self.dtype) for width in widths]
-        totals = keras.tree.map_structure(  # kernels as `add_to_expert` sums them
-            lambda each: ops.zeros((each.shape[0], *sorted(each.shape[1:])), "float32"), trained
-        )
-        buffers, totals = self._for_each_tile(compute, maps, (buffers, totals))
-        return buffers, keras.tree.map_structure(_like, totals, trained)
-
-    def _for_each_tile(self, compute, maps, carry):
-        """`carry = compute(tile, maps, carry)` for the tiles of every expert with rows."""
         take, sizes, length = self.backend.gather_rows, self.sizes, self.length
         # Reading the kernels of an expert costs as much as a few rows. For a few tokens, as in
         # decoding, most experts have none.
@@ -72,14 +50,30 @@ class Tiles:
             maps_of_expert = {name: self._of_expert(each, expert) for name, each in maps.items()}
 
             def nth_tile(i, carry):
+                buffers, totals = carry
                 start = first + i * length
-                rows = start + ops.arange(length, dtype="int32")
-                inside = ops.expand_dims(rows < end, 1)
-                return compute(_Tile(self, expert, start, inside), maps_of_expert, carry)
+                inside = start + ops.arange(length, dtype="int32") < end
+                tile = _Tile(self, expert, start, ops.expand_dims(inside, 1))
+                rows = [*map(tile.gather, by_token), *map(tile.read, by_row)]
+                outputs, factors = function(tile, maps_of_expert, *rows)
+                return list(map(tile.write, buffers, outputs)), {
+                    name: {
+                        field: tile.add_to_expert(total, field, *factors[name])
+                        for field, total in fields.items()
+                    }
+                    for name, fields in totals.items()
+                }
 
             return ops.fori_loop(0, take(num_tiles, expert), nth_tile, carry)
 
-        return ops.fori_loop(0, ops.sum(ops.cast(has_rows, "int32")), group, carry)
+        num_rows = self.num_rows + length
+        buffers = [ops.zeros((num_rows, width), self.dtype) for width in widths]
+        totals = keras.tree.map_structure(  # kernels as `add_to_expert` sums them
+            lambda each: ops.zeros((each.shape[0], *sorted(each.shape[1:])), "float32"), trained
+        )
+        num_busy = ops.sum(ops.cast(has_rows, "int32"))
+        buffers, totals = ops.fori_loop(0, num_busy, group, (buffers, totals))
+        return buffers, keras.tree.map_structure(_like, totals, trained)
 
     def _of_expert(self, linear_map, expert):
         """The linear map of one expert. Cast per expert on use: idle ones are never cast."""

@@ -1,15 +1,14 @@
 """PyTorch primitives."""
 
 import contextlib
-import functools
 
 import keras
 import torch
 from keras import ops
 
 from keras_moe._internal.keras_internals import in_stateless_scope
-from keras_moe.backend import torch_experts
-from keras_moe.backend.base import Backend, named_platform, packed_order
+from keras_moe.backend import padded, torch_processes
+from keras_moe.backend.base import Backend, multiply_groups, named_platform, packed_order
 from keras_moe.backend.torch_groups import AllOnDevice, Runs, is_traced, sizes_on_host, split
 
 # With fewer comparisons, counting by them takes fewer operations.
@@ -24,80 +23,43 @@ class TorchBackend(Backend):
     def is_exporting(self):
         return torch.jit.is_tracing() or torch.compiler.is_exporting()
 
-    def _is_transformed(self):
-        return not is_traced() and (  # no public function tells
-            torch._C._are_functorch_transforms_active()
-            or torch.autograd.forward_ad._current_level >= 0
-        )
+    def on_its_platform(self, function, *operands):
+        tensor = operands[0]
+        while isinstance(tensor, tuple):
+            tensor = tensor[0]
+        return function(_platform_of(tensor), *operands)
 
-    def refuse_recomputation(self, layer):
-        if in_stateless_scope() or is_traced() or not torch.is_grad_enabled():
-            return
+    def scope_of_call(self, layer, tensor):
+        can_be_repeated = torch.is_grad_enabled() and not is_traced() and not in_stateless_scope()
         # As `torch.utils.checkpoint` finds out itself; there is no public way.
-        if torch._C._current_graph_task_id() != -1:
+        if can_be_repeated and torch._C._current_graph_task_id() != -1:
             raise RuntimeError(
                 "A layer must be recomputed by its own `keras.RematScope`: "
                 "`torch.utils.checkpoint` would repeat random draws, counts and updates, also "
                 "where `keras.RematScope` marks only a layer of your own around it. Received: "
                 f"a call of `{layer.name}` in a backward pass"
             )
-
-    def on_its_platform(self, function, *operands):
-        tensor = operands[0]
-        while isinstance(tensor, tuple):
-            tensor = tensor[0]
-        found = "cpu" if tensor.device.type in ("cpu", "meta") else "gpu"
-        return function(named_platform() or found, *operands)
-
-    def without_autocast(self, tensor):
         kind = tensor.device.type
         if kind == "meta" or not torch.is_autocast_enabled(kind):
             return contextlib.nullcontext()
         return torch.autocast(kind, enabled=False)
 
-    def num_replicas(self):
-        is_distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-        return torch.distributed.get_world_size() if is_distributed else 1
-
-    def sum_over_replicas(self, values):
-        if self.num_replicas() > 1:
-            values = values.clone()
-            torch.distributed.all_reduce(values)
-        return values
-
-    def gather_over_replicas(self, values):
-        if self.num_replicas() == 1:
-            return values
-        sizes = values.new_zeros(self.num_replicas(), dtype=torch.int64)
-        sizes[torch.distributed.get_rank()] = len(values)
-        sizes = self.sum_over_replicas(sizes).tolist()
-        # Collective operations want equal sizes.
-        own = values.new_zeros((max(sizes), *values.shape[1:]))
-        own[: len(values)] = values
-        parts = [torch.empty_like(own) for _ in sizes]
-        torch.distributed.all_gather(parts, own)
-        return torch.cat([part[:size] for part, size in zip(parts, sizes)])
-
-    def sum_of_counts(self, values):
-        if self.num_replicas() == 1:
-            return values
-        # In one operation of doubles, which hold the integers of a step and its floats.
-        flat = torch.cat([value.detach().reshape(-1).double() for value in values])
-        parts = self.sum_over_replicas(flat).split([value.numel() for value in values])
-        return [part.reshape(each.shape).to(each.dtype) for part, each in zip(parts, values)]
+    @property
+    def replicas(self):
+        return torch_processes.TorchReplicas()
 
     def run(self, network, problem, kernel=None):
+        platform = _platform_of(problem.tokens)
         if kernel is not None and kernel.shape[0] < problem.plan.num_experts:
-            run = functools.partial(torch_experts.expert_processes().run, network)
-            return self.on_its_platform(run, problem)
-        return self.on_its_platform(network.run, problem)
+            return torch_processes.expert_processes().run(network, platform, problem)
+        return network.run(platform, problem)
 
-    expert_processes = staticmethod(torch_experts.expert_processes)
-    split_experts = staticmethod(torch_experts.split_experts)
+    expert_processes = staticmethod(torch_processes.expert_processes)
+    split_experts = staticmethod(torch_processes.split_experts)
 
     def differentiable(self, forward, backward, inputs, context, reference=None):
         reference = reference or (lambda inputs, context: forward(inputs, context, save=False)[0])
-        if self._is_transformed():
+        if _is_transformed():
             return reference(inputs, context)
         tensors = keras.tree.flatten(inputs)
         # In the function gradients are always off, and `needs_input_grad` does not ask whether.
@@ -121,6 +83,12 @@ class TorchBackend(Backend):
             return torch.autograd.grad(output, inputs, cotangent, materialize_grads=True)
 
         return others, pullback
+
+    def product(self, rows, kernels, sizes, transposed=False, platform=None):
+        # In operations that PyTorch differentiates any number of times.
+        if _is_transformed() or kernels.scale is not None:
+            return padded.product(rows, kernels, sizes, transposed)
+        return multiply_groups(self.split_groups(rows, sizes)[0], kernels, transposed)
 
     def layout(self, problem, platform):
         if platform == "gpu" and not is_traced():
@@ -165,6 +133,17 @@ class TorchBackend(Backend):
     def split_groups(self, rows, sizes):
         numbers = sizes_on_host(sizes, rows.shape[0])
         return split(rows, numbers), numbers
+
+
+def _platform_of(tensor):
+    return named_platform() or ("cpu" if tensor.device.type in ("cpu", "meta") else "gpu")
+
+
+def _is_transformed():
+    """Return True under `vmap` and in forward mode, where all parts must have equal shapes."""
+    return not is_traced() and (  # no public function tells
+        torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
+    )
 
 
 class _Differentiable(torch.autograd.Function):

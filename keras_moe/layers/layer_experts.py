@@ -292,7 +292,7 @@ def _scan_tiles(functions, width, rows, sizes, state):
         return state, output
 
     xs = (tiles.expert, tiles.inside, tiles.cut(rows, PADDING))
-    state, outputs = backend.scan(step, state, xs)
+    state, outputs = backend.scan(step, state, xs)  # type: ignore[attr-defined]
     return tiles.join(outputs), state
 
 

@@ -9,7 +9,6 @@ from keras_moe._internal import Tensor
 from keras_moe._internal.checks import check_integer, check_number, check_tensors
 from keras_moe._internal.keras_internals import get_keras_mask
 from keras_moe._internal.serialization import register, resolve
-from keras_moe.backend import backend
 from keras_moe.layers.recomputation import Recomputable
 from keras_moe.layers.sublayers import (
     accepted_arguments,
@@ -40,10 +39,6 @@ class TransformerBlock(Recomputable):
         self._seed_generator = draws.seeded_generator() if self.dropout else None
         freeze_parts(self)
         self.supports_masking = True
-
-    def __call__(self, *args, **kwargs):
-        backend.refuse_recomputation(self)
-        return super().__call__(*args, **kwargs)
 
     def _build_norm(self, name, inputs_shape):
         norm = keras.layers.LayerNormalization(dtype=self.dtype_policy, name=name)

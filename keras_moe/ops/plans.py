@@ -202,7 +202,7 @@ class GroupedPlan(NamedTuple):
             return GroupedPlan.of(self.experts - first, self.weights, number)
         sequences, _, choices = ops.shape(self.experts)
         experts, weights, places = (
-            backend.slice_at(each, (0, first, 0), (sequences, number, choices))
+            ops.slice(each, (0, first, 0), (sequences, number, choices))
             for each in (self.experts, self.weights, self.places)
         )
         own = ops.expand_dims(ops.arange(number, dtype="int32"), 1)

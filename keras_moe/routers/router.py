@@ -123,7 +123,6 @@ class Router(BaseLayer):
             )
 
     def __call__(self, *args, **kwargs):
-        backend.refuse_recomputation(self)
         if self.num_experts is None:
             raise ValueError("A router that is called needs `num_experts`. Received: None")
         if kwargs.get("indices") is not None:  # Keras turns arrays into tensors before `call`.
@@ -165,7 +164,7 @@ class Router(BaseLayer):
             real = ops.cast(mask, "bool")
             # Padding may hold anything, NaN included, and its gradient must be zero.
             tokens = ops.where(ops.expand_dims(real, 1), tokens, 0.0)
-        with backend.without_autocast(tokens):
+        with backend.scope_of_call(self, tokens):
             context = {"sequence_length": sequence_length, "token_ids": token_ids}
             routing = self.route(tokens, real, training, indices=indices, **context)
         if not isinstance(routing, Routing):

@@ -1,13 +1,51 @@
-"""Expert parallelism over the processes of `torch.distributed`; tokens are sent, not kernels."""
+"""Processes of `torch.distributed`: replicas of a model, and experts that are split over them."""
 
 from typing import Any
 
 import keras
 import torch
 
+from keras_moe._internal.checks import shortened
+from keras_moe.backend.base import Replicas
+
+
+class TorchReplicas(Replicas):
+    def number(self):
+        is_distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+        return torch.distributed.get_world_size() if is_distributed else 1
+
+    def sum(self, values):
+        if self.number() > 1:
+            values = values.clone()
+            torch.distributed.all_reduce(values)
+        return values
+
+    def gather(self, values):
+        if self.number() == 1:
+            return values
+        sizes = values.new_zeros(self.number(), dtype=torch.int64)
+        sizes[torch.distributed.get_rank()] = len(values)
+        sizes = self.sum(sizes).tolist()
+        # Collective operations want equal sizes.
+        own = values.new_zeros((max(sizes), *values.shape[1:]))
+        own[: len(values)] = values
+        parts = [torch.empty_like(own) for _ in sizes]
+        torch.distributed.all_gather(parts, own)
+        return torch.cat([part[:size] for part, size in zip(parts, sizes)])
+
+    def sum_counts(self, values):
+        if self.number() == 1:
+            return values
+        # In one operation of doubles, which hold the integers of a step and its floats.
+        flat = torch.cat([value.detach().reshape(-1).double() for value in values])
+        parts = self.sum(flat).split([value.numel() for value in values])
+        return [part.reshape(each.shape).to(each.dtype) for part, each in zip(parts, values)]
+
 
 class ExpertParallel:
     """A distribution in which each process holds an equal share of the experts and of a batch.
+
+    Tokens are sent between the processes, not kernels.
 
     `process_group` holds all experts once. `replicas` hold the same experts as this process.
     """
@@ -124,8 +162,12 @@ class _MeanGradient(torch.autograd.Function):
         return mean, None
 
 
-def split_experts(experts, data, process_group):
+def split_experts(experts, data, devices, layout_map, process_group):
     """Return the `ExpertParallel` of `experts` neighbours by rank, or of given process groups."""
+    if devices is not None or layout_map is not None:
+        rule = "`devices` and `layout_map` are for JAX, `process_group` is for PyTorch"
+        received = f"devices={shortened(devices)}, layout_map={shortened(layout_map)} on PyTorch"
+        raise ValueError(f"{rule}. Received: {received}")
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         rule = "`expert_parallel` needs `torchrun` and `torch.distributed.init_process_group()`"
         raise ValueError(f"{rule}. Received: no process group")
