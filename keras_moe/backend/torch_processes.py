@@ -85,7 +85,7 @@ class ExpertParallel:
         """`network.run`: tokens go to the processes of their experts, and outputs come back."""
         plan = problem.plan.sort()
         own = plan.num_experts // self.num_processes
-        maps = {name: each.entry(self._mean_gradient) for name, each in problem.maps.items()}
+        maps = {name: each.entry(self.mean_gradient) for name, each in problem.maps.items()}
         num_served = int(plan.sizes.sum())
         rows = plan.dispatch(problem.tokens)
 
@@ -105,8 +105,8 @@ class ExpertParallel:
         padding = outputs.new_zeros((len(rows) - num_served, outputs.shape[1]))
         return plan.combine(torch.cat([outputs, padding]))
 
-    def _mean_gradient(self, kernel):
-        # The gradient is the mean over the processes that share the experts.
+    def mean_gradient(self, kernel):
+        """Return the kernel. Its gradient is the mean over the processes that share the experts."""
         return _MeanGradient.apply(kernel, self._replicas)
 
     def whole(self, kernel):
