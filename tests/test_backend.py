@@ -5,7 +5,6 @@ backend. `test_networks.py` has `backend.product` and `backend.outer` on each pl
 `test_own_experts.py` `backend.layout`, with whole networks.
 """
 
-
 import keras
 import numpy as np
 import pytest

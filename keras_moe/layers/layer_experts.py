@@ -17,9 +17,8 @@ from keras_moe.backend.padded import pad_tiles
 from keras_moe.layers.expert_bank import ExpertBank
 from keras_moe.layers.gate import Gate
 from keras_moe.layers.sublayers import (
-    accepted_arguments,
     build_and_measure,
-    check_output,
+    call_part,
     freeze_parts,
 )
 from keras_moe.ops.plans import GroupedPlan
@@ -145,9 +144,8 @@ class LayerExperts(ExpertBank):
         if inside is not None and len(self._row_shape) == 1:
             # A mixture counts tokens, of which padding is none.
             if any(isinstance(part, Gate) for part in layer._flatten_layers()):
-                mask = dict.fromkeys(accepted_arguments(layer, ("mask",)), inside)
-        output = layer(rows, **mask)
-        check_output("layers", output, (rows.shape[0], *self._output_shape))
+                mask = {"mask": inside}
+        output = call_part("layers", layer, rows, (rows.shape[0], *self._output_shape), **mask)
         return ops.reshape(self._compute(output), (-1, math.prod(self._output_shape)))
 
     def _as_function(self, layer, variables):

@@ -272,10 +272,8 @@ class MixtureOfExperts(Gate):
         """The outputs of the shared expert, times its gate; zero where tokens are padding."""
         mask = tokens.mask_of_inputs
         inputs = ops.reshape(tokens.values, (*tokens.sizes, *tokens.values.shape[1:]))
-        arguments = {} if mask is None else {"mask": mask}
-        accepted = sublayers.accepted_arguments(self.shared_expert, arguments)
-        outputs = self.shared_expert(inputs, **{name: arguments[name] for name in accepted})
-        sublayers.check_output("shared_expert", outputs, self.compute_output_shape(inputs.shape))
+        shape, layer = self.compute_output_shape(inputs.shape), self.shared_expert
+        outputs = sublayers.call_part("shared_expert", layer, inputs, shape, mask=mask)
         outputs = ops.cast(outputs, self.compute_dtype)
         if self.shared_gate is not None:
             outputs = outputs * self.shared_gate(inputs)

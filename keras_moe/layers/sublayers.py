@@ -86,22 +86,18 @@ def _try(layer, inputs_shape):
         return keras.KerasTensor((*known, *shape[len(inputs_shape) :]), layer.compute_dtype)
 
 
-def check_output(name, outputs, shape):
-    """Check that a layer returned what it was built for, or the sum with it would broadcast."""
+def call_part(name, layer, inputs, shape, **arguments):
+    """The output, of a shape, of a layer for inputs and those of the arguments that it takes."""
+    accepted = inspect.signature(layer.call).parameters
+    arguments = {key: value for key, value in arguments.items() if key in accepted}
+    if "mask" in arguments:
+        # Keras would warn of a `Sequential` of layers that do not support it.
+        layer.supports_masking = True
+    outputs = layer(inputs, **arguments)
+    # Of another shape than it was built for, the sum with it would broadcast.
     axes = "ABCDEFGHIJ"[: len(shape)]
     check_tensors(dict(zip(axes, shape)), **{f"{name}(inputs)": (outputs, axes, "float")})
-
-
-def accepted_arguments(layer, names):
-    """Return the names among `names` that the layer's `call` takes.
-
-    A layer that takes a mask is marked as supporting masking: it receives the mask, and Keras would
-    warn otherwise, as it does for a `Sequential` of layers that do not support it.
-    """
-    accepted = inspect.signature(layer.call).parameters
-    if "mask" in accepted:
-        layer.supports_masking = True
-    return [name for name in names if name in accepted]
+    return outputs
 
 
 def warn_of_lost_mask(layer, inputs):
