@@ -1,7 +1,8 @@
 """The oracle of the routers: selection and weights from logits, one token at a time, in float64.
 
 Each function takes logits (T, E) and a mask (T,) and returns dense weights (T, E), zero where an
-expert does not serve, and scores (T, E) as a distribution. Rows of padding are zero.
+expert does not serve, scores (T, E) as a distribution, and places (T, E): 0 for the first choice
+of a token and so on, 99 for experts that it did not choose. Rows of padding are zero, places 99.
 """
 
 import math
@@ -28,14 +29,15 @@ def best(scores, k):
 
 
 def routed(logits, mask, choose):
-    """Dense weights and scores, from `choose(t)`: the weights by expert, and the scores."""
+    """From `choose(t)`, the weights by expert in the order of choice, and the scores."""
     weights, probs = np.zeros(logits.shape), np.zeros(logits.shape)
+    places = np.full(logits.shape, 99)
     for t in np.flatnonzero(mask):
         chosen, scores = choose(t)
-        for e, weight in chosen.items():
-            weights[t, e] = weight
+        for place, (e, weight) in enumerate(chosen.items()):
+            weights[t, e], places[t, e] = weight, place
         probs[t] = scores / sum(scores) if sum(scores) else scores
-    return weights, probs
+    return weights, probs, places
 
 
 def token_by_token(choose):
@@ -98,7 +100,7 @@ def expert_choice(factor, length):
     def route(logits, mask):
         scores = {t: softmax(logits[t].astype("float64")) for t in np.flatnonzero(mask)}
         chosen = {t: {} for t in scores}
-        for start in range(0, len(logits), length):
+        for start in range(0, len(logits), max(length, 1)):
             real = [t for t in scores if start <= t < start + length]
             room = reference.expert_capacity(len(real), logits.shape[1], 1, factor)
             for e in range(logits.shape[1]):
@@ -198,16 +200,20 @@ def soft(x, kernel, scale, experts, slots, mask):
     logits = np.zeros((len(x), kernel.shape[1]))
     for t in real:
         logits[t] = scale * (x[t] / np.sqrt(np.sum(x[t] ** 2) + 1e-6)) @ unit_kernel
-    outputs = np.zeros_like(x, dtype="float64")
-    for m in range(kernel.shape[1]):
-        if not len(real):
-            continue
+    return soft_of_logits(x, logits, experts, slots, mask)
+
+
+def soft_of_logits(x, logits, experts, slots, mask):
+    """Soft MoE of one sequence by the logits (T, E P)."""
+    real = np.flatnonzero(mask)
+    outputs = [np.zeros_like(experts[0](token)) for token in x.astype("float64")]
+    for m in range(logits.shape[1] if len(real) else 0):
         share = softmax(logits[real, m])
         slot = sum(weight * x[t] for weight, t in zip(share, real))
         made = experts[m // slots](slot)
         for t in real:
             outputs[t] += softmax(logits[t])[m] * made
-    return outputs
+    return np.array(outputs)
 
 
 def soft_routing(slots):

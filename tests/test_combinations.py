@@ -1,0 +1,555 @@
+"""Random combinations of what users can combine, against the oracle and against themselves.
+
+A configuration is drawn as the text of a program, which a failure prints. `COMBINATIONS` draws that
+many of each kind, from `COMBINATIONS_SEED`.
+"""
+
+import contextlib
+import os
+import warnings
+from typing import Any, NamedTuple
+
+import hypothesis
+import keras
+import numpy as np
+import reference_mixtures as oracle
+from backends import BACKEND, MODES, assert_close, compiled
+from drawn import MASKS, draw_mask
+from hypothesis import assume
+from hypothesis import strategies as st
+from layer_checks import array, gradients
+from reference_mixtures import Weights, mixture, next_state
+from test_own_experts import BranchedExperts, DeepExperts, NormalisedExperts
+
+from keras_moe import layers, losses, routers
+
+NUMBER = int(os.environ.get("COMBINATIONS", 0))
+SEED = int(os.environ.get("COMBINATIONS_SEED", 0))
+NAMES = dict(
+    keras=keras,
+    layers=layers,
+    losses=losses,
+    routers=routers,
+    DeepExperts=DeepExperts,
+    NormalisedExperts=NormalisedExperts,
+    BranchedExperts=BranchedExperts,
+)
+IS_COMPILED = BACKEND != "torch"
+
+
+def _normalised(bank, linear, act):
+    hidden = linear("up")
+    hidden = act(hidden / np.sqrt(np.mean(hidden**2) + 1e-3) * linear("scale"))
+    return linear("down", hidden)
+
+
+def _branched(bank, linear, act):
+    hidden = act(linear("left")) * linear("right")
+    return linear.inputs + linear("join", hidden) + act(linear("short"))
+
+
+oracle.FORMULAS |= {
+    DeepExperts: lambda bank, linear, act: linear(
+        "third", act(linear("second", act(linear("first"))))
+    ),
+    NormalisedExperts: _normalised,
+    BranchedExperts: _branched,
+}
+
+
+# What is drawn
+
+
+class Code(str):
+    """The text of an expression."""
+
+    __repr__ = str.__str__
+
+
+def code(name, *args, **kwargs):
+    named = [f"{key}={value!r}" for key, value in kwargs.items() if value is not None]
+    return Code(f"{name}({', '.join([*map(repr, args), *named])})")
+
+
+class Case(NamedTuple):
+    """A layer as text, and what it is called with."""
+
+    layer: str
+    shape: tuple  # of the inputs
+    mask: str | None = None  # a kind in `drawn.MASKS`
+    policy: str = "float32"
+    mode: str = MODES[0]
+    seed: int = 0  # of weights, inputs and mask
+    token_axes: int | None = None
+    seen: int | None = None  # features that the router sees instead of the inputs
+    operations: tuple = ()
+
+    def program(self, check):
+        fields = "".join(
+            f"    {name}={value!r},\n"
+            for name, value in self._asdict().items()
+            if value != self._field_defaults.get(name, "")
+        )
+        return (
+            f"KERAS_BACKEND={BACKEND} PYTHONPATH=.:tests python - <<END\n"
+            f"from test_combinations import *\n{check.__name__}(Case(\n{fields}))\nEND"
+        )
+
+
+def pick_from(draw):
+    return lambda *values: draw(st.sampled_from(values))
+
+
+def draw_bank(pick, number, features, width, kinds):
+    """The text of a bank of `number` experts, and whether it may be followed by others."""
+    kind = pick(*kinds)
+    act = pick("gelu", "relu", "silu", "tanh")
+    out = None if width == features else width
+    use_bias = pick(True, False)
+    if kind == "feed-forward":
+        return code("layers.FeedForwardExperts", number, 5, act, use_bias=use_bias, output_dim=out)
+    if kind == "gated":
+        options = dict(clip=pick(None, 0.5), up_shift=pick(None, 1.0), output_dim=out)
+        return code("layers.GatedExperts", number, 5, act, use_bias=use_bias, **options)
+    if kind == "linear":
+        return code("layers.LinearExperts", number, width, use_bias=use_bias)
+    if kind == "low-rank":
+        base = draw_bank(pick, 1, features, width, ["feed-forward", "gated", "linear"])
+        return code("layers.LowRankExperts", base, number, 2, alpha=pick(None, 3.0))
+    if kind == "own":
+        name = pick("DeepExperts", "NormalisedExperts", "BranchedExperts")
+        return code(name, number, activation=act, use_bias=use_bias)
+    if kind == "zero" and number > 1:
+        inner = draw_bank(pick, number - 1, features, width, ["feed-forward", "gated", "layers"])
+        which = pick("num_zero", "num_identity", "num_constant")
+        return code("layers.ZeroComputationExperts", inner, **{which: 1})
+    dense = code("keras.layers.Dense", width, pick("tanh", "gelu"))
+    each = pick(dense, code("keras.Sequential", [code("keras.layers.Dense", 4, "relu"), dense]))
+    return code("layers.LayerExperts", [each] * number)
+
+
+BANKS = ["feed-forward", "gated", "linear", "low-rank", "own", "zero", "layers"]
+
+
+def draw_router(pick, number, noisy, kinds):
+    kind = pick(*kinds)
+    k = pick(*{1, min(2, number), min(3, number)})
+    noise = dict(logit_noise=0.3, input_jitter=0.1) if noisy else {}
+    noise |= dict(hidden_dim=pick(None, None, 4), temperature=pick(None, None, 2.0))
+    if kind in ("TopK", "Cosine", "GroupLimited"):
+        noise |= dict(
+            top_k=k,
+            score=pick("softmax", "sigmoid", "sqrt_softplus"),
+            renormalize=pick(None, True, False),
+            scaling_factor=pick(None, 2.5),
+            use_bias=pick(None, True),
+        )
+        momentum = code("routers.QuantileBias", momentum=0.5)
+        balancers = None, "loss_free", "quantile", momentum, code("routers.LossFreeBias", 0.1)
+        noise["balancer"] = pick(*balancers)
+    if kind == "Cosine":
+        noise["projection_dim"] = 3
+    if kind == "GroupLimited":
+        groups = pick(*[g for g in (1, 2, 3) if number % g == 0])
+        enough = [g for g in range(1, groups + 1) if k <= g * number // groups]
+        noise |= dict(num_groups=groups, top_groups=pick(*enough))
+    if kind in ("NoisyTopK", "VMoE", "Sinkhorn"):
+        noise["top_k"] = k
+    if kind == "VMoE" and not noisy:
+        noise["noise_std"] = 0.0
+    if kind == "GShard":
+        noise["threshold"] = 0.5 if noisy else 1e-9
+    if kind == "TopP":
+        noise |= dict(threshold=pick(0.3, 0.6), max_top_k=pick(None, k))
+    if kind == "ReLU":
+        noise |= dict(top_k=1, max_top_k=pick(None, k), initial_strength=0.05)
+    if kind == "ExpertChoice":
+        noise["capacity_factor"] = pick(0.5, 1.0, 1.7)
+    if kind == "Soft":
+        noise["slots"] = pick(1, 2)
+    if kind == "DSelectK":
+        noise = dict(top_k=k, per_example=pick(True, False), gamma=pick(1.0, 3.0))
+    if kind == "Hash":
+        score = pick(None, "softmax", "sigmoid")
+        noise = dict(vocabulary_size=7, top_k=k, score=score)
+    return code(f"routers.{kind}Router", **noise)
+
+
+CHOOSING = ["TopK", "TopK", "TopK", "Cosine", "GroupLimited", "NoisyTopK", "VMoE", "GShard", "TopP"]
+CHOOSING += ["ReLU", "Dense", "DSelectK", "Sinkhorn", "BalancedAssignment"]
+ROUTERS = [*CHOOSING, "Hash", "ExpertChoice", "Soft"]
+POLICIES = ["float32"] * 4 + ["mixed_bfloat16", "mixed_float16", "bfloat16", "float16"]
+POLICIES += ["float64"] if BACKEND != "jax" else []
+LOSSES = [
+    code("losses.LoadBalance", 0.3),
+    code("losses.LoadBalance", 0.3, "sequence"),
+    code("losses.LoadBalance", 0.3, "global"),
+    code("losses.ImportanceVariation", 0.3),
+    code("losses.RouterZ", 0.2),
+    code("losses.RouterEntropy", 0.2),
+    code("losses.SelectorEntropy", 0.2),
+]
+
+
+def draw_capacity(pick):
+    factor = pick(0.5, 0.8, 1.3)
+    evaluation = pick(None, 0.7)
+    options = dict(minimum=pick(None, 2), multiple_of=pick(None, 2), evaluation_factor=evaluation)
+    options |= dict(priority=pick(None, "probability"), per_sequence=pick(None, True))
+    return pick(factor, code("layers.Capacity", factor, **options))
+
+
+@st.composite
+def cases(draw, noisy=False, banks=BANKS, kinds=ROUTERS, operations=False):
+    """A mixture as a user could write it."""
+    pick = pick_from(draw)
+    # Where shapes are compiled, few of them.
+    number = 4 if IS_COMPILED else pick(1, 2, 3, 4, 6)
+    features = 6
+    leading = [(7,), (2, 5), (3, 1), (2, 2, 3), (1,), (0,), (0, 4)]
+    leading = [(6,), (2, 3)] if IS_COMPILED else leading
+    token_axes, shape = None, (*pick(*leading), features)
+    bank, of_token = pick(*banks), ()
+    # Some banks return as many features as they get.
+    width = features if bank in ("own", "zero") else pick(features, features, 5)
+    if bank == "layers" and pick(True, False):
+        of_token, token_axes = (2,), len(shape) - 1
+        shape = (*shape[:-1], *of_token, features)
+    experts = draw_bank(pick, number, features, width, [bank])
+    if "ZeroComputation" in experts:
+        kinds = [kind for kind in kinds if kind not in ("ExpertChoice", "Soft")]
+    router = draw_router(pick, number, noisy, kinds)
+    takes_capacity = not any(kind in router for kind in ("ExpertChoice", "Soft"))
+    options = dict(router=router, token_axes=token_axes)
+    if pick(True, False):
+        options["router_losses"] = draw(st.lists(st.sampled_from(LOSSES), max_size=3))
+    if takes_capacity and pick(True, False, False):
+        options["capacity_factor"] = draw_capacity(pick)
+    if pick(True, False, False):
+        shared = code("keras.layers.Dense", width, "tanh")
+        if width == features and pick(True, False):
+            shared = code("layers.GatedFeedForward", 4)
+        options["shared_expert"] = shared
+        options["gated_shared_expert"] = None if of_token else pick(None, True)
+    return Case(
+        layer=str(code("layers.MixtureOfExperts", experts, **options)),
+        shape=shape,
+        mask=pick(None, *MASKS),
+        policy=pick("float32", "mixed_bfloat16") if IS_COMPILED else pick(*POLICIES),
+        mode=MODES[0] if operations else pick(*MODES),
+        seed=draw(st.integers(0, 2**16)),
+        token_axes=token_axes,
+        seen=pick(None, None, None, 3) if not operations and not of_token else None,
+    )
+
+
+# What is done with it
+
+
+class Made(NamedTuple):
+    """A layer with weights that are not those of its initializers, and a call of it."""
+
+    layer: Any
+    rng: Any
+    inputs: Any  # with NaN at padding
+    tokens: Any  # (T, ...) as the layer sees them
+    mask: Any  # (T,)
+    kwargs: dict
+    length: Any
+    others: dict  # of the call, for the oracle
+
+
+@contextlib.contextmanager
+def policy_of(case):
+    before = keras.config.dtype_policy()
+    keras.config.set_dtype_policy(case.policy)
+    if case.policy == "float64":
+        keras.config.set_floatx("float64")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        keras.config.set_floatx("float32")
+        keras.config.set_dtype_policy(before)
+
+
+def fill(layer, rng):
+    """Move all weights that training would move, and the state of the router."""
+    for variable in [*layer.trainable_variables, *frozen_kernels(layer)]:
+        size = 0.6 if len(variable.shape) > 1 else 0.3
+        value = array(variable)
+        variable.assign(value + size * rng.normal(size=value.shape))
+    for router in routers_of(layer):
+        bias = getattr(router, "selection_bias", None)
+        if bias is not None:
+            bias.assign(0.1 * rng.normal(size=bias.shape))
+
+
+def frozen_kernels(layer):
+    bank = getattr(layer, "experts", None)
+    return bank.base.weights if isinstance(bank, layers.LowRankExperts) else []
+
+
+def routers_of(layer):
+    return layer.router if isinstance(layer.router, list) else [layer.router]
+
+
+def rounded(values, dtype):
+    return array(keras.ops.cast(values, dtype)).astype("float64")
+
+
+def make(case):
+    keras.utils.set_random_seed(case.seed)
+    rng = np.random.default_rng(case.seed)
+    layer = eval(case.layer, dict(NAMES))
+    num_axes = case.token_axes or len(case.shape) - 1
+    sizes = case.shape[:num_axes]
+    x = rng.normal(size=case.shape)
+    mask = None if case.mask is None else draw_mask(rng, int(np.prod(sizes)), case.mask)
+    kwargs, others = {}, {}
+    dtype = layer.compute_dtype
+    if "HashRouter" in case.layer:
+        kwargs["token_ids"] = others["token_ids"] = rng.integers(-3, 20, sizes)
+    if case.seen:
+        seen = rng.normal(size=(*sizes, case.seen))
+        kwargs["router_inputs"] = seen.astype("float32")
+        others["seen"] = rounded(seen, dtype).reshape(-1, case.seen)
+    shapes = {"router_inputs_shape": (None, *sizes[1:], case.seen)} if case.seen else {}
+    layer.build((None, *case.shape[1:]), **shapes)
+    fill(layer, rng)
+    tokens = rounded(x, dtype).reshape(-1, *case.shape[num_axes:])
+    inputs = x.astype("float64" if case.policy == "float64" else "float32")
+    real = np.ones(len(tokens), bool)
+    if mask is not None:
+        real = mask
+        kwargs["mask"] = mask.reshape(sizes)
+        inputs[~mask.reshape(sizes)] = np.nan
+    length = int(np.prod(sizes[1:])) if len(sizes) > 1 else None
+    return Made(layer, rng, inputs, tokens, real, kwargs, length, others)
+
+
+def expected_of(made, training, read=None, still=None):
+    return mixture(
+        made.layer, made.tokens, made.mask, training, read, made.length, still, **made.others
+    )
+
+
+def is_sure(made, training):
+    """Whether no rounding changes who serves whom."""
+    layer, mask, others = made.layer, made.mask, dict(made.others)
+    x = others.pop("seen", made.tokens)
+    given = (layer, x, mask, training, None, made.length)
+    clear = oracle.routing(*given, **others)
+    for _ in range(4):
+        moved = clear.raw_logits + 1e-4 * made.rng.normal(size=clear.raw_logits.shape)
+        near = oracle.routing(*given, **others, logits=moved)
+        if (near.served != clear.served).any() or (near.chosen != clear.chosen).any():
+            return False
+    return True
+
+
+def is_random(case, training):
+    """Whether the call draws random numbers that the oracle does not know."""
+    noisy = "noise=" in case.layer or "NoisyTopK" in case.layer or "threshold=0.5" in case.layer
+    return training and noisy
+
+
+def run(made, mode, training, **flags):
+    """What a call returns, and its losses; the state of the layer moves."""
+    layer = made.layer
+    arrays = [made.inputs, made.kwargs]
+    if mode == "jit":
+
+        def call(trainable, others, inputs, kwargs):
+            returned, others, added = layer.stateless_call(
+                trainable, others, inputs, **kwargs, training=training, **flags, return_losses=True
+            )
+            return returned, added, others
+
+        values = [
+            [array(v) if v.dtype != "bfloat16" else v.value for v in each]
+            for each in (layer.trainable_variables, layer.non_trainable_variables)
+        ]
+        returned, added, state = compiled(call, mode)(*values, *arrays)
+        for variable, value in zip(layer.non_trainable_variables, state):
+            variable.assign(value)
+        return returned, added
+
+    def call(inputs, kwargs):
+        return layer(inputs, **kwargs, training=training, **flags), layer.losses
+
+    return compiled(call, mode)(*arrays)
+
+
+TOLERANCES = {"float64": 2e-6, "float32": 2e-5, "float16": 1e-2, "bfloat16": 6e-2}
+
+
+def tolerance_of(layer):
+    return TOLERANCES[layer.compute_dtype]
+
+
+def dense(routing, num_experts):
+    """Weights (T, E) of a routing."""
+    weights = np.zeros((len(routing.mask), num_experts))
+    for t, k in np.argwhere(routing.indices >= 0):
+        weights[t, routing.indices[t, k]] += routing.weights[t, k]
+    return weights
+
+
+def same_outputs(made, outputs, expected):
+    outputs = np.asarray(outputs, "float64").reshape(expected.outputs.shape)
+    scale = max(expected.size, 1.0)
+    assert_close(outputs, expected.outputs, scale, tolerance_of(made.layer))
+
+
+def check_formula(case):
+    """Outputs, routing, losses, state, counters and gradients of a call."""
+    with policy_of(case):
+        made = make(case)
+        layer, mask = made.layer, made.mask
+        router, size = layer.router, layer.router.num_experts
+        for training in (False, True):
+            if is_random(case, training):
+                continue
+            assume(is_sure(made, training))
+            expected = expected_of(made, training)
+            routed = expected.routed
+            if training:
+                check_gradients(case, made, routed)
+            before, state = layer.read_counts(), next_state(layer, routed)
+            (outputs, routing), added = run(made, case.mode, training, return_routing=True)
+            same_outputs(made, outputs, expected)
+            assert str(outputs.dtype) in (layer.compute_dtype, "float32")
+            assert_close(dense(routing, size), routed.weights, 1.0, 1e-5)
+            assert_close(routing.probs[mask], routed.probs[mask], 1.0, 1e-5)
+            close = assert_close if router.counted_by_weight else np.testing.assert_array_equal
+            close(routing.counts, routed.counts)
+            dropped = np.sum(routed.chosen) - np.sum(routed.served)
+            if not isinstance(router, routers.SoftRouter):
+                share = dropped / max(np.sum(routed.chosen), 1)
+                assert_close(routing.dropped, share, 1.0, 1e-6)
+            counts = layer.read_counts().since(before)
+            if training:
+                assert_close(sum(added, 0.0), expected.total, max(1, abs(expected.total)), 3e-5)
+                close(counts.assignments, routed.counts)
+                assert counts.dropped == dropped
+                for name, value in state.items():
+                    assert_close(array(getattr(router, name)), value, 1.0, 1e-5)
+            else:
+                assert not np.any(counts.assignments)
+
+
+def check_gradients(case, made, routed):
+    """Derivatives along two directions of all weights and inputs, by differences of the oracle."""
+    layer, dtype = made.layer, made.layer.compute_dtype
+    if dtype not in ("float32", "float64") or case.shape[0] == 0:
+        return
+    mode = "jit" if BACKEND == "jax" else case.mode
+    found = gradients(layer, made.inputs, mode, training=True, **made.kwargs)
+    variables = layer.trainable_variables
+    assert all(each is not None for each in found.values())
+    for _ in range(2):
+        along = {v.path: made.rng.normal(size=v.shape) for v in variables}
+        on_inputs = made.rng.normal(size=made.tokens.shape)
+        on_inputs[~made.mask] = 0
+
+        def value(step, along=along, on_inputs=on_inputs):
+            read = Weights([(v, along[v.path]) for v in variables], step)
+            moved = made._replace(tokens=made.tokens + step * on_inputs)
+            if "seen" in made.others:
+                moved = moved._replace(others=made.others)
+            result = expected_of(moved, True, read, routed)
+            ramp = np.linspace(0.5, 1.5, result.outputs.size).reshape(result.outputs.shape)
+            return np.sum(ramp * result.outputs) + result.total
+
+        slopes = [(value(step) - value(-step)) / (2 * step) for step in (1e-5, 2e-6)]
+        if abs(slopes[0] - slopes[1]) > 1e-4 * max(1, abs(slopes[0])):
+            continue  # a kink, such as that of a ReLU, or another choice
+        parts = [np.sum(np.asarray(found[v.path], "float64") * along[v.path]) for v in variables]
+        of_inputs = np.asarray(found["inputs"], "float64").reshape(on_inputs.shape)
+        parts.append(np.sum(of_inputs * on_inputs))
+        assert np.isfinite(of_inputs).all()
+        assert_close(sum(parts), slopes[0], max(map(abs, [1.0, *parts])), 2e-3)
+
+
+def check_relations(case):
+    """What must not change an output: flags, a replay, order, other batches, more padding."""
+    with policy_of(case):
+        made = make(case)
+        layer, mask = made.layer, made.mask
+        assume(is_sure(made, False))
+        (outputs, routing), _ = run(made, case.mode, False, return_routing=True)
+        real = mask.reshape(made.inputs.shape[: case.token_axes or len(case.shape) - 1])
+        limit = 3 * tolerance_of(layer)
+
+        def same(other, one=outputs):
+            scale = max(1.0, np.max(np.abs(one), initial=0))
+            assert_close(np.asarray(other), np.asarray(one, "float64"), scale, limit)
+
+        def again(change=lambda name, value: value, **flags):
+            """What a call returns whose tensors are changed."""
+            kwargs = {name: change(name, value) for name, value in made.kwargs.items()}
+            kwargs |= flags.pop("kwargs", {})
+            other = made._replace(inputs=change("inputs", made.inputs), kwargs=kwargs)
+            return run(other, case.mode, False, **flags)[0]
+
+        router = layer.router
+        same(again())
+        assert (np.asarray(outputs)[~real] == 0).all()
+        if not isinstance(router, routers.SoftRouter) and layer.shared_expert is None:
+            _, replayed, each = again(return_routing=True, return_expert_outputs=True)
+            num_axes = real.ndim + 1
+            weights = replayed.weights.reshape(
+                each.shape[:num_axes] + (1,) * (each.ndim - num_axes)
+            )
+            same(np.sum(np.asarray(each, "float64") * weights, axis=real.ndim))
+        if router.replays_indices:
+            same(again(kwargs={"indices": routing.indices}))
+        limited = layer.capacity is not None and layer.capacity.evaluation_factor is not None
+        if limited or case.shape[0] == 0 or (made.length is None and not router.tokens_choose):
+            return
+        # Sequences, or tokens where there are none, in another order, and each by itself.
+        order = made.rng.permutation(case.shape[0])
+        same(again(lambda name, value: value[order]), outputs[order])
+        if IS_COMPILED:
+            return  # of other shapes
+        parts = [again(lambda name, value, p=p: value[p]) for p in (slice(1), slice(1, None))]
+        same(np.concatenate(parts))
+        if made.length is not None and "mask" in made.kwargs:
+
+            def longer(name, value):
+                fill = {"inputs": np.nan, "mask": False}.get(name, 0)
+                return np.concatenate([value, np.full_like(value, fill)], axis=1)
+
+            same(again(longer)[:, : case.shape[1]])
+
+
+KINDS = {"formula": (check_formula, cases()), "relations": (check_relations, cases())}
+
+
+def profile(number):
+    phases = [hypothesis.Phase.generate] + ([] if IS_COMPILED else [hypothesis.Phase.shrink])
+    return hypothesis.settings(
+        max_examples=NUMBER or number,
+        phases=phases,
+        derandomize=False,
+        suppress_health_check=list(hypothesis.HealthCheck),
+    )
+
+
+def drawn(check, strategy, **numbers):
+    """A test of a check with drawn cases."""
+
+    @hypothesis.seed(SEED)
+    @profile(numbers[BACKEND])
+    @hypothesis.given(case=strategy)
+    def test(case):
+        hypothesis.note(case.program(check))
+        check(case)
+
+    return test
+
+
+test_a_mixture_is_its_formula = drawn(*KINDS["formula"], torch=120, tensorflow=20, jax=10)
+test_nothing_else_changes_outputs = drawn(*KINDS["relations"], torch=80, tensorflow=20, jax=10)
