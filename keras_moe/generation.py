@@ -9,7 +9,7 @@ from keras import ops
 
 from keras_moe._internal import Tensor
 from keras_moe._internal.checks import check_integer, check_number, shortened
-from keras_moe.layers.cached_attention import Decoding
+from keras_moe.layers.transformer_decoder_block import Decoding
 
 # Tokens that are written between two updates of the progress bar.
 TOKENS_AT_ONCE = 64
@@ -29,8 +29,8 @@ def generate(
     """Continue prompts with a model of `layers.TransformerDecoderBlock`s.
 
     The loop is compiled once for each number of prompts, length of the longest and number of
-    tokens; on PyTorch it runs eagerly. Every other layer of the model must treat each position
-    alone and alike, unlike an embedding of positions.
+    tokens; on PyTorch it runs eagerly. Returns a list of B integer arrays: each prompt and what
+    follows, to the stop token.
 
     Args:
         model: Keras model from token ids (B, length), of any length, to logits (B, length, V).
@@ -43,17 +43,13 @@ def generate(
         seed: Integer or None. Seed of the draws.
         verbose: "auto", 0 or 1. Whether a progress bar is shown; "auto" shows it for long texts.
 
-    Returns:
-        List of B integer arrays: each prompt and what follows, to the stop token.
-
     Raises:
         ValueError: If an argument is out of its range, the model has no decoder blocks or one with
             cross-attention, or another layer depends on positions or on other tokens.
 
     Example:
 
-    >>> moe = keras_moe.layers.MixtureOfExperts(keras_moe.layers.FeedForwardExperts(4, 32))
-    >>> block = keras_moe.layers.TransformerDecoderBlock(2, moe)
+    >>> block = keras_moe.layers.TransformerDecoderBlock(2, keras.layers.Dense(16))
     >>> layers = [keras.layers.Embedding(100, 16), block, keras.layers.Dense(100)]
     >>> model = keras.Sequential([keras.Input((None,), dtype="int32"), *layers])
     >>> [len(text) for text in keras_moe.generate(model, [[5, 6, 7], [8]], num_tokens=4)]

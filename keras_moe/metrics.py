@@ -129,20 +129,14 @@ def coactivation(routing: Routing) -> Tensor:
 
 
 def count_table(routing: Routing, groups: Tensor, num_groups: int) -> Tensor:
-    """Assignments of each expert from each group of tokens.
+    """Assignments of each expert from each group of tokens, (G, E) float32.
 
     Args:
         routing: An `ops.Routing`.
         groups: Integer tensor or list, (T,). The label, token id or other group of each token, from
-            0 to `num_groups` - 1, or -1 for none.
+            0 to `num_groups` - 1, or -1 for none. Others raise a ValueError in a list or NumPy
+            array; in a tensor they count for no group.
         num_groups: Integer. Number of groups, G.
-
-    Returns:
-        (G, E) float32.
-
-    Raises:
-        ValueError: If `groups` are not T, or a list or NumPy array has one out of range; in a
-            tensor such a token counts for no group.
     """
     num_groups = check_integer("num_groups", num_groups)
     check_indices("groups", groups, num_groups)
@@ -176,12 +170,11 @@ def expert_saliency(
 ) -> Tensor:
     """Saliency of each expert, for pruning: mean over its tokens of weight times norm of output.
 
+    Returns (E,) float32; 0 for an expert without tokens.
+
     Args:
         layer: A `layers.MixtureOfExperts` whose tokens choose experts, else a ValueError is raised.
         inputs, mask, token_ids: Tensors or lists, or None. As in a call of the layer.
-
-    Returns:
-        (E,) float32; 0 for an expert without tokens.
 
     Reference: Lasby et al. 2025, REAP (arXiv:2510.13999), eq. 9.
     """
@@ -233,6 +226,8 @@ class UsageMetric(keras.metrics.Metric):
     def __init__(
         self, function: Callable, num_experts: int, name: str | None = None, dtype: Any = None
     ):
+        if isinstance(function, dict):  # a config
+            function = keras.saving.deserialize_keras_object(function)
         super().__init__(name=name or function.__name__, dtype=dtype)
         self.function = function
         self.num_experts = check_integer("num_experts", num_experts)
@@ -250,13 +245,6 @@ class UsageMetric(keras.metrics.Metric):
         function = keras.saving.serialize_keras_object(self.function)
         config = {**super().get_config(), "num_experts": self.num_experts}
         return {**config, "function": function} if type(self) is UsageMetric else config
-
-    @classmethod
-    def from_config(cls, config):
-        if "function" in config:
-            function = keras.saving.deserialize_keras_object(config["function"])
-            config = {**config, "function": function}
-        return cls(**config)
 
 
 @register

@@ -43,9 +43,8 @@ SET_TOP_K = ("balanced_assignment", "switch")
 class SearchSpace:
     """The values from which a search chooses each part of a MoE layer.
 
-    Values come as a list, tuple, range or array; a single one is fixed. `DefaultsFirst` tries the
-    first of each argument first. An expert is `active_width / K` wide, so that neither the number
-    of experts nor `top_k` changes what the experts cost.
+    Values come as a list, tuple, range or array; a single one is fixed. An expert is
+    `active_width / K` wide, so that neither `num_experts` nor `top_k` changes what experts cost.
 
     Args:
         active_width: Integers. Widths K * H of the experts of a token, each divisible by each K.
@@ -223,9 +222,6 @@ class CostMonitor(keras.callbacks.Callback):
 class WithinBudget(keras_tuner.Objective):
     """The least loss under a budget: any trial above it is worse than every trial within it.
 
-    The score grows with the loss from 0 to 1; above the budget, the cost as a multiple of it is
-    added.
-
     Args:
         budget: Float, greater than 0, else a ValueError is raised. Highest cost.
         cost: String. The limited value in the logs, such as "active_flops" of `CostMonitor`.
@@ -270,12 +266,10 @@ class ParetoRow(NamedTuple):
 def pareto_table(
     search: Any, cost: str = "active_flops", loss: str = "val_loss"
 ) -> list[ParetoRow]:
-    """Return all finished trials by cost, the cheapest first.
+    """Return all finished trials by cost, the cheapest first; warn if all are above the budget.
 
     Each is a named tuple of its `trial`, `cost`, `loss` and `values`, the hyperparameters by name,
     and whether it is `efficient`: no other has a loss as low at a cost as low.
-
-    A warning says if none is within the budget of the search.
 
     Args:
         search: `keras_tuner.Tuner` after `search`, whose callbacks had a `CostMonitor`.

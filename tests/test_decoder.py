@@ -11,7 +11,7 @@ from layer_checks import POLICIES, D, E, array, moe, normal, one_hot_router
 
 from keras_moe import layers, routers
 from keras_moe._internal.keras_internals import get_keras_mask
-from keras_moe.layers.cached_attention import rotate
+from keras_moe.layers.transformer_decoder_block import rotate
 
 pytestmark = on_one_backend
 

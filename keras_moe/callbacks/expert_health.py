@@ -30,8 +30,7 @@ class ExpertHealth(keras.callbacks.Callback):
     - dead experts (`metrics.dead_experts`), in three times as many checks or the training's last;
     - a capacity that drops more than half of the assignments;
     - a router with weights that are NaN, or so large that each choice is absolute;
-    - a balancing loss with a `usual_weight`, such as `losses.LoadBalance`, whose weight is too
-      small to matter, or so large that what it adds for an uneven load is much of the loss.
+    - a balancing loss with a `usual_weight`, as `losses.LoadBalance`, far too weak or too heavy.
 
     At the end of the training one check of 5 assignments per expert is enough. Each warning is
     given once a layer, and kept in `findings`, a list of `(step, layer name, health.Finding)`. It
@@ -189,15 +188,12 @@ class _Watch:
         elif size > max(health.EXPLODED_LOGIT, _GROWTH * self._first_size):
             yield "router", health.exploded(f"spread by {size:.0f} for inputs of size 1")
         self.count()
-        if not health.is_enough(self._window):
-            return
-        self._judge_window()
-        yield from self._collapse(self.patience)
-        yield from self._overflow(self.patience)
-        idle = ops.convert_to_numpy(is_dead(self._window))
-        self._idle = np.where(idle, self._idle + 1, 0)
-        yield from self._dead(_DEAD_PATIENCE * self.patience)
-        self._window, self._dropped = np.zeros_like(self._window), 0.0
+        if health.is_enough(self._window):
+            self._judge_window()
+            idle = ops.convert_to_numpy(is_dead(self._window))
+            self._idle = np.where(idle, self._idle + 1, 0)
+            yield from self._lasting(self.patience, self.patience, _DEAD_PATIENCE * self.patience)
+            self._window, self._dropped = np.zeros_like(self._window), 0.0
 
     def count(self):
         """Add what was counted since the last time, and return the counters."""
@@ -211,49 +207,37 @@ class _Watch:
         """Findings at the end of the training, of a collapse after so many checks."""
         if health.is_enough(self._window, health.FEW):
             self._judge_window()
-        yield from self._collapse(checks)
-        yield from self._overflow(1)
-        yield from self._dead(self.patience)
+        yield from self._lasting(checks, 1, self.patience)
 
     def _judge_window(self):
         self._judged = self._window
         self._spreads.append(health.spread(self._judged, self.layer.router.min_top_k))
         self._drops.append(self._dropped / np.sum(self._window))
 
-    def _collapse(self, checks):
-        """The finding of a collapse in so many checks, if there is one."""
-        latest = list(self._spreads)
-        is_low = len(latest) >= checks and max(latest[-checks:]) < health.COLLAPSED
-        if is_low and latest[-1] - latest[0] <= _RECOVERY * (len(latest) - 1):
+    def _lasting(self, of_collapse, of_drops, of_dead):
+        """Findings of a collapse, of drops and of dead experts in so many checks."""
+        spreads, drops = list(self._spreads), list(self._drops)
+        is_low = len(spreads) >= of_collapse and max(spreads[-of_collapse:]) < health.COLLAPSED
+        if is_low and spreads[-1] - spreads[0] <= _RECOVERY * (len(spreads) - 1):
             yield "collapse", health.collapsed(self._judged, health.balance_advice(self.layer))
-
-    def _overflow(self, checks):
-        """The finding of a capacity that drops most in so many checks, if there is one."""
-        latest = list(self._drops)[-checks:]
-        if len(latest) == checks and min(latest) > health.MAX_DROPPED:
-            yield "dropped", health.judge_drops(latest[-1])[0]
-
-    def _dead(self, checks):
-        """The finding about experts that have been dead in so many checks, if there are any."""
-        dead, num_experts = np.flatnonzero(self._idle >= checks), len(self._idle)
+        if len(drops) >= of_drops and min(drops[-of_drops:]) > health.MAX_DROPPED:
+            yield "dropped", health.judge_drops(drops[-1])[0]
+        dead, num_experts = np.flatnonzero(self._idle >= of_dead), len(self._idle)
         # In a collapse most are dead, one after the other.
-        if len(dead) and self._spreads[-1] >= health.COLLAPSED:
+        if len(dead) and spreads[-1] >= health.COLLAPSED:
             advice = health.balance_advice(self.layer)
-            finding = health.dead(dead, num_experts, advice, f" in {checks} checks")
+            finding = health.dead(dead, num_experts, advice, f" in {of_dead} checks")
             now = f"At the last check {np.sum(self._idle > 0)} of {num_experts} were dead."
             yield "dead", finding._replace(text=f"{finding.text} {now}"), dead.tolist()
 
 
-def _read(weight):
-    return ops.convert_to_numpy(weight).astype("float64")
-
-
 def _router_size(router):
     """Deviation of the largest logit for inputs of variance 1, NaN if a weight is NaN."""
-    weights = [_read(weight) for weight in router.weights if "float" in weight.dtype]
-    if not all(np.isfinite(weight).all() for weight in weights):
+    weights = [weight for weight in router.weights if "float" in weight.dtype]
+    if not all(np.isfinite(ops.convert_to_numpy(weight)).all() for weight in weights):
         return np.nan
     kernel = getattr(router, "kernel", None)
     if kernel is None:
         return 0.0
-    return np.linalg.norm(health.logit_sizes(_read(kernel), router), axis=0).max()
+    kernel = ops.convert_to_numpy(kernel).astype("float64")
+    return np.linalg.norm(health.logit_sizes(kernel, router), axis=0).max()

@@ -85,8 +85,7 @@ class ExpertMonitor(keras.callbacks.Callback):
         # Readings of the counters: when the epoch, None outside of training, and a test began.
         self._epoch_began: Any = None
         self._test_began: Any = None
-        # Numbers and shares of the layers in this epoch.
-        self._training: Any = None
+        # Numbers and shares of the layers in the test of this epoch.
         self._test: Any = None
         self._event_files = None
         if log_dir is not None:
@@ -102,7 +101,7 @@ class ExpertMonitor(keras.callbacks.Callback):
         if self.model not in (None, model):
             self.shares, self.validation_shares = {}, {}
         super().set_model(model)
-        self._epoch_began = self._training = self._test = None
+        self._epoch_began = self._test = None
 
     def on_train_begin(self, logs=None):
         self.history, self._epoch_began = {}, None
@@ -118,12 +117,10 @@ class ExpertMonitor(keras.callbacks.Callback):
             rule = "An `ExpertMonitor` must be in the list of callbacks once"
             raise ValueError(f"{rule}. Received: a second one that is the same object")
         self._keep_shares_before(epoch)
-        self._training = self._test = None
+        self._test = None
         self._epoch_began = self._read()
 
     def on_test_begin(self, logs=None):
-        if self._epoch_began is not None:
-            self._training = self._numbers_since(self._epoch_began)
         self._test_began = self._read(evaluation=True)
         for layer in moe_layers(self.model).values():
             layer.add_observer(_EVALUATION)
@@ -143,8 +140,9 @@ class ExpertMonitor(keras.callbacks.Callback):
         if self._epoch_began is None:
             rule = "An `ExpertMonitor` must be in one call at a time"
             raise ValueError(f"{rule}. Received: an evaluation with it within `fit`")
-        training = self._training or self._numbers_since(self._epoch_began)
+        training = self._numbers_since(self._epoch_began)
         test: tuple = self._test or ({}, {})
+        self._epoch_began = None
         self._add_logs(logs, training[0])
         unused = [name for name, share in training[1].items() if not np.any(share)]
         if unused:
@@ -156,7 +154,6 @@ class ExpertMonitor(keras.callbacks.Callback):
         losses = [each["router_loss"] for each in training[0].values() if "router_loss" in each]
         if losses:
             logs["router_loss"] = sum(losses)
-        self._epoch_began = None
         if test[0]:
             self._add_logs(logs, test[0], "val_")
         for key, value in {**_by_key(training[0]), **_by_key(test[0], "val_")}.items():

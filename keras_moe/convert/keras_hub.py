@@ -30,10 +30,9 @@ BLOCKS = {family.block.cls: family for family in FAMILIES.values() if family.blo
 def use_sparse_experts(model: keras.Model) -> keras.Model:
     """Make the MoE blocks of a KerasHub model compute only the chosen experts.
 
-    Afterwards each block computes with a `layers.MixtureOfExperts` of the same weights, and all
-    tools of this package work on it. The result is the same model, with the same outputs and files
-    of weights; an optimizer starts again. A saved model is sparse when it is loaded, in a process
-    that has imported `keras_moe`.
+    Returns the same model, with the same outputs and files of weights; an optimizer starts again.
+    Each block has a `layers.MixtureOfExperts`, on which all tools of this package work. A saved
+    model is sparse when it is loaded, in a process that has imported `keras_moe`.
 
     Args:
         model: Keras model. The outermost that contains a `CausalLM` or `Backbone` of KerasHub.

@@ -66,8 +66,7 @@ def save_to_transformers(model: keras.Model, folder: str | os.PathLike) -> None:
         folder: Path. For `config.json` and `model.safetensors`.
 
     Raises:
-        ValueError: If the model is another one, is quantized or has too many dense blocks, its
-            mixtures differ, or one computes something else than the family's.
+        ValueError: If the model is another one or quantized, or a mixture computes something else.
 
     Example:
 

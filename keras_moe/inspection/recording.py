@@ -20,18 +20,14 @@ def record_routings(
 ) -> dict[str, list[Routing]]:
     """Routings of some data by all MoE layers of a model.
 
+    Returns a dict from the name of each layer to a list of its `ops.Routing`, of NumPy arrays: one
+    for each call.
+
     Args:
         model: A Keras model with MoE layers.
-        batches: Iterable of inputs, each as `model(...)` takes them.
+        batches: List of inputs, each as `model(...)` takes them, else a ValueError is raised.
         training: Boolean. Whether the model is called as in training: with the noise of routers,
             and with counters and selection biases that change.
-
-    Returns:
-        Dict from the name of each MoE layer to a list of its `ops.Routing`, of NumPy arrays: one
-        for each call.
-
-    Raises:
-        ValueError: If the model has no MoE layer or cannot run on the batches, or `batches` is one.
 
     Example:
 
@@ -112,7 +108,7 @@ def count_in_evaluation(model: keras.Model) -> contextlib.AbstractContextManager
     """A context in which the MoE layers of a model count in inference as they do in training.
 
     `evaluate` and `predict` are traced again in it and after it. A function that you compile
-    yourself counts always, if it was compiled in the context, and otherwise never.
+    yourself counts if it was compiled in the context.
 
     Example:
 
@@ -126,19 +122,19 @@ def count_in_evaluation(model: keras.Model) -> contextlib.AbstractContextManager
 
 
 @contextlib.contextmanager
-def _observing(observers, model=None, traced_again=()):
-    """A context in which layers have observers, by the layer."""
+def _observing(observers, *traced_again):
+    """A context in which layers have observers; a model may have to trace functions again."""
     try:
         for layer, observer in observers.items():
             layer.add_observer(observer)
-        if model is not None:
-            forget_compiled(model, traced_again)
+        if traced_again:
+            forget_compiled(*traced_again)
         yield
     finally:
         for layer, observer in observers.items():
             layer.remove_observer(observer)
-        if model is not None:
-            forget_compiled(model, traced_again)
+        if traced_again:
+            forget_compiled(*traced_again)
 
 
 def replay_routings(model: keras.Model, routings: dict) -> contextlib.AbstractContextManager:
@@ -152,9 +148,7 @@ def replay_routings(model: keras.Model, routings: dict) -> contextlib.AbstractCo
         model: A Keras model.
         routings: Dict from the name of an MoE layer to an `ops.Routing`, or to its `indices` (T,
             K), of the batch that the model is called on. Layers without an entry choose as usual.
-
-    Raises:
-        ValueError: If a name is not an MoE layer's, or an expert does not exist.
+            Names of no layer and experts that do not exist raise a ValueError.
 
     Example:
 

@@ -174,9 +174,7 @@ def table_row(layer):
 def count_parameters(model: keras.Model) -> tuple[int, int]:
     """All parameters of a built model, and those that work on one token, two integers.
 
-    Among all are counters and other state of MoE layers, which works on none.
-
-    Experts that layers share count once; as many work as these layers choose, at most all.
+    Counters work on none. Of experts that layers share, as many work as these layers choose.
     """
     layers = _built_layers(model).values() if find_layers(model) else ()
     shares = _active_shares(layers)

@@ -21,9 +21,9 @@ class Capacity(Configured):
     """Gives each expert `ceil(factor * T * K / E)` slots for a batch of T tokens.
 
     First choices are served before second ones. An assignment without a slot contributes zero; the
-    weights of the others stay. Padding takes no slot, but counts in T, so that the shape of a batch
-    sets the capacity. On a mesh of devices T counts the tokens of one. In a language model later
-    tokens take slots from earlier ones, unless K is 1 and the priority "position".
+    weights of the others stay. Padding takes no slot, but counts in T. On a mesh of devices T
+    counts the tokens of one. In a language model later tokens take slots from earlier ones, unless
+    K is 1 and the priority "position".
 
     Args:
         factor: Positive float, rounded to a fraction with a denominator of at most 1,000. 1.0 is
@@ -34,9 +34,8 @@ class Capacity(Configured):
         evaluation_factor: Positive float, the factor outside of training. None: no limit, so that
             what a token gets does not depend on what else is evaluated.
         priority: String. Who is served first among equal choices: "position", earlier tokens;
-            "probability", tokens with a larger best probability (batch-prioritised routing,
-            arXiv:2106.05974, section 4.2); "random", so that late tokens are served as often as
-            early ones.
+            "probability", tokens with a larger best probability (arXiv:2106.05974, section 4.2);
+            "random".
         per_sequence: Boolean. Whether T is the length of a sequence and its tokens compete among
             themselves only. False: T is the whole batch.
 

@@ -37,12 +37,9 @@ class LayerExperts(ExpertBank):
     Each layer sees the rows (n, D) of its tokens and returns rows (n, D') with one D' for all; in a
     mixture with `token_axes`, rows are whole samples (n, ...). Under XLA they come in tiles that
     are padded with ones, which `BatchNormalization` in training sees, and an activity regularizer
-    counts once a tile. A mixture as an expert, or in an expert whose `call` has a `mask`, receives
-    a mask of the padding.
-
-    Banks of stacked kernels are faster. On a GPU or TPU XLA runs tiles of 64 rows one after the
-    other, unless all layers are alike (one class, one configuration, no state but weights): then it
-    runs larger tiles at once, each with a copy of its expert's weights.
+    counts once a tile. A mixture in an expert receives a mask of the padding, if the `call` of the
+    expert has a `mask`. Banks of stacked kernels are faster, above all where layers are not alike:
+    of one class and one configuration, with no state but weights.
 
     Args:
         layers: List of Keras layers, `keras.Sequential` or functional models.

@@ -20,11 +20,9 @@ class ZeroComputationExperts(ExpertBank):
     """A bank of experts, followed by experts that do next to nothing.
 
     The output of a zero expert is zero, of an identity expert the token, and of a constant expert
-    `a x + b v` with a learned vector v and `a, b = softmax(x W)`. None of them moves a row, so easy
-    tokens cost less. A capacity, whose E counts all experts, limits those that compute only.
-
-    Use a router that does not divide weights by their sum, such as `TopKRouter(num_experts,
-    renormalize=False)`: otherwise the weight of a zero expert counts in it.
+    `a x + b v` with a learned vector v and `a, b = softmax(x W)`. A capacity, whose E counts all
+    experts, limits those that compute only. Use a router that does not divide weights by their sum,
+    such as `TopKRouter(num_experts, renormalize=False)`, or the weight of a zero expert counts too.
 
     Args:
         experts: Bank of experts that compute.
@@ -34,11 +32,11 @@ class ZeroComputationExperts(ExpertBank):
         **kwargs: Arguments of a Keras layer, such as `name` and `dtype`.
 
     Raises:
-        ValueError: If a number is negative or all are zero, or the bank changes the number of
-            features.
+        ValueError: If a number is negative or all are zero, the bank changes the number of
+            features, or experts choose tokens.
 
     Call arguments and output shape: as for `ExpertBank`. The experts that compute come first, then
-    zero, identity and constant ones. Experts must not choose tokens.
+    zero, identity and constant ones.
 
     Example:
 

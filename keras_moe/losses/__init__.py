@@ -103,12 +103,10 @@ class LoadBalance(RouterLoss):
     - `scope="batch"`: over all tokens of a call (Fedus et al. 2021, arXiv:2101.03961, eq. 4 to 6).
     - `scope="sequence"`: over each sequence, then averaged; balance the batch as well. In a layer,
       a sequence is all axes of its inputs between the first and the last; elsewhere all tokens, or
-      `sequence_length` of them. A sequence of padding alone is left out (DeepSeek-V3,
-      arXiv:2412.19437, eq. 17 to 20).
-    - `scope="global"`: over the batch of an optimizer step, as small batches are hard to balance.
-      `f` counts all its micro-batches so far, on all replicas; `P` comes from this micro-batch, as
-      only that has a gradient. Only layers can call it (Qiu et al. 2025, arXiv:2501.11873, section
-      3).
+      `sequence_length` of them (DeepSeek-V3, arXiv:2412.19437, eq. 17 to 20).
+    - `scope="global"`: over the batch of an optimizer step. `f` counts all its micro-batches so
+      far, on all replicas; `P` comes from this one, as only that has a gradient. Only layers can
+      call it (Qiu et al. 2025, arXiv:2501.11873, section 3).
 
     Args:
         weight: Float, at least 0. None: 1e-2, or 1e-4 for sequences.
@@ -311,11 +309,7 @@ def get(identifier: Any) -> RouterLoss:
 
     Names: "importance_variation", "load_balance", "load_variation", "router_entropy", "router_z"
     and "selector_entropy", as the classes; "global_load_balance" and "sequence_load_balance", a
-    `LoadBalance` of that scope.
-
-    Raises:
-        TypeError: If it is none of these, such as `MixtureNegativeLogLikelihood`, which is no loss
-            of a router: it compares outputs with targets, and goes to `model.compile`.
+    `LoadBalance` of that scope. Anything else raises a TypeError.
     """
     return resolve("router_losses", identifier, RouterLoss, IDENTIFIERS)
 

@@ -234,8 +234,8 @@ def _targets(y_true, shape):
 def pack_mixture(routing: Routing, expert_outputs: Tensor) -> Tensor:
     """Combine weights and expert outputs in one tensor, the prediction of a mixture.
 
-    A Keras loss receives one tensor for each output. The first entry of each expert is the
-    logarithm of its weight. `MixtureNegativeLogLikelihood.unpack` returns the parts by name.
+    The first entry of each expert is the logarithm of its weight.
+    `MixtureNegativeLogLikelihood.unpack` returns the parts by name.
 
     Args:
         routing: `ops.Routing` of T tokens.

@@ -183,8 +183,7 @@ def _escape(text):
 
 def _verdicts(layers):
     for layer in layers:
-        name = layer.summary.name
-        fixes = []
+        name, fixes = layer.summary.name, []
         for finding in layer.findings:
             fix = "Try the same as above." if finding.fix in fixes else f"Try: {finding.fix}"
             fixes.append(finding.fix)
@@ -204,7 +203,7 @@ def _verdict(level, text, more):
 
 
 def _table(layers):
-    rows = [_row(layer) for layer in layers]
+    rows = list(map(_row, layers))
     head = "".join(f'<th scope="col">{name}</th>' for name in rows[0])
     cells = ("".join(f"<td>{cell}</td>" for cell in row.values()) for row in rows)
     body = "".join(f"<tr>{row}</tr>" for row in cells)

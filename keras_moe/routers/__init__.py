@@ -41,10 +41,8 @@ def get(identifier: Any, num_experts: int | None = None, **kwargs: Any) -> Route
             "dselect_k", "expert_choice", "gshard", "noisy_top_k", "relu", "sinkhorn", "soft",
             "top_k", "top_p" or "v_moe", each with the defaults of its class; "group_limited", a
             `GroupLimitedRouter` with `scaling_factor=2.5, balancer="loss_free"`; or "switch", a
-            `TopKRouter` with `top_k=1, input_jitter=0.01`. A `HashRouter` has no name, as it needs
-            the size of a vocabulary.
-        num_experts: Integer. Number of experts of a router without one. None: the number of the
-            layer around the router.
+            `TopKRouter` with `top_k=1, input_jitter=0.01`.
+        num_experts: Integer. Number of experts of a router without one, or None.
         **kwargs: Other arguments of a router that is given by name, such as `top_k`.
 
     Raises:

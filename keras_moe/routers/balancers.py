@@ -19,11 +19,8 @@ class SelectionBalancer(Configured):
     """Abstract: from routings to a selection bias that evens out the load.
 
     In training a router measures each batch on each replica, and updates its bias once an optimizer
-    step by the mean of the measurements. So no token's experts depend on later tokens. Padding is
-    not measured.
-
-    A subclass implements `measure` and `update`. `measure` gathers what cannot be averaged over
-    replicas.
+    step by the mean of the measurements. A subclass implements `measure` and `update`; `measure`
+    gathers what cannot be averaged over replicas.
 
     Args:
         accumulation_steps: Integer. Micro-batches of an optimizer step: the

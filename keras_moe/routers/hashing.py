@@ -17,13 +17,11 @@ from keras_moe.routers.router import Router
 class HashRouter(Router):
     """Each word of the vocabulary has its experts, drawn at random and never changed.
 
-    The choice is not learned, so nothing collapses. The K experts of a token have the weight 1 / K,
-    or with a `score` learned weights. To choose experts by topic or by frequency, call
-    `router.table.assign(table)`.
+    The K experts of a token have the weight 1 / K, or with a `score` learned weights. To choose
+    experts by topic or by frequency, call `router.table.assign(table)`.
 
     Args:
-        vocabulary_size: Integer. Number of token ids. Any integer is an id, modulo this:
-            larger ones start again from 0, -1 is the last. Beyond int32 the last 32 bits count.
+        vocabulary_size: Integer. Number of token ids. Any int32 is an id, modulo this.
         top_k: Integer. Experts per token, K, at most E.
         seed: Integer seed of the table (vocabulary_size, K).
         score: String. "softmax", "sigmoid" or "sqrt_softplus": the experts of the table are

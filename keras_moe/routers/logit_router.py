@@ -26,9 +26,8 @@ class LogitRouter(Adaptable, Router):
         logit_noise: Float. In training, standard deviation of normal noise added to the logits.
         kernel_initializer: Initializer of the kernel (D, E). The default is normal with standard
             deviation 0.02; zeros would send every token to the same experts.
-        kernel_regularizer: Regularizer of the kernel, or None.
-            `keras.regularizers.OrthogonalRegularizer(mode="columns")` keeps the experts' directions
-            apart (arXiv:2506.14038).
+        kernel_regularizer: Regularizer of the kernel, or None, such as
+            `keras.regularizers.OrthogonalRegularizer(mode="columns")` (arXiv:2506.14038).
         seed: Integer seed of the noise, or None.
         hidden_dim: Integer or None. Width H of a hidden layer with ReLU before the kernel (H, E).
         temperature: Float above 0. Logits are divided by it: scores are sharper below 1.

@@ -39,9 +39,8 @@ class MatchingRouter(LogitRouter):
 class SinkhornRouter(MatchingRouter):
     """In training, tokens choose from a plan in which all experts have the same load.
 
-    The weights are scores of the logits: a sigmoid for `top_k=1`, a softmax over all experts
-    otherwise. In evaluation tokens choose by the logits. In training a token's experts depend on
-    the whole batch, so later tokens leak a little.
+    The weights are a sigmoid of the logits for `top_k=1`, else a softmax over all experts. In
+    evaluation tokens choose by the logits. In training a token's experts depend on the whole batch.
 
     Args:
         top_k: Integer. Experts per token, K, at most E.
@@ -78,13 +77,6 @@ class BalancedAssignmentRouter(MatchingRouter):
 
     Arguments, errors, call arguments and returns: as for `LogitRouter`, without `indices`.
 
-    Example:
-
-    >>> router = keras_moe.routers.BalancedAssignmentRouter(num_experts=4)
-    >>> routing = router(keras.random.normal((32, 64)), training=True)
-    >>> keras.ops.convert_to_numpy(routing.counts).tolist()
-    [8, 8, 8, 8]
-
     Reference: Lewis et al. 2021, BASE layers (arXiv:2103.16716), section 3.
     """
 
@@ -100,9 +92,8 @@ class BalancedAssignmentRouter(MatchingRouter):
 class ExpertChoiceRouter(LogitRouter):
     """Each expert takes the same number of best tokens of each sequence.
 
-    The load is balanced by construction and needs no loss. A token is served by any number of
-    experts, perhaps by none. A token's experts depend on later tokens: a language model would see
-    the future in training. Inputs (batch, D) are one sequence, in `predict` too.
+    A token is served by any number of experts, perhaps by none, and its experts depend on later
+    tokens: not for language models. Inputs (batch, D) are one sequence, in `predict` too.
 
     Args:
         capacity_factor: Float above 0. Experts per token on average. An expert takes
@@ -110,13 +101,6 @@ class ExpertChoiceRouter(LogitRouter):
 
     Other arguments, errors, call arguments and returns: as for `LogitRouter`, without `indices`. K
     is E: place e is expert e, or -1 if it did not choose the token.
-
-    Example:
-
-    >>> router = keras_moe.routers.ExpertChoiceRouter(num_experts=8, capacity_factor=2.0)
-    >>> routing = router(keras.random.normal((32, 64)))
-    >>> keras.ops.convert_to_numpy(routing.counts).tolist()
-    [8, 8, 8, 8, 8, 8, 8, 8]
 
     Reference: Zhou et al. 2022 (arXiv:2202.09368), section 3.2.
     """

@@ -84,8 +84,7 @@ class NoisyTopKRouter(NoisyRouter):
     are a softmax over the K largest of H.
 
     Args:
-        top_k: Integer. Experts per token, K, at most E. With 1 the weight is the probability among
-            all experts, as the softmax over one alone would be 1 and have no gradient.
+        top_k: Integer. Experts per token, K, at most E. With 1 the softmax is over all experts.
 
     Other arguments, errors, call arguments and returns: as for `LogitRouter`, without `indices`.
 

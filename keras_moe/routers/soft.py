@@ -20,10 +20,8 @@ from keras_moe.routers.router import Router
 class DenseRouter(LogitRouter):
     """All experts serve each token, weighted by a softmax: `y = sum_e p_e f_e(x)`.
 
-    The best choice for a handful of small experts. A `TopKRouter` with `top_k=num_experts` computes
-    the same from the same weights, and can choose fewer later.
-
-    Arguments, errors, call arguments and returns: as for `LogitRouter`, without `indices`.
+    The best choice for a handful of small experts. Arguments, errors, call arguments and returns:
+    as for `LogitRouter`, without `indices`.
 
     References: Jacobs et al. 1991, "Adaptive mixtures of local experts"; Jordan and Jacobs 1994,
     "Hierarchical mixtures of experts and the EM algorithm".
@@ -50,22 +48,14 @@ class DenseRouter(LogitRouter):
 class SoftRouter(LogitRouter):
     """Each expert serves a few slots of each sequence, each a weighted mean of its tokens.
 
-    Everything is differentiable and no token is dropped; the experts compute `num_experts * slots`
-    rows a sequence. Each output depends on the whole sequence: not for language models. Inputs
-    (batch, D) are one sequence, in `predict` too.
+    The experts compute `num_experts * slots` rows a sequence. Each output depends on the whole
+    sequence: not for language models. Inputs (batch, D) are one sequence, in `predict` too.
 
     Args:
         slots: Integer. Slots of each expert for each sequence, P.
 
     Other arguments, errors, call arguments and returns: as for `LogitRouter`, without `indices`.
     The routing names for each token the one expert it takes most from; all serve it.
-
-    Example:
-
-    >>> experts = keras_moe.layers.FeedForwardExperts(num_experts=4, hidden_dim=32)
-    >>> layer = keras_moe.layers.MixtureOfExperts(experts, router="soft")
-    >>> layer(keras.random.normal((2, 10, 16))).shape
-    (2, 10, 16)
 
     Reference: Puigcerver et al. 2023 (arXiv:2308.00951), eq. 1 to 3 and, for the unit norms and the
     scale, section 2.3.
@@ -101,17 +91,16 @@ class SoftRouter(LogitRouter):
 class DSelectKRouter(Router):
     """Up to `top_k` experts, chosen by selectors whose choice becomes exact in training.
 
-    A selector encodes the number of its expert in about log2 E bits. Each bit is a smooth step of a
-    number that is learned: between 0 and 1 at first, so that all experts serve, and exactly 0 or 1
-    in the end; `losses.SelectorEntropy`, the loss by default, makes the selectors choose. Experts
-    whose weight is exactly 0 are not computed, which changes no output and no gradient.
+    A selector encodes the number of its expert in bits. Each is a smooth step of a learned number:
+    between 0 and 1 at first, so that all experts serve, and exactly 0 or 1 in the end;
+    `losses.SelectorEntropy`, the loss by default, makes the selectors choose. Experts of weight 0
+    are not computed, which changes no output and no gradient.
 
     Args:
         top_k: Integer. Number of selectors, K, at most E. Two may select the same expert.
         per_example: Boolean. Whether a token has a choice of its own. False: all tokens have the
             same experts and weights, as for the tasks of a `layers.MultiGateMixtureOfExperts`.
-        gamma: Float above 0. Width of the smooth step. A bit is exact when its number leaves the
-            interval from `-gamma / 2` to `gamma / 2`.
+        gamma: Float above 0. Width of the smooth step, from `-gamma / 2` to `gamma / 2`.
         seed: Integer seed of the initial weights, or None.
 
     Other arguments, errors and call arguments: as for `Router`, without `indices`.

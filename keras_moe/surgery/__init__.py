@@ -85,8 +85,7 @@ def prune_experts(
     Example:
 
     >>> moe = keras_moe.layers.MixtureOfExperts(keras_moe.layers.FeedForwardExperts(8, 32))
-    >>> model = keras.Sequential([keras.Input((16,)), moe])
-    >>> data = [keras.random.normal((64, 16))]
+    >>> model, data = keras.Sequential([keras.Input((16,)), moe]), [keras.random.normal((64, 16))]
     >>> surgery = keras_moe.surgery.prune_experts(model, by="saliency", keep=4, data=data)
     >>> moe.experts.num_experts
     4
@@ -107,14 +106,12 @@ def merge_experts(model: keras.Layer, keep: float | dict = 0.5, data: Sequence =
 
     The most used experts stay; each of the others is merged into the most similar of these, by the
     router's logits over the tokens. Weights are averaged by usage, after the hidden features of the
-    two were matched. Experts that are layers may differ in the values of their weights only.
-    Arguments, errors and the result are as in `prune_experts`.
+    two were matched. Arguments, errors and the result are as in `prune_experts`.
 
     Example:
 
     >>> moe = keras_moe.layers.MixtureOfExperts(keras_moe.layers.FeedForwardExperts(8, 32))
-    >>> model = keras.Sequential([keras.Input((16,)), moe])
-    >>> data = [keras.random.normal((64, 16))]
+    >>> model, data = keras.Sequential([keras.Input((16,)), moe]), [keras.random.normal((64, 16))]
     >>> surgery = keras_moe.surgery.merge_experts(model, keep=4, data=data)
     >>> moe.experts.num_experts
     4
@@ -157,8 +154,8 @@ def add_experts(
     >>> moe = keras_moe.layers.MixtureOfExperts(keras_moe.layers.FeedForwardExperts(8, 32))
     >>> model = keras.Sequential([keras.Input((16,)), moe])
     >>> surgery = keras_moe.surgery.add_experts(model, factor=4)
-    >>> moe.experts.num_experts, tuple(moe.experts.up_kernel.shape)
-    (32, (32, 16, 32))
+    >>> moe.experts.num_experts
+    32
 
     Reference: Dwivedi et al. 2026, Expert Upcycling (arXiv:2604.19835), with K fixed.
     """
@@ -184,7 +181,6 @@ def set_top_k(model: keras.Layer, top_k: int | dict) -> None:
     """Change `top_k` in place, in compiled functions of `model` as well.
 
     Other models that hold its layers must be compiled again, except on PyTorch.
-    Weights still sum to 1, if they did; with one expert the router learns from its losses only.
 
     Args:
         model: Keras model. A model with MoE layers, or one such layer.
@@ -232,11 +228,9 @@ def apply_selection(model: keras.Layer, source: Surgery | str | os.PathLike) -> 
     """Repeat a choice of experts in another model, in place, and return a `Surgery` without losses.
 
     Args:
-        model: Keras model. As in `prune_experts`; its layers have the same names and experts.
+        model: Keras model. As in `prune_experts`, with layers of the same names and experts, else a
+            ValueError is raised.
         source: `Surgery`, or path of a file that `Surgery.save` wrote.
-
-    Raises:
-        ValueError: If the model lacks one of the layers or experts, or as in `prune_experts`.
 
     Example:
 

@@ -79,16 +79,13 @@ def upcycle(
 
     >>> model = keras.Sequential([keras.Input((16,)), keras.layers.Dense(32, "relu", name="wide")])
     >>> model.add(keras.layers.Dense(16))
-    >>> models = [keras.models.clone_model(model) for _ in range(3)]
     >>> [layer.name for layer in keras_moe.upcycle(model, num_experts=4).layers]
     ['wide_experts']
-    >>> keras_moe.upcycle(models).layers[0].experts.num_experts
-    3
 
     References: Komatsuzaki et al. 2022 (arXiv:2212.05055), section 3, for copies; He et al. 2024
-    (arXiv:2410.07524), section 3.2, for parts and equal columns, there called virtual groups;
-    Nakamura et al. 2025 (arXiv:2502.19261), section 3.2, for partly re-initialised copies;
-    Sukhbaatar et al. 2024, Branch-Train-MiX (arXiv:2403.07816), section 3.2, for several models.
+    (arXiv:2410.07524), section 3.2, for parts; Nakamura et al. 2025 (arXiv:2502.19261), section
+    3.2, for partly re-initialised copies; Sukhbaatar et al. 2024, Branch-Train-MiX
+    (arXiv:2403.07816), section 3.2, for several models.
     """
     models: list[Any] = list(model) if isinstance(model, (list, tuple)) else [model]
     granularity = check_integer("granularity", granularity)
@@ -183,18 +180,15 @@ def merge_lora(model: keras.Model) -> None:
     """Merge low-rank corrections of experts and routers into their kernels; the outputs stay.
 
     Banks and routers with `enable_lora` lose their factors. In `layers.LowRankExperts` each expert
-    gets kernels of its own. Raises a ValueError if a model has no such layers.
-
-    Args:
-        model: Keras model. It changes in place, with a new optimizer. Merged kernels are frozen.
+    gets kernels of its own. The model changes in place, with a new optimizer; merged kernels are
+    frozen. Raises a ValueError if it has no such layers.
 
     Example:
 
     >>> base = keras_moe.layers.GatedExperts(num_experts=1, hidden_dim=16)
     >>> experts = keras_moe.layers.LowRankExperts(base, num_experts=4, rank=2)
     >>> layer = keras_moe.layers.MixtureOfExperts(experts, name="moe")
-    >>> model = keras.Sequential([keras.Input((8,)), layer])
-    >>> keras_moe.merge_lora(model)
+    >>> keras_moe.merge_lora(keras.Sequential([keras.Input((8,)), layer]))
     >>> tuple(layer.experts.up_kernel.shape)
     (4, 8, 16)
     """
