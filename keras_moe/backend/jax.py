@@ -92,11 +92,11 @@ class JaxBackend(StaticBackend):
         # By default a program would check each index, and each row for existing.
         return tensor.at[indices].get(mode="promise_in_bounds", wrap_negative_indices=False)
 
-    def argsort(self, integers, bound):
+    def _argsort(self, integers, bound):
         number = integers.shape[0]
         # The number may be a symbol, as in an exported program.
         if not isinstance(number, int) or bound * number >= 2**31:
-            return super().argsort(integers, bound)
+            return super()._argsort(integers, bound)
         # XLA sorts plain integers several times as fast as pairs.
         return packed_order(jax.lax.sort, integers, bound)
 

@@ -154,11 +154,11 @@ class TensorFlowBackend(StaticBackend):
     def gather_rows(self, tensor, indices):
         return tf.gather(tensor, indices)
 
-    def argsort(self, integers, bound):
+    def _argsort(self, integers, bound):
         number = integers.shape[0]
         fits = number is not None and bound * number < 2**31
         if not (fits and self.needs_static_shapes()):
-            return super().argsort(integers, bound)
+            return super()._argsort(integers, bound)
         # `tf.sort` is made from `top_k`, which XLA compiles to a slower sort of pairs.
         return packed_order(xla.sort, integers, bound)
 
@@ -182,7 +182,7 @@ class TensorFlowBackend(StaticBackend):
         )
         return carry, outputs.stack()
 
-    def argmax(self, scores):
+    def _argmax(self, scores):
         # As in the base class; Keras's reductions ask for empty axes, in further operations.
         best = tf.reduce_max(scores, axis=-1, keepdims=True)
         number = scores.shape[-1]

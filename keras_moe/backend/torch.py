@@ -1,6 +1,7 @@
 """PyTorch primitives."""
 
 import contextlib
+import math
 
 import keras
 import torch
@@ -8,7 +9,7 @@ from keras import ops
 
 from keras_moe._internal.keras_internals import in_stateless_scope
 from keras_moe.backend import padded, torch_processes
-from keras_moe.backend.base import Backend, multiply_groups, named_platform, packed_order
+from keras_moe.backend.base import LOW, Backend, multiply_groups, named_platform, packed_order
 from keras_moe.backend.torch_groups import AllOnDevice, Runs, is_traced, sizes_on_host, split
 
 # With fewer comparisons, counting by them takes fewer operations.
@@ -101,8 +102,13 @@ class TorchBackend(Backend):
         rows = torch.index_select(tensor, 0, indices.reshape(-1))
         return rows.reshape(*indices.shape, *tensor.shape[1:])
 
-    def argmax(self, scores):
-        return torch.argmax(scores, -1).to(torch.int32)
+    def top_k(self, scores, number):
+        rest = torch.nan_to_num(scores.clamp_min(LOW), math.inf, math.inf)
+        chosen = [torch.argmax(rest, 1, keepdim=True)]
+        for _ in range(number - 1):
+            rest = rest.scatter(1, chosen[-1], -math.inf)
+            chosen.append(torch.argmax(rest, 1, keepdim=True))
+        return torch.cat(chosen, 1).to(torch.int32)
 
     def take_columns(self, matrix, columns):
         existing = columns.clamp(0, matrix.shape[1] - 1)
@@ -120,10 +126,14 @@ class TorchBackend(Backend):
         numbers = torch.arange(number, device=integers.device)
         return (integers.unsqueeze(1) == numbers).sum(0, dtype=torch.int32)
 
-    def argsort(self, integers, bound):
-        if not torch.jit.is_tracing():
-            return super().argsort(integers, bound)
-        return packed_order(lambda packed: torch.sort(packed).values, integers, bound)  # for ONNX
+    def order_and_rank(self, integers, bound):
+        if torch.jit.is_tracing():  # for ONNX
+            order = packed_order(lambda packed: torch.sort(packed).values, integers, bound)
+        else:
+            order = torch.argsort(integers, stable=True)
+        numbers = torch.arange(order.shape[0], dtype=torch.int32, device=order.device)
+        rank = torch.zeros_like(numbers).scatter(0, order.to(torch.int64), numbers)
+        return order.to(torch.int32), rank
 
     def larger_size(self, least, size):
         # An export takes a symbolic size for a constant where it becomes a tensor.

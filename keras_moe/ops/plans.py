@@ -12,7 +12,7 @@ from keras_moe._internal import Tensor
 from keras_moe._internal.checks import check_tensors
 from keras_moe.backend import backend
 from keras_moe.ops.routing import count_assignments, counted, masked, served_and_counts
-from keras_moe.ops.sorting import as_dtype, at_least, sort_by_expert
+from keras_moe.ops.sorting import as_dtype, at_least
 
 
 class GroupedPlan(NamedTuple):
@@ -121,7 +121,7 @@ class GroupedPlan(NamedTuple):
             return self
         number = self.num_experts
         expert = self._flat(ops.where(self.experts >= 0, self.experts, number))
-        order, rank = sort_by_expert(expert, number + 1)
+        order, rank = backend.order_and_rank(expert, number + 1)
         rows = ops.where(expert < number, rank, -1)
         if self.places is None:
             rows = ops.transpose(ops.reshape(rows, (self.experts.shape[1], -1)))

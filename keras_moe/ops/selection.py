@@ -1,13 +1,8 @@
 """Scores of experts from logits, and the selection of the best ones of a token."""
 
-import numpy as np
 from keras import ops
 
 from keras_moe.backend import backend
-
-# The second lowest float: below all other scores and above minus infinity. TensorFlow's argmax
-# begins from the lowest and therefore never finds it.
-LOW = float(np.nextafter(np.finfo("float32").min, np.float32(0)))
 
 # Added to scores that could otherwise be zero: a router that pushed all of a token's scores there
 # would divide zero by zero, or escape the balance loss, whose gradient vanishes with the scores.
@@ -73,21 +68,13 @@ def top_k_indices(scores, top_k):
 
     NaN ranks first, so that the output is NaN as well, and nothing is read out of range.
     """
-    # K rounds of argmax agree on ties and NaN on every backend, where top_k does not, as fast.
     num_tokens, num_experts = scores.shape
     if not 0 < top_k <= num_experts:
         rule = "`top_k` must be at most the number of experts, and at least 1"
         raise ValueError(f"{rule}. Received: top_k={top_k}, {num_experts} experts")
     if num_tokens == 0:  # Keras cannot take the maximum of an empty axis.
         return ops.zeros((0, top_k), "int32")
-    # Minus infinity ranks above the experts that are taken already.
-    rest = ops.where(ops.isnan(scores), float("inf"), ops.maximum(scores, LOW))
-    experts = ops.arange(num_experts, dtype="int32")
-    chosen = [backend.argmax(rest)]
-    for _ in range(top_k - 1):
-        rest = ops.where(ops.expand_dims(chosen[-1], 1) == experts, float("-inf"), rest)
-        chosen.append(backend.argmax(rest))
-    return ops.stack(chosen, axis=1)
+    return backend.top_k(scores, top_k)
 
 
 def chosen_experts(indices, num_experts):

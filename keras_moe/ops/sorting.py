@@ -29,15 +29,9 @@ def position_in_expert(expert, num_experts, order=None):
     """
     if order is not None:
         return put(position_in_expert(ops.take(expert, order), num_experts), order)
-    _, rank = sort_by_expert(expert, num_experts)
+    _, rank = backend.order_and_rank(expert, num_experts)
     sizes = ops.segment_sum(ops.ones_like(expert), expert, num_experts)
     return rank - ops.take(ops.cumsum(sizes) - sizes, expert)
-
-
-def sort_by_expert(expert, num_experts):
-    """A stable order of experts (N,) from 0 to `num_experts` - 1, and the rank of each entry."""
-    order = backend.argsort(expert, num_experts)
-    return order, put(ops.arange(ops.shape(expert)[0], dtype="int32"), order)
 
 
 def put(values, places, size=None):
