@@ -52,7 +52,7 @@ def expert_parallel(
     """
     experts = experts if experts is None else check_integer("experts", experts)
     data = data if data is None else check_integer("data", data)
-    processes = backend.split_experts(experts, data, devices, layout_map, process_group)
+    processes = backend.devices.split_experts(experts, data, devices, layout_map, process_group)
     if processes is not None:
         return processes
     given = (experts, data, devices)

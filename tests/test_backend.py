@@ -87,9 +87,9 @@ METHODS = {
     "a value that waits for a tensor": (backend.control_dependency, (ROWS, ints(3)), ints(3)),
     "sums, rows and counts of one replica": (
         lambda x, *counts: [
-            backend.replicas.sum(x),
-            backend.replicas.gather(x),
-            *backend.replicas.sum_counts(list(counts)),
+            backend.devices.sum(x),
+            backend.devices.gather(x),
+            *backend.devices.sum_counts(list(counts)),
         ],
         (ROWS, ints(1, 2), ints([3], [4])),
         [ROWS, ROWS, ints(1, 2), ints([3], [4])],
@@ -313,17 +313,17 @@ def test_a_network_runs_on_its_platform():
 
 
 def test_one_device_has_no_others():
-    assert backend.replicas.number() == 1
-    assert backend.expert_processes() is None and backend.token_shards() is None
+    assert backend.devices.num_replicas() == 1
+    assert backend.devices.expert_processes() is None and backend.devices.token_shards() is None
     layer = keras.layers.Dense(1)
-    backend.replicas.separate_losses(layer)
+    backend.devices.separate_losses(layer)
     layer.add_loss(ops.ones(()))
     assert len(layer._losses[:]) == 1
     if BACKEND == "jax":
-        assert backend.split_experts(*[None] * 5) is None
+        assert backend.devices.split_experts(*[None] * 5) is None
     elif BACKEND == "tensorflow":  # Of PyTorch `test_replicas.py` has it.
         with pytest.raises(ValueError, match="MirroredStrategy"):
-            backend.split_experts(*[None] * 5)
+            backend.devices.split_experts(*[None] * 5)
 
 
 def test_every_method_is_named_here():

@@ -51,7 +51,7 @@ class BaseLayer(KeepsLosses, keras.layers.Layer):
                 f"{shortened(kwargs[name])} for a `{type(self).__name__}`"
             )
         super().__init__(**kwargs)
-        backend.replicas.separate_losses(self)
+        backend.devices.separate_losses(self)
 
     def quantized_call(self, *args, **kwargs):
         # Keras calls this in place of `call` where the dtype policy is quantized.

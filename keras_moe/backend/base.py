@@ -215,38 +215,24 @@ class Backend:
         """Return the rows of each group, then the rest, as a list; and the list of their sizes."""
         raise NotImplementedError
 
-    # Several devices, here a single one. Replicas run the same code on parts of a batch. Experts
-    # may be split over processes, on PyTorch, or over a mesh of `keras.distribution`, on JAX.
-
     @property
-    def replicas(self):
-        """The `Replicas` of a model."""
-        return Replicas()
-
-    def split_experts(self, experts, data, devices, layout_map, process_group):
-        """Return the distribution of `keras_moe.distribution.expert_parallel`.
-
-        None: one of Keras, which splits arrays over a mesh of devices.
-        """
-        rule = "Keras splits no weights on TensorFlow: use `tf.distribute.MirroredStrategy`"
-        raise ValueError(f"{rule}. Received: keras.backend.backend()='tensorflow'")
-
-    def expert_processes(self):
-        """Return the current `torch_experts.ExpertParallel`; None if experts are not split."""
-        return None
-
-    def token_shards(self):
-        """Return the `jax_sharding.Shards` of a batch of tokens; None on one device."""
-        return None
+    def devices(self):
+        """The `Devices` that a model runs on."""
+        return Devices()
 
 
-class Replicas:
-    """Sums over the replicas of a model; here there is a single one."""
+class Devices:
+    """Devices that share the work; here a single one.
 
-    def number(self):
+    Replicas run the same code on parts of a batch. Experts may be split over processes, on PyTorch,
+    or over a mesh of `keras.distribution`, on JAX.
+    """
+
+    def num_replicas(self):
         return 1
 
     def sum(self, values):
+        """Sum a tensor over all replicas."""
         return values
 
     def gather(self, values):
@@ -259,6 +245,21 @@ class Replicas:
 
     def separate_losses(self, layer):
         """Give each replica its own list of the losses that a layer adds."""
+
+    def split_experts(self, experts, data, devices, layout_map, process_group):
+        """Return the distribution of `keras_moe.distribution.expert_parallel`.
+
+        None: one of Keras, which splits arrays over a mesh of devices.
+        """
+        raise NotImplementedError
+
+    def expert_processes(self):
+        """Return the current `torch_processes.ExpertParallel`; None if experts are not split."""
+        return None
+
+    def token_shards(self):
+        """Return the `jax_sharding.Shards` of a batch of tokens; None on one device."""
+        return None
 
 
 class StaticBackend(Backend):

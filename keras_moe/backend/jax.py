@@ -22,15 +22,10 @@ class JaxBackend(StaticBackend):
             return function(named_platform(), *operands)
         return _dependent_on_platform(function, *operands)
 
-    def split_experts(self, experts, data, devices, layout_map, process_group):
-        if process_group is not None:
-            rule = "`devices` and `layout_map` are for JAX, `process_group` is for PyTorch"
-            raise ValueError(f"{rule}. Received: {process_group=} on JAX")
-
-    token_shards = staticmethod(jax_sharding.token_shards)
+    devices = jax_sharding.JaxDevices()
 
     def run(self, network, problem, kernel=None):
-        shards = jax_sharding.token_shards()
+        shards = self.devices.token_shards()
         if shards is not None:
             return jax_mesh.run(network, problem, shards, kernel)
         return run_compiled(network, named_platform(), problem)

@@ -9,6 +9,8 @@ import jax.numpy as jnp
 import keras
 from jax.sharding import PartitionSpec
 
+from keras_moe.backend.base import Devices
+
 
 @dataclasses.dataclass(frozen=True)
 class Shards:
@@ -61,10 +63,15 @@ class Shards:
         return jnp.pad(tensor, widths, constant_values=value)
 
 
-def token_shards():
-    """See `Backend.token_shards`."""
-    distribution = keras.distribution.distribution()
-    if distribution is None or distribution.device_mesh.devices.size == 1:
-        return None
-    axes = getattr(distribution, "token_axes", (distribution.batch_dim_name,))
-    return Shards(distribution.device_mesh.backend_mesh, tuple(axes))
+class JaxDevices(Devices):
+    def split_experts(self, experts, data, devices, layout_map, process_group):
+        if process_group is not None:
+            rule = "`devices` and `layout_map` are for JAX, `process_group` is for PyTorch"
+            raise ValueError(f"{rule}. Received: {process_group=} on JAX")
+
+    def token_shards(self):
+        distribution = keras.distribution.distribution()
+        if distribution is None or distribution.device_mesh.devices.size == 1:
+            return None
+        axes = getattr(distribution, "token_axes", (distribution.batch_dim_name,))
+        return Shards(distribution.device_mesh.backend_mesh, tuple(axes))

@@ -14,7 +14,7 @@ from tensorflow.compiler.tf2xla.python import xla
 from keras_moe._internal.keras_internals import current_model
 from keras_moe.backend import padded
 from keras_moe.backend.base import (
-    Replicas,
+    Devices,
     StaticBackend,
     multiply_groups,
     named_platform,
@@ -42,8 +42,8 @@ class TensorFlowBackend(StaticBackend):
         return network.run(_platform(), problem)
 
     @property
-    def replicas(self):
-        return _Replicas()
+    def devices(self):
+        return _Devices()
 
     def control_dependency(self, tensor, value):
         # At the end of data of unknown length, TensorFlow without XLA runs what a step computes
@@ -272,10 +272,10 @@ class _Group:
         return total
 
 
-class _Replicas(Replicas):
+class _Devices(Devices):
     """Replicas of `tf.distribute`, whose counters are summed when they are read."""
 
-    def number(self):
+    def num_replicas(self):
         replica = tf.distribute.get_replica_context()
         return 1 if replica is None else replica.num_replicas_in_sync
 
@@ -288,7 +288,7 @@ class _Replicas(Replicas):
         return self._across_replicas(values, lambda replica: replica.all_gather(values, axis=0))
 
     def _across_replicas(self, values, collective):
-        if self.number() == 1:
+        if self.num_replicas() == 1:
             return values
         try:
             with _other_losses_kept():
@@ -301,6 +301,10 @@ class _Replicas(Replicas):
                 "the middle of a call. Received: a call in a `tf.function` or a loop within "
                 "`strategy.run`. Put `tf.function` around `strategy.run`, or use `LoadBalance`."
             ) from error
+
+    def split_experts(self, experts, data, devices, layout_map, process_group):
+        rule = "Keras splits no weights on TensorFlow: use `tf.distribute.MirroredStrategy`"
+        raise ValueError(f"{rule}. Received: keras.backend.backend()='tensorflow'")
 
     def separate_losses(self, layer):
         # Keras keeps one list in each layer, and traces replicas in threads: while one waits for

@@ -45,18 +45,13 @@ class TorchBackend(Backend):
             return contextlib.nullcontext()
         return torch.autocast(kind, enabled=False)
 
-    @property
-    def replicas(self):
-        return torch_processes.TorchReplicas()
+    devices = torch_processes.TorchDevices()
 
     def run(self, network, problem, kernel=None):
         platform = _platform_of(problem.tokens)
         if kernel is not None and kernel.shape[0] < problem.plan.num_experts:
             return torch_processes.expert_processes().run(network, platform, problem)
         return network.run(platform, problem)
-
-    expert_processes = staticmethod(torch_processes.expert_processes)
-    split_experts = staticmethod(torch_processes.split_experts)
 
     def differentiable(self, forward, backward, inputs, context, reference=None):
         reference = reference or (lambda inputs, context: forward(inputs, context, save=False)[0])

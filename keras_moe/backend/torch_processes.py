@@ -6,24 +6,24 @@ import keras
 import torch
 
 from keras_moe._internal.checks import shortened
-from keras_moe.backend.base import Replicas
+from keras_moe.backend.base import Devices
 
 
-class TorchReplicas(Replicas):
-    def number(self):
+class TorchDevices(Devices):
+    def num_replicas(self):
         is_distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
         return torch.distributed.get_world_size() if is_distributed else 1
 
     def sum(self, values):
-        if self.number() > 1:
+        if self.num_replicas() > 1:
             values = values.clone()
             torch.distributed.all_reduce(values)
         return values
 
     def gather(self, values):
-        if self.number() == 1:
+        if self.num_replicas() == 1:
             return values
-        sizes = values.new_zeros(self.number(), dtype=torch.int64)
+        sizes = values.new_zeros(self.num_replicas(), dtype=torch.int64)
         sizes[torch.distributed.get_rank()] = len(values)
         sizes = self.sum(sizes).tolist()
         # Collective operations want equal sizes.
@@ -34,12 +34,52 @@ class TorchReplicas(Replicas):
         return torch.cat([part[:size] for part, size in zip(parts, sizes)])
 
     def sum_counts(self, values):
-        if self.number() == 1:
+        if self.num_replicas() == 1:
             return values
         # In one operation of doubles, which hold the integers of a step and its floats.
         flat = torch.cat([value.detach().reshape(-1).double() for value in values])
         parts = self.sum(flat).split([value.numel() for value in values])
         return [part.reshape(each.shape).to(each.dtype) for part, each in zip(parts, values)]
+
+    def split_experts(self, experts, data, devices, layout_map, process_group):
+        """Return the `ExpertParallel` of `experts` neighbours by rank, or of given process groups."""
+        if devices is not None or layout_map is not None:
+            rule = "`devices` and `layout_map` are for JAX, `process_group` is for PyTorch"
+            received = (
+                f"devices={shortened(devices)}, layout_map={shortened(layout_map)} on PyTorch"
+            )
+            raise ValueError(f"{rule}. Received: {received}")
+        if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+            rule = "`expert_parallel` needs `torchrun` and `torch.distributed.init_process_group()`"
+            raise ValueError(f"{rule}. Received: no process group")
+        world = torch.distributed.get_world_size()
+        # All processes see all groups before one of them may find that its own does not fit.
+        rows = None if process_group is None else _rows_of(process_group)
+        size = world if rows is None else len(rows[0])
+        if rows is not None and experts not in (None, size):
+            rule = "`experts` must be the size of the process group"
+            raise ValueError(f"{rule}. Received: {experts=}, a process group of {size}")
+        experts = experts or size
+        if world % experts or data not in (None, world // experts):
+            rule = "On PyTorch there must be `data * experts` processes"
+            raise ValueError(f"{rule}. Received: {experts=}, {data=}, {world} processes")
+        if rows is None:
+            rows = [range(first, first + experts) for first in range(0, world, experts)]
+        # Separate groups: `DistributedDataParallel` communicates at the same time.
+        new_groups = torch.distributed.new_subgroups_by_enumeration
+        replicas, _ = new_groups([list(column) for column in zip(*rows)])
+        return ExpertParallel(process_group or new_groups(list(map(list, rows)))[0], replicas)
+
+    def expert_processes(self):
+        distribution = keras.distribution.distribution()
+        if isinstance(distribution, ExpertParallel):
+            return distribution
+        if distribution is not None and not isinstance(
+            distribution, keras.distribution.DataParallel
+        ):
+            rule = "On PyTorch experts need `expert_parallel`, or `DataParallel` to be copied"
+            raise ValueError(f"{rule}. Received: a layer of experts under {distribution}")
+        return None
 
 
 class ExpertParallel:
@@ -162,34 +202,6 @@ class _MeanGradient(torch.autograd.Function):
         return mean, None
 
 
-def split_experts(experts, data, devices, layout_map, process_group):
-    """Return the `ExpertParallel` of `experts` neighbours by rank, or of given process groups."""
-    if devices is not None or layout_map is not None:
-        rule = "`devices` and `layout_map` are for JAX, `process_group` is for PyTorch"
-        received = f"devices={shortened(devices)}, layout_map={shortened(layout_map)} on PyTorch"
-        raise ValueError(f"{rule}. Received: {received}")
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        rule = "`expert_parallel` needs `torchrun` and `torch.distributed.init_process_group()`"
-        raise ValueError(f"{rule}. Received: no process group")
-    world = torch.distributed.get_world_size()
-    # All processes see all groups before one of them may find that its own does not fit.
-    rows = None if process_group is None else _rows_of(process_group)
-    size = world if rows is None else len(rows[0])
-    if rows is not None and experts not in (None, size):
-        rule = "`experts` must be the size of the process group"
-        raise ValueError(f"{rule}. Received: {experts=}, a process group of {size}")
-    experts = experts or size
-    if world % experts or data not in (None, world // experts):
-        rule = "On PyTorch there must be `data * experts` processes"
-        raise ValueError(f"{rule}. Received: {experts=}, {data=}, {world} processes")
-    if rows is None:
-        rows = [range(first, first + experts) for first in range(0, world, experts)]
-    # Separate groups: `DistributedDataParallel` communicates at the same time.
-    new_groups = torch.distributed.new_subgroups_by_enumeration
-    replicas, _ = new_groups([list(column) for column in zip(*rows)])
-    return ExpertParallel(process_group or new_groups(list(map(list, rows)))[0], replicas)
-
-
 def _rows_of(process_group):
     """Return the ranks of the process groups of all processes."""
     given: list[Any] = [None] * torch.distributed.get_world_size()
@@ -200,14 +212,3 @@ def _rows_of(process_group):
         rule = "Process groups must be of one size and have each process once: see `new_subgroups`"
         raise ValueError(f"{rule}. Received: groups of the ranks {rows}")
     return rows
-
-
-def expert_processes():
-    """Return the current `ExpertParallel`, or None if each process has all experts."""
-    distribution = keras.distribution.distribution()
-    if isinstance(distribution, ExpertParallel):
-        return distribution
-    if distribution is not None and not isinstance(distribution, keras.distribution.DataParallel):
-        rule = "On PyTorch experts need `expert_parallel`, or `DataParallel` to be copied"
-        raise ValueError(f"{rule}. Received: a layer of experts under {distribution}")
-    return None

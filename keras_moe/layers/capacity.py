@@ -107,7 +107,7 @@ class Capacity(Configured):
         if factor is None:
             return routing
         num_tokens, top_k = ops.shape(routing.indices)
-        shards = backend.token_shards()
+        shards = backend.devices.token_shards()
         if shards is not None:
             num_tokens = ceil_divide(num_tokens, shards.number)
         sequence_length = sequence_length if self.per_sequence else None

@@ -42,7 +42,7 @@ class Counters(NamedTuple):
             dropped = routing.dropped * ops.cast(ops.sum(routing.counts), "float32")
             counted.append(ops.cast(ops.round(dropped), "int32"))
         if training:  # A process may evaluate alone, and would wait for the others.
-            counted = backend.replicas.sum_counts(counted)
+            counted = backend.devices.sum_counts(counted)
         counts, values, numbers, *dropped = counted
         self.assignments.assign_add(counts)
         if has_capacity:

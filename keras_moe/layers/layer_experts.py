@@ -87,7 +87,7 @@ class LayerExperts(ExpertBank):
     def build(self, tokens_shape):
         self._fix_shape(tokens_shape)
         # Refuses distributions that would split weights of a layer.
-        backend.expert_processes()
+        backend.devices.expert_processes()
         rows_shape = (None, *tokens_shape[1:])
         num_kept = None if len(rows_shape) == 2 else 1
         try:

@@ -119,7 +119,7 @@ class LowRankExperts(StackedExperts):
             self._take_policy(self.dtype_policy)
 
     def build(self, tokens_shape):
-        if backend.expert_processes() is not None:
+        if backend.devices.expert_processes() is not None:
             rule = "`LowRankExperts` must be whole in each process, as in replicas"
             raise NotImplementedError(f"{rule}. Received: `expert_parallel` on PyTorch")
         if not self.base.built:

@@ -126,7 +126,7 @@ class StackedExperts(Adaptable, ExpertBank):
                 fix = "`linear(name, rows)` has weights, `linear.dropout(rows, rate)` draws"
                 raise ValueError(f"{rule}. Received: `{layer.name}` in `{self.name}`. {fix}")
         self._dropout_seed = draws.seeded_generator() if self._network.has_dropout else None
-        self.processes = backend.expert_processes()
+        self.processes = backend.devices.expert_processes()
         experts = range(self.num_experts)
         if self.processes is not None:
             experts = self.processes.own_experts(self.num_experts)
@@ -155,7 +155,7 @@ class StackedExperts(Adaptable, ExpertBank):
         return backend.run(network, problem, self.projections[0].kernel)
 
     def compute_all(self, tokens):
-        is_spread = backend.token_shards() or self.processes is not None
+        is_spread = backend.devices.token_shards() or self.processes is not None
         if is_spread or self._dropout_seed is not None:
             return super().compute_all(tokens)
         network = self._network._replace(function=self._function())

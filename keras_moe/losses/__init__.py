@@ -150,7 +150,7 @@ class LoadBalance(RouterLoss):
         if state is None:
             return _load_balance(routing.counts, routing), None
         counts, steps = state
-        added = backend.replicas.sum(ops.cast(routing.counts, "float32"))
+        added = backend.devices.sum(ops.cast(routing.counts, "float32"))
         counts = ops.where(steps % self.accumulation_steps == 0, 0.0, counts) + added
         steps = backend.control_dependency(added, steps + 1)
         return _load_balance(counts, routing), (counts, steps)

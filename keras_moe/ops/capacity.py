@@ -79,7 +79,11 @@ def limit(plan, capacity, priority=None, sequence_length=None, num_capacity_limi
     def admit(experts, priority):
         return _admit(experts, priority, *limits)
 
-    experts, num_tokens, shards = plan.experts, ops.shape(plan.experts)[0], backend.token_shards()
+    experts, num_tokens, shards = (
+        plan.experts,
+        ops.shape(plan.experts)[0],
+        backend.devices.token_shards(),
+    )
     # Devices admit alone where no sequence has tokens on two of them.
     if shards is not None and (
         sequence_length is None or num_tokens % (shards.number * sequence_length) == 0

@@ -23,7 +23,7 @@ def expert_choice_routing(logits, capacity_factor, mask, sequence_length=None):
     token, and whose plan has as many rows as there are choices.
     """
     routing = _choose(logits, capacity_factor, mask, sequence_length)._replace(mask=mask)
-    shards, sequences = backend.token_shards(), ops.shape(routing.plan.places)[0]
+    shards, sequences = backend.devices.token_shards(), ops.shape(routing.plan.places)[0]
     # Sequences that lie on two devices are chosen from by both: every device has the rows of all.
     if shards is not None and sequences % shards.number == 0:
         return routing

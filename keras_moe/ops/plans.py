@@ -129,7 +129,7 @@ class GroupedPlan(NamedTuple):
 
     def with_rows(self) -> "GroupedPlan":
         """The sorted plan; on a mesh the plan as it is, as each device sorts its own part."""
-        return self if backend.token_shards() is not None else self.sort()
+        return self if backend.devices.token_shards() is not None else self.sort()
 
     def _flat(self, values):
         """Values of assignments as a vector (N,), by their numbers."""

@@ -104,4 +104,4 @@ class SoftPlan(NamedTuple):
 
 def _order():
     """The axes of slots, by expert; on a mesh of devices by sequence, which lie on one device."""
-    return "mb" if backend.token_shards() is None else "bm"
+    return "mb" if backend.devices.token_shards() is None else "bm"

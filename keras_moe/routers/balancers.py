@@ -124,8 +124,8 @@ class QuantileBias(SelectionBalancer):
         margin = ops.where(ops.expand_dims(routing.mask, 1), scores - threshold, -math.inf)
         margin = ops.pad(margin, ((0, 1), (0, 0)), constant_values=-math.inf)  # of an empty batch
         # The mean of the replicas' quantiles is not the quantile of all their tokens.
-        margin = -ops.sort(-backend.replicas.gather(margin), axis=0)
-        num_real = backend.replicas.sum(ops.sum(ops.cast(routing.mask, "int32")))
+        margin = -ops.sort(-backend.devices.gather(margin), axis=0)
+        num_real = backend.devices.sum(ops.sum(ops.cast(routing.mask, "int32")))
         fair_share = num_real * top_k // num_experts
         last = ops.maximum(num_real - 1, 0)
         quantile = ops.take(margin, ops.minimum(fair_share, last), axis=0)

@@ -139,7 +139,7 @@ class ReLURouter(LogitRouter):
         real = ops.expand_dims(routing.mask, 1)
         counted = ops.concatenate([ops.logical_and(scores > 0, real), real], axis=1)
         totals = ops.sum(ops.cast(counted, "float32"), axis=0)
-        totals = backend.replicas.sum(totals)
+        totals = backend.devices.sum(totals)
         num_serving, num_real = totals[:-1], totals[-1]
         load = num_serving / ops.maximum(num_real, 1.0)
         share = load * self.num_experts / self.top_k

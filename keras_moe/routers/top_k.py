@@ -131,8 +131,8 @@ class TopKRouter(LogitRouter):
         measured = self.balancer.measure(routing, scores, old_bias)
         check_tensors({"E": self.num_experts}, **{"balancer.measure(...)": (measured, "E")})
         # Replicas and micro-batches of one optimizer step are one batch.
-        replicas = backend.replicas.number()
-        measured = self._measured + backend.replicas.sum(measured)
+        replicas = backend.devices.num_replicas()
+        measured = self._measured + backend.devices.sum(measured)
         count = self._measurements + replicas
         is_last = count >= self.balancer.accumulation_steps * replicas
         mean = measured / ops.cast(count, "float32")
