@@ -42,13 +42,10 @@ class TorchDevices(Devices):
         return [part.reshape(each.shape).to(each.dtype) for part, each in zip(parts, values)]
 
     def split_experts(self, experts, data, devices, layout_map, process_group):
-        """Return the `ExpertParallel` of `experts` neighbours by rank, or of given process groups."""
         if devices is not None or layout_map is not None:
             rule = "`devices` and `layout_map` are for JAX, `process_group` is for PyTorch"
-            received = (
-                f"devices={shortened(devices)}, layout_map={shortened(layout_map)} on PyTorch"
-            )
-            raise ValueError(f"{rule}. Received: {received}")
+            received = shortened((devices, layout_map))
+            raise ValueError(f"{rule}. Received: {received} on PyTorch")
         if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
             rule = "`expert_parallel` needs `torchrun` and `torch.distributed.init_process_group()`"
             raise ValueError(f"{rule}. Received: no process group")
@@ -74,9 +71,8 @@ class TorchDevices(Devices):
         distribution = keras.distribution.distribution()
         if isinstance(distribution, ExpertParallel):
             return distribution
-        if distribution is not None and not isinstance(
-            distribution, keras.distribution.DataParallel
-        ):
+        copies = keras.distribution.DataParallel
+        if distribution is not None and not isinstance(distribution, copies):
             rule = "On PyTorch experts need `expert_parallel`, or `DataParallel` to be copied"
             raise ValueError(f"{rule}. Received: a layer of experts under {distribution}")
         return None
