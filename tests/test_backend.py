@@ -14,7 +14,7 @@ from keras import ops
 from test_second_derivatives import derivatives
 
 from keras_moe.backend import backend
-from keras_moe.backend.base import Backend
+from keras_moe.backend.base import Backend, Devices
 from keras_moe.ops.linears import Kernel
 
 RNG = np.random.default_rng(0)
@@ -330,9 +330,10 @@ def test_every_method_is_named_here():
     """A method that is added has no contract until it is."""
     with open(__file__, encoding="utf-8") as file:
         text = file.read()
-    public = [name for name in dir(Backend) if not name.startswith("_")]
-    assert len(public) > 15
-    assert not [name for name in public if f"backend.{name}" not in text]
+    for cls, prefix in ((Backend, "backend."), (Devices, "backend.devices.")):
+        public = [name for name in dir(cls) if not name.startswith("_")]
+        assert len(public) > 7
+        assert not [name for name in public if f"{prefix}{name}" not in text]
 
 
 # `keras.ops`

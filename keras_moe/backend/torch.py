@@ -50,7 +50,7 @@ class TorchBackend(Backend):
     def run(self, network, problem, kernel=None):
         platform = _platform_of(problem.tokens)
         if kernel is not None and kernel.shape[0] < problem.plan.num_experts:
-            return torch_processes.expert_processes().run(network, platform, problem)
+            return self.devices.expert_processes().run(network, platform, problem)
         return network.run(platform, problem)
 
     def differentiable(self, forward, backward, inputs, context, reference=None):
