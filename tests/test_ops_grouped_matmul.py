@@ -5,7 +5,7 @@ import reference
 from backends import assert_close, differentiated
 from keras import ops
 
-from keras_moe.backend import tiles
+from keras_moe.backend.padded import tile_length
 from keras_moe.ops import grouped_matmul
 
 
@@ -51,7 +51,7 @@ def test_groups_of_all_kinds_equal_the_oracle(mode, small_tiles):
 
 def test_groups_around_the_real_length_of_a_tile_equal_the_oracle(mode):
     function = differentiated(weighted_sum, mode)
-    length = tiles.tile_length(1152, 3)
+    length = tile_length(1152, 3, "cpu")
     around = [[number - 1, number, number + 1] for number in (length, 4 * length)]
     # The last tile of 49 rows reaches far past the end of all rows.
     for sizes in (*around, [402, 701, 49], [1152, 0, 0]):

@@ -143,7 +143,7 @@ class Backend:
 
     def outer(self, left, right, sizes, dtype, platform=None):
         """Return `left^T right` of each group, (E, D, H), for (R, D) and (R, H); 0 without rows."""
-        return padded.outer(left, right, sizes, dtype)
+        return padded.outer(left, right, sizes, dtype, platform)
 
     def activation(self, function):
         """Return an activation in the operations that are fastest here and can be exported."""

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from keras_moe.backend import jax_derivatives, jax_mesh, jax_products, jax_sharding
 from keras_moe.backend.base import StaticBackend, named_platform, packed_order
 from keras_moe.backend.layouts import AllRows
-from keras_moe.backend.tiles import Tiles
+from keras_moe.backend.tiles import layout_on_cpu
 
 PLAIN_VALUES = (bool, int, float, str)
 
@@ -78,7 +78,8 @@ class JaxBackend(StaticBackend):
     outer = staticmethod(jax_products.outer)
 
     def layout(self, problem, platform):
-        return (Tiles if platform == "cpu" else AllRows)(self, problem, platform)
+        on_cpu = platform == "cpu"
+        return layout_on_cpu(self, problem) if on_cpu else AllRows(self, problem, platform)
 
     def gather_rows(self, tensor, indices):
         if tensor.shape[0] == 0:

@@ -26,13 +26,13 @@ def product(rows, kernels, sizes, transposed=False, platform="cpu"):
     if _is_supported(platform, rows) and kernels.scale is None:
         kernels = kernels.values
         return _product.bind(rows, kernels, sizes, transposed=transposed, platform=platform)
-    return padded.product(rows, kernels, sizes, transposed)
+    return padded.product(rows, kernels, sizes, transposed, platform)
 
 
 def outer(left, right, sizes, dtype, platform="cpu"):
     if _is_supported(platform, left):
         return _outer.bind(left, right, sizes, dtype=jnp.dtype(dtype), platform=platform)
-    return padded.outer(left, right, sizes, dtype)
+    return padded.outer(left, right, sizes, dtype, platform)
 
 
 def _is_supported(platform, rows):

@@ -22,7 +22,7 @@ from keras_moe.backend.base import (
     split_rows,
 )
 from keras_moe.backend.layouts import AllRows, Parts
-from keras_moe.backend.tiles import Tiles
+from keras_moe.backend.tiles import Tiles, layout_on_cpu
 
 # With more rows for an expert, on average, it is faster to compute experts side by side.
 MAX_LOOP_ROWS = 0.5
@@ -125,7 +125,7 @@ class TensorFlowBackend(StaticBackend):
     def product(self, rows, kernels, sizes, transposed=False, platform=None):
         # In operations that TensorFlow differentiates any number of times.
         if self.needs_static_shapes() or _is_transformed() or kernels.scale is not None:
-            return padded.product(rows, kernels, sizes, transposed)
+            return padded.product(rows, kernels, sizes, transposed, platform)
         return multiply_groups(self.split_groups(rows, sizes)[0], kernels, transposed)
 
     def activation(self, function):
@@ -136,7 +136,8 @@ class TensorFlowBackend(StaticBackend):
 
     def layout(self, problem, platform):
         if self.needs_static_shapes():
-            return (Tiles if platform == "cpu" else AllRows)(self, problem, platform)
+            on_cpu = platform == "cpu"
+            return layout_on_cpu(self, problem) if on_cpu else AllRows(self, problem, platform)
         num_rows = problem.plan.num_rows()
         if platform == "cpu" and not tf.executing_eagerly() and isinstance(num_rows, int):
             dtypes = {linear.kernel.values.dtype for linear in problem.maps.values()}

@@ -5,10 +5,15 @@ their trips depend on the data. The last tile of a group may overrun it: reads a
 zeros, or ones for buffers; writes are overwritten by the next group or land in padding.
 """
 
+import math
+import os
 from typing import Any, NamedTuple
 
 import keras
 from keras import ops
+
+from keras_moe.backend.layouts import AllRows
+from keras_moe.backend.padded import tile_length
 
 # Of all experts together: with so few rows integer kernels are converted in blocks. Each tile of an
 # expert converts its kernel again: with more rows that would happen too often.
@@ -18,13 +23,43 @@ MAX_BLOCK_ROWS = 128
 BLOCK_ENTRIES = 2**16
 
 
+# Rows of one width, and copies of kernels, of so many numbers each stay in the cache.
+MAX_BATCHED = 2**20
+
+
+def layout_on_cpu(backend, problem):
+    """Return a loop over tiles, or for small problems on several cores all tiles at once.
+
+    XLA divides a batch of small products among the cores, but a loop over them uses one core.
+    """
+    num_rows, dtype = problem.plan.num_rows(), keras.backend.standardize_dtype(problem.tokens.dtype)
+    kernels = [kernel for kernel, _ in problem.maps.values()]
+    are_floats = dtype == "float32" and all(kernel.scale is None for kernel in kernels)
+    if are_floats and isinstance(num_rows, int) and num_cores() > 1:
+        num_experts = kernels[0].shape[0]
+        length = tile_length(num_rows, num_experts, "cpu")
+        num_tiles = num_rows // length + num_experts
+        sizes = [num_tiles * math.prod(kernel.shape[1:]) for kernel in kernels]
+        sizes += [num_rows * max(kernel.shape[1:]) for kernel in kernels]
+        # A copy of a kernel should serve more than a few rows.
+        if length >= 16 and max(sizes) <= MAX_BATCHED:
+            return AllRows(backend, problem, "cpu")
+    return Tiles(backend, problem, "cpu")
+
+
+def num_cores():
+    """Return the number of cores that this process may use."""
+    has_affinity = hasattr(os, "sched_getaffinity")
+    return len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count() or 1
+
+
 class Tiles:
     """See `layouts`. A buffer has a row for each row, and for a tile that overruns the last."""
 
     def __init__(self, backend, problem, platform):
         plan = problem.plan
         self.backend, self.sizes, self.num_rows = backend, plan.sizes, plan.num_rows()
-        self.length = tile_length(self.num_rows, self.sizes.shape[0])
+        self.length = tile_length(self.num_rows, self.sizes.shape[0], "cpu")
         self.dtype = computed_dtype(problem.tokens, platform)
         self.token_of_row = ops.pad(plan.token_of_row(), (0, self.length))
 
@@ -177,19 +212,6 @@ def computed_dtype(tokens, platform):
     dtype = keras.backend.standardize_dtype(tokens.dtype)
     is_narrow = dtype in ("bfloat16", "float16")
     return "float32" if is_narrow and platform == "cpu" else dtype
-
-
-def tile_length(num_rows, num_experts):
-    """Rows of a tile, a power of two from 4 to 128.
-
-    Besides its rows a tile costs about as much as 8 more, as kernels are read and gradients summed.
-    The last tile of a group is half padding. In tiles of L rows a mean group costs `(mean / L + 1 /
-    2) * (L + 8)`, the least at `4 * sqrt(mean)`; measured, no other power of two was more than 5%
-    faster. A tile holds an eighth of many rows at most, to save memory in the backward pass.
-    """
-    mean = num_rows // max(num_experts, 8) if isinstance(num_rows, int) else 256
-    # The power of two that is nearest in ratio.
-    return 2 ** min(max(round((2 * 16 * mean) ** 0.5).bit_length() - 1, 2), 7)
 
 
 def _at(backend, stacked, expert):

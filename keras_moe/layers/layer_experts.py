@@ -13,7 +13,7 @@ from keras_moe._internal.checks import shortened
 from keras_moe._internal.keras_internals import parameters_of, recompute_as_one, stored_dtypes
 from keras_moe._internal.serialization import note_part, register
 from keras_moe.backend import backend
-from keras_moe.backend.padded import pad_tiles
+from keras_moe.backend.padded import pad_tiles, tile_length
 from keras_moe.layers.expert_bank import ExpertBank
 from keras_moe.layers.gate import Gate
 from keras_moe.layers.sublayers import (
@@ -293,7 +293,8 @@ def _scan_tiles(functions, width, rows, sizes, state):
 
 def _map_alike(alike, length, rows, sizes, state):
     """Run all tiles at once, each with a copy of its weights, or unrolled in tiles of a length."""
-    (function, stack), tiles = alike, pad_tiles(sizes, ops.shape(rows)[0], length)
+    (function, stack), num_rows = alike, ops.shape(rows)[0]
+    tiles = pad_tiles(sizes, num_rows, length or tile_length(num_rows, sizes.shape[0]))
     is_full = tiles.expert < sizes.shape[0]
     expert = ops.where(is_full, tiles.expert, 0)
     inputs = [backend.gather_rows(each, expert) for each in stack()], tiles.cut(rows, PADDING)
