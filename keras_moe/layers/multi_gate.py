@@ -235,9 +235,10 @@ class MultiGateMixtureOfExperts(Recomputable):
         return [(*shape[:-1], features) for shape in shapes[: len(self.tasks)]]
 
     def compute_output_spec(self, inputs, mask=None, *args, **kwargs):
-        given = zip(self._of_each_task(inputs), self._masks(inputs, mask))
-        for each in {id(each): each for each, mask in given if mask is None}.values():
-            sublayers.warn_of_lost_mask(self, each)
+        given = inputs if isinstance(inputs, (list, tuple)) else [inputs]
+        for each, mask_of_each in zip(given, self._masks(inputs, mask)):
+            if mask_of_each is None:
+                sublayers.warn_of_lost_mask(self, each)
         return super().compute_output_spec(inputs, mask, *args, **kwargs)
 
     @property

@@ -35,7 +35,8 @@ def _recomputed(layer, call, *args, **kwargs):
     trained = layer.trainable_variables
     state = [*layer.non_trainable_variables, *layer.metrics_variables]
     leaves = keras.tree.flatten((args, kwargs))
-    places = [place for place, leaf in enumerate(leaves) if _is_float(leaf)]
+    tensors = [place for place, leaf in enumerate(leaves) if ops.is_tensor(leaf)]
+    places = [place for place in tensors if keras.backend.is_float_dtype(leaves[place].dtype)]
     with stored_dtypes():
         # Reshaped, to read them here: TensorFlow adds a gradient for each variable read in the
         # function, to which `convert_to_tensor` would hand the variable itself.
@@ -70,7 +71,3 @@ def _recomputed(layer, call, *args, **kwargs):
     for loss in results:
         layer.add_loss(loss)
     return outputs
-
-
-def _is_float(leaf):
-    return ops.is_tensor(leaf) and keras.backend.is_float_dtype(leaf.dtype)

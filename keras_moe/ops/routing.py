@@ -214,21 +214,17 @@ def top_k_routing(
     check_choice("score", score, SCORES)
     scale = check_number("scale", scale, above=0)
     select = select or functools.partial(top_k_indices, top_k=top_k)
-    return counted(masked(select_and_weigh(logits, mask, top_k, score, renormalize, scale, select)))
+    return counted(masked(select_and_weigh(logits, mask, select, top_k, score, renormalize, scale)))
 
 
-def select_and_weigh(logits, mask, top_k, score, renormalize, scale, select):
-    """The routing to the experts (T, K) that a user-defined function selects by scores (T, E)."""
+def select_and_weigh(logits, mask, select, top_k, score, renormalize=None, scale=1.0):
+    """The routing to the experts (T, K) that a function selects by scores (T, E)."""
     scores = SCORES[score](logits)
     indices = ops.convert_to_tensor(select(ops.stop_gradient(scores)))
     sizes = {"T": scores.shape[0], "K": top_k}
     check_tensors(sizes, **{"select(scores)": (indices, "TK", "int")})
+    indices = as_dtype(indices, "int32")
     renormalize = top_k > 1 if renormalize is None else renormalize
-    return weigh(logits, scores, as_dtype(indices, "int32"), mask, score, renormalize, scale)
-
-
-def weigh(logits, scores, indices, mask, score, renormalize, scale=1.0):
-    """The routing to chosen experts (T, K), weighted by scores (T, E) of the kind `score`."""
     weights, probs = _weights_and_probs(scores, indices, score == "softmax", renormalize, scale)
     return Routing(indices, weights, probs, logits, mask)
 

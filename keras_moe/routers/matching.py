@@ -11,8 +11,8 @@ from keras_moe._internal import Tensor
 from keras_moe._internal.checks import check_integer, check_number
 from keras_moe._internal.serialization import register
 from keras_moe.ops.matching import balanced_assignment, expert_choice_routing, sinkhorn_plan
-from keras_moe.ops.routing import weigh
-from keras_moe.ops.selection import SCORES, chosen_experts, top_k_indices
+from keras_moe.ops.routing import select_and_weigh
+from keras_moe.ops.selection import chosen_experts, top_k_indices
 from keras_moe.routers.logit_router import LogitRouter
 
 
@@ -23,12 +23,13 @@ class MatchingRouter(LogitRouter):
     default_losses = ()
 
     def route(self, tokens, mask, training, **context):
+        def select(scores):
+            matched = self.match(ops.stop_gradient(logits), mask) if training else scores
+            return top_k_indices(matched, self.top_k)
+
         logits = self.logits(tokens, training)
         score = "softmax" if self.top_k > 1 else "sigmoid"
-        scores = SCORES[score](logits)
-        matched = self.match(ops.stop_gradient(logits), mask) if training else scores
-        indices = top_k_indices(matched, self.top_k)
-        return weigh(logits, scores, indices, mask, score, renormalize=False)
+        return select_and_weigh(logits, mask, select, self.top_k, score, renormalize=False)
 
     def match(self, logits: Tensor, mask: Tensor) -> Tensor:
         """Return scores (T, E), whose best are the experts of a token."""

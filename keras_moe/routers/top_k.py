@@ -121,7 +121,7 @@ class TopKRouter(LogitRouter):
         if self.use_bias:
             logits = logits + self.bias
         weighting = self.score, self.renormalize, self.scaling_factor
-        return select_and_weigh(logits, mask, self.top_k, *weighting, select)
+        return select_and_weigh(logits, mask, select, self.top_k, *weighting)
 
     def update(self, routing):
         if self.balancer is None or not self.updates_selection_bias:
