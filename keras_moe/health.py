@@ -1,5 +1,6 @@
 """Verdicts on experts and routers in plain words, each with advice."""
 
+import math
 from typing import NamedTuple
 
 import numpy as np
@@ -209,22 +210,20 @@ def heavy_losses(router_losses, weights, total, values):
     `values` are the means of the losses before their weights. `total` is the largest loss of the
     model: any balancing loss is large beside the loss of a task that has been learned.
     """
-    constant = excess = 0.0
-    names, advised = [], None
-    for loss, weight, value in zip(router_losses, weights, values, strict=True):
-        constant += weight * loss.value_at_balance
-        if loss.usual_weight is not None and weight >= HEAVY_WEIGHT * loss.usual_weight:
-            excess += weight * (value - loss.value_at_balance)
-            names.append(f"{type(loss).__name__}(weight={weight:g})")
-            advised = advised or loss.usual_weight
+    every = list(zip(router_losses, weights, values, strict=True))
+    heavy = [each for each in every if each[1] >= HEAVY_WEIGHT * (each[0].usual_weight or math.inf)]
+    constant = sum(weight * loss.value_at_balance for loss, weight, _ in every)
+    excess = sum(weight * (value - loss.value_at_balance) for loss, weight, value in heavy)
     rest = total - constant
     # NaN is in no order.
-    if not names or not excess >= HEAVY_SHARE * abs(rest) > 0:
+    if not heavy or not excess >= HEAVY_SHARE * abs(rest) > 0:
         return None
-    text = f"{' and '.join(dict.fromkeys(names))} is {excess:.3g} of a loss of up to {rest:.3g}"
+    names = dict.fromkeys(f"{type(loss).__name__}(weight={weight:g})" for loss, weight, _ in heavy)
+    text = f"{' and '.join(names)} is {excess:.3g} of a loss of up to {rest:.3g}"
     if constant:
         text += f", not counting the constant {constant:.3g} of balancing losses at an even load"
-    fix = f"It may outweigh the task: try a weight of about {advised:g}, if the load stays even."
+    usual = heavy[0][0].usual_weight
+    fix = f"It may outweigh the task: try a weight of about {usual:g}, if the load stays even."
     return Finding(HINT, f"{text}.", fix)
 
 

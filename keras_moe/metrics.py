@@ -17,7 +17,7 @@ from keras_moe._internal.checks import check_indices, check_integer, check_tenso
 from keras_moe._internal.serialization import register
 from keras_moe.ops.plans import GroupedPlan, plan_routing
 from keras_moe.ops.routing import Routing, count_assignments
-from keras_moe.ops.selection import chosen_experts, entropy, mask_invalid
+from keras_moe.ops.selection import chosen_experts, entropy, mask_invalid, weights_of_experts
 from keras_moe.ops.soft import SoftPlan
 
 __all__ = [
@@ -143,14 +143,12 @@ def count_table(routing: Routing, groups: Tensor, num_groups: int) -> Tensor:
     groups = ops.convert_to_tensor(groups)
     check_tensors({"T": routing.mask.shape[0]}, groups=(groups, "T", "int"))
     num_experts = routing.counts.shape[0]
-    indices = mask_invalid(routing.indices, num_experts)
-    groups = ops.expand_dims(mask_invalid(ops.cast(groups, "int32"), num_groups), 1)
-    real = ops.logical_and(groups >= 0, ops.expand_dims(routing.mask, 1))
-    cells = num_groups * num_experts
-    used = ops.logical_and(indices >= 0, real)
-    cell = ops.reshape(ops.where(used, groups * num_experts + indices, cells), (-1,))
-    table = ops.segment_sum(ops.ones_like(cell, dtype="float32"), cell, cells + 1)
-    return ops.reshape(table[:-1], (num_groups, num_experts))
+    indices = mask_invalid(routing.indices, num_experts, routing.mask)
+    ones = ops.ones_like(indices, dtype="float32")
+    assigned = weights_of_experts(indices, ones, num_experts)
+    # Tokens of no group go to a spare one that is sliced off.
+    groups = mask_invalid(ops.cast(groups, "int32"), num_groups) % (num_groups + 1)
+    return ops.segment_sum(assigned, groups, num_groups + 1)[:-1]
 
 
 def mutual_information(table: Tensor) -> Tensor:

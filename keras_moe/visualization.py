@@ -106,11 +106,9 @@ def specialization(
         routings: As in `coactivation`.
         labels: Integers or strings, such as subjects of documents or words: one for each token,
             padding included, or one for each of equally long documents. Negative ones are left out.
+            Others raise a ValueError.
         names: List of strings or None. Names of integer labels.
         num_experts: Integer or None. As in `coactivation`.
-
-    Raises:
-        ValueError: If labels, names and tokens do not fit.
 
     Example:
 
@@ -213,8 +211,7 @@ def settling(checkpoints: Sequence, num_experts: int | None = None) -> Figure:
     The dotted line is the share that two unrelated routings would have in common.
 
     Args:
-        checkpoints: List of at least two routings on the same data, each as in `coactivation`, else
-            a ValueError is raised.
+        checkpoints: List of at least two routings on the same data, each as in `coactivation`.
         num_experts: Integer or None. As in `coactivation`.
 
     Example:

@@ -35,9 +35,8 @@ def from_hugging_face(
         into: Built `layers.MixtureOfExperts` that gets the weights. None: a new one.
         **kwargs: Arguments of the new layer besides those in the config, such as `router_losses`.
 
-    Raises:
-        ValueError: If the model is of another family or quantized, a weight is missing, a shape
-            does not fit, or `into` computes something else.
+    A ValueError is raised if the model is of another family or quantized, a weight is missing, a
+    shape does not fit, or `into` computes something else.
 
     Example:
 
@@ -76,16 +75,13 @@ def from_hugging_face(
 def to_hugging_face(mixture: MixtureOfExperts, layer: int, family: str) -> dict:
     """The weights of a MoE layer under the names and in the shapes of Hugging Face's files.
 
-    Returns a dict of names to arrays, for `safetensors.numpy.save_file` or a `state_dict`.
+    Returns a dict of names to arrays, for `safetensors.numpy.save_file` or a `state_dict`. A
+    ValueError is raised if the layer lacks a weight of the family or computes something else.
 
     Args:
         mixture: `layers.MixtureOfExperts`. A built layer, such as one of `from_hugging_face`.
         layer: Integer. Number of the decoder layer, from 0.
         family: String. The `model_type` of the model, such as `"mixtral"`.
-
-    Raises:
-        ValueError: If there is no such family, or the layer lacks one of its weights, or computes
-            something else, as with another activation than the family's.
 
     Example:
 

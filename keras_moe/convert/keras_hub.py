@@ -9,13 +9,7 @@ from keras import ops
 
 from keras_moe import losses, routers
 from keras_moe._internal.keras_internals import forget_old_weights, names_below, own_layers
-from keras_moe._internal.serialization import (
-    PACKAGE,
-    Configured,
-    load_draws,
-    register,
-    save_draws,
-)
+from keras_moe._internal.serialization import PACKAGE, Configured, load_draws, register, save_draws
 from keras_moe.convert.families import FAMILIES, Config
 from keras_moe.convert.weights import check_plain, floats_of
 from keras_moe.layers import GatedExperts, MixtureOfExperts
@@ -35,10 +29,9 @@ def use_sparse_experts(model: keras.Model) -> keras.Model:
     model is sparse when it is loaded, in a process that has imported `keras_moe`.
 
     Args:
-        model: Keras model. The outermost that contains a `CausalLM` or `Backbone` of KerasHub.
-
-    Raises:
-        ValueError: If the model has no MoE block that is known here, or a quantized or LoRA one.
+        model: Keras model. The outermost that contains a `CausalLM` or `Backbone` of KerasHub. It
+            must have a MoE block known here, none quantized or with LoRA, else a ValueError is
+            raised.
 
     Example:
 
@@ -71,11 +64,7 @@ def use_sparse_experts(model: keras.Model) -> keras.Model:
 def restore(model: keras.Model) -> keras.Model:
     """Undo `use_sparse_experts`, and return the same model with the blocks of KerasHub.
 
-    Args:
-        model: Keras model. As for `use_sparse_experts`.
-
-    Raises:
-        ValueError: If no block was converted, or a router is quantized or has LoRA.
+    A ValueError is raised if no block was converted, or a router is quantized or has LoRA.
 
     Example:
 

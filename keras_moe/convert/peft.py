@@ -28,15 +28,13 @@ def from_peft(
 ) -> MixtureOfExperts:
     """Give the experts of a MoE layer the low-rank factors of a PEFT adapter, and return the layer.
 
-    Weights outside this block are not read. Experts without factors keep their kernels.
+    Weights outside this block are not read. Experts without factors keep their kernels. A
+    ValueError is raised if the layer is no block of the family, or the adapter has no factors of
+    its experts, or others of the block, or of other shapes, or uses DoRA.
 
     Args:
         source: Path. Folder of an adapter, with `adapter_config.json` and `.safetensors` files.
         mixture, layer, family: As in `to_hugging_face`: a layer without LoRA, as it was adapted.
-
-    Raises:
-        ValueError: If the layer is no block of the family, or the adapter has no factors of its
-            experts, or others of the block, or of other shapes, or uses DoRA.
 
     Example:
 
@@ -118,17 +116,13 @@ def to_peft(
 ) -> tuple[dict[str, np.ndarray], dict]:
     """The low-rank factors of the experts of a MoE layer as a PEFT adapter.
 
-    Where the gate and up kernels have different factors `A`, the adapter has twice the rank.
+    Returns a dict of names to arrays, for a file `adapter_model.safetensors`; and a dict for
+    `adapter_config.json`, which is the same for layers of one rank. Where the gate and up kernels
+    have different factors `A`, the adapter has twice the rank.
 
     Args:
-        mixture, layer, family: As in `to_hugging_face`: a layer whose experts have LoRA.
-
-    Returns:
-        Dict of names to arrays, for a file `adapter_model.safetensors`; and a dict for
-        `adapter_config.json`, which is the same for layers of one rank.
-
-    Raises:
-        ValueError: If the layer is no block of the family, or its experts have no LoRA.
+        mixture, layer, family: As in `to_hugging_face`: a layer whose experts have LoRA, else a
+            ValueError is raised.
 
     Example:
 

@@ -65,8 +65,7 @@ def save_to_transformers(model: keras.Model, folder: str | os.PathLike) -> None:
             and the same K. In a Mixtral or gpt-oss each block has one.
         folder: Path. For `config.json` and `model.safetensors`.
 
-    Raises:
-        ValueError: If the model is another one or quantized, or a mixture computes something else.
+    A ValueError is raised if the model is another one or quantized, or a mixture differs.
 
     Example:
 

@@ -75,12 +75,8 @@ def prune_experts(
             up, or an integer; or a dict by names of `inspection.moe_layers`, others keep all.
         data: List of batches: each inputs, or a tuple of inputs, targets and weights.
 
-    Returns:
-        A `Surgery`, with the loss before and after.
-
-    Raises:
-        ValueError: If fewer than `top_k` experts would stay, data are missing, or it is not known
-            how to cut a router or bank.
+    Returns a `Surgery`, with the loss before and after. A ValueError is raised if fewer than
+    `top_k` experts would stay, data are missing, or it is not known how to cut a router or bank.
 
     Example:
 
@@ -186,9 +182,8 @@ def set_top_k(model: keras.Layer, top_k: int | dict) -> None:
         model: Keras model. A model with MoE layers, or one such layer.
         top_k: Integer or dict. Experts per token, K, or a dict for some layers, by name.
 
-    Raises:
-        ValueError: If a router does not choose a fixed number, has fewer experts, or is shared with
-            a layer that is to keep another number, or converted layers of KerasHub would differ.
+    A ValueError is raised if a router does not choose a fixed number, has fewer experts, or is
+    shared with a layer that keeps another number, or if converted layers of KerasHub would differ.
 
     Example:
 

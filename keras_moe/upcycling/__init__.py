@@ -72,8 +72,8 @@ def upcycle(
         `"{name}_experts"`. If it was compiled it still is, with an optimizer that starts again.
 
     Raises:
-        ValueError: If arguments are out of their range or do not go together, models differ or have
-            no such layers, or a mixture cannot compute, freeze and regularize as they do.
+        ValueError: If arguments do not go together, models differ or have no such layers, or a
+            mixture cannot compute, freeze and regularize as they do.
 
     Example:
 
