@@ -2,8 +2,8 @@
 
 Learns the colour of each pixel of a photograph from its place, (x, y), with dense layers and with a
 mixture of 64 experts that does about as much work for a pixel. The sky, a roof and a tree are
-different functions: in the mean of five seeds the mixture was 1.1 decibels better after as many
-steps, and 0.3 after as many seconds.
+different functions: in the mean of five seeds the mixture was 1.1 decibels better in the same
+number of steps, and 0.3 in the same time.
 
     pip install ".[jax,visualization]" scikit-learn
 

@@ -159,7 +159,7 @@ def judge_router(entropy: float, largest_logit: float) -> list[Finding]:
 def not_a_number():
     return Finding(
         PROBLEM,
-        "The router computes what is not a number.",
+        "The router's logits are NaN.",
         "Look for NaN in the inputs, lower the learning rate, clip gradients (`clipnorm=1.0`), and "
         "in float16 use `keras.optimizers.LossScaleOptimizer`.",
     )
@@ -186,8 +186,8 @@ def dead(experts, num_experts, advice, when=""):
     listed = ", ".join(map(str, experts[:10]))
     if len(experts) > 10:
         listed += f" and {len(experts) - 10} more"
-    are = "is" if len(experts) == 1 else "are"
-    text = f"{len(experts)} of {num_experts} experts {are} dead{when}: {listed}."
+    named = f"Expert {listed}" if len(experts) == 1 else f"Experts {listed}"
+    text = f"{named} of {num_experts} {'is' if len(experts) == 1 else 'are'} dead{when}."
     return Finding(PROBLEM, text, advice)
 
 

@@ -40,11 +40,19 @@ def run(document, changes=(), **names):
     return names
 
 
-@pytest.mark.parametrize(
-    "document", [pytest.param("README.md", marks=on_each_backend), "docs/index.md"]
-)
-def test_the_example_of_the_readme_and_the_home_page_trains(document):
-    names = run(document)
+@on_each_backend
+def test_the_readme_trains_a_mixture_that_is_better_than_a_dense_layer(capsys):
+    run("README.md")
+    dense, mixture, rows = capsys.readouterr().out.strip().split("\n", 2)
+    assert 1 < float(mixture.split()[-1]) < 0.7 * float(dense.split()[-1])
+    assert min(map(int, re.findall(r"\d+", rows))) > 1000
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert len(text.split("```python")[0].split()) <= 130
+    assert len(blocks("README.md")[0].splitlines()) <= 15
+
+
+def test_the_example_of_the_home_page_trains():
+    names = run("docs/index.md")
     model, monitor = names["model"], names["callbacks"].ExpertMonitor()
     ids = np.random.default_rng(0).integers(1, 20_000, (4, 6))
     history = model.fit(ids, np.arange(4), callbacks=[monitor], verbose=0).history

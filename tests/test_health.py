@@ -136,8 +136,8 @@ def test_dead_experts_are_reported_after_a_while_and_when_others_join_them():
     watchdog = ExpertHealth(every=10, patience=1)
     findings, _ = watched(model_of(layer, keras.optimizers.SGD(0.0)), x, x[:, :1], watchdog)
     assert [(step, finding.text) for step, _, finding in findings] == [
-        (30, "1 of 4 experts is dead in 3 checks: 3. At the last check 1 of 4 were dead."),
-        (60, "2 of 4 experts are dead in 3 checks: 2, 3. At the last check 2 of 4 were dead."),
+        (30, "Expert 3 of 4 is dead in 3 checks. At the last check 1 of 4 were dead."),
+        (60, "Experts 2, 3 of 4 are dead in 3 checks. At the last check 2 of 4 were dead."),
     ]
 
 
@@ -149,7 +149,7 @@ def test_experts_that_die_in_a_short_training_are_reported_at_its_end():
     watchdog = ExpertHealth(rebalance=True)
     model = model_of(layer, keras.optimizers.SGD(0.0))
     ((step, _, finding),), _ = watched(model, x, x[:, :1], watchdog)
-    assert step == 45 and finding.text.startswith("1 of 4 experts is dead in 3 checks: 3.")
+    assert step == 45 and finding.text.startswith("Expert 3 of 4 is dead in 3 checks.")
     # There is no step left that a heavier loss would change.
     assert layer.loss_weights_in_force[0] == pytest.approx(layer.router_losses[0].weight)
 
@@ -183,7 +183,7 @@ def test_a_router_of_nan_and_exploding_logits_are_found():
     assert any(finding.text.startswith("Router logits explode") for _, _, finding in findings)
     x[BATCH] = np.nan
     findings, _ = watched(model, x, y, ExpertHealth(every=2, stop=True))
-    assert findings[-1][2].text == "The router computes what is not a number."
+    assert findings[-1][2].text == "The router's logits are NaN."
     assert findings[-1][0] == 2
 
 
@@ -245,8 +245,8 @@ SPREADS = {((5, 5, 5, 5), 1): 1.0, ((9, 0, 0, 0), 1): 0.0, ((5, 5, 0, 0), 2): 0.
 SPREADS |= {((5, 5, 0, 0), 1): 1 / 3, ((0, 0, 0, 0), 1): 0.0, ((5,), 1): 1.0}
 TEXTS = {
     "The busiest expert does 2.8 times": lambda: health.judge_load([700, 100, 100, 100], 1, ""),
-    "1 of 4 experts is dead: 2.": lambda: health.judge_load([90, 110, 0, 90], 1, ""),
-    "12 of 16 experts are dead: 4, 5, 6, 7, 8, 9, 10, 11, 12, 13 and 2 more.": (
+    "Expert 2 of 4 is dead.": lambda: health.judge_load([90, 110, 0, 90], 1, ""),
+    "Experts 4, 5, 6, 7, 8, 9, 10, 11, 12, 13 and 2 more of 16 are dead.": (
         lambda: health.judge_load([1000] * 4 + [0] * 12, 1, "")
     ),
     "12% of the assignments found no slot in their expert.": lambda: health.judge_drops(0.12),
