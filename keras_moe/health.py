@@ -1,6 +1,5 @@
 """Verdicts on experts and routers in plain words, each with advice."""
 
-import math
 from typing import NamedTuple
 
 import numpy as np
@@ -204,15 +203,17 @@ def weak_loss(loss, weight):
     return Finding(HINT, text, f"Give it a weight of about {usual:g}, or leave it out.")
 
 
-def heavy_losses(router_losses, weights, total, values):
+def heavy_losses(losses, total):
     """A finding, if balancing is a large part of what training can still lower, or None.
 
-    `values` are the means of the losses before their weights. `total` is the largest loss of the
-    model: any balancing loss is large beside the loss of a task that has been learned.
+    `losses` are tuples of a loss, its weight and its mean before the weight. `total` is the largest
+    loss of the model: any balancing loss is large beside that of a task that has been learned.
     """
-    every = list(zip(router_losses, weights, values, strict=True))
-    heavy = [each for each in every if each[1] >= HEAVY_WEIGHT * (each[0].usual_weight or math.inf)]
-    constant = sum(weight * loss.value_at_balance for loss, weight, _ in every)
+    heavy = []
+    for loss, weight, value in losses:
+        if loss.usual_weight is not None and weight >= HEAVY_WEIGHT * loss.usual_weight:
+            heavy.append((loss, weight, value))
+    constant = sum(weight * loss.value_at_balance for loss, weight, _ in losses)
     excess = sum(weight * (value - loss.value_at_balance) for loss, weight, value in heavy)
     rest = total - constant
     # NaN is in no order.

@@ -143,7 +143,8 @@ def count_table(routing: Routing, groups: Tensor, num_groups: int) -> Tensor:
     groups = ops.convert_to_tensor(groups)
     check_tensors({"T": routing.mask.shape[0]}, groups=(groups, "T", "int"))
     num_experts = routing.counts.shape[0]
-    indices = mask_invalid(routing.indices, num_experts, routing.mask)
+    indices = ops.convert_to_tensor(routing.indices)
+    indices = mask_invalid(indices, num_experts, routing.mask)
     ones = ops.ones_like(indices, dtype="float32")
     assigned = weights_of_experts(indices, ones, num_experts)
     # Tokens of no group go to a spare one that is sliced off.

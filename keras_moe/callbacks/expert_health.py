@@ -94,7 +94,8 @@ class ExpertHealth(keras.callbacks.Callback):
         self._step += self.model.steps_per_execution
 
     def on_epoch_end(self, epoch, logs=None):
-        losses, weights, values, added = [], [], [], {}
+        losses: list = []
+        added = {}
         for name, watch in self._watched():
             layer = watch.layer
             counted = watch.count()
@@ -102,13 +103,12 @@ class ExpertHealth(keras.callbacks.Callback):
                 counted = counted.since(watch.epoch_began)
             if not counted.assignments.any() or not layer.router_losses:
                 continue
-            losses += layer.router_losses
-            weights += layer.loss_weights_in_force
-            values += [*counted.means.losses]
+            means = counted.means.losses
+            losses += zip(layer.router_losses, layer.loss_weights_in_force, means, strict=True)
             added[name] = counted.means.added
         if added:
             self._largest_loss = np.fmax(self._largest_loss, (logs or {}).get("loss", np.nan))
-            finding = health.heavy_losses(losses, weights, self._largest_loss, values)
+            finding = health.heavy_losses(losses, self._largest_loss)
             self._report(max(added, key=lambda name: added[name]), "heavy loss", finding)
 
     def on_train_end(self, logs=None):

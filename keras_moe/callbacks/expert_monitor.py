@@ -97,7 +97,6 @@ class ExpertMonitor(keras.callbacks.Callback):
     def set_model(self, model):
         if self.model is not None:  # An evaluation or a training was interrupted.
             self._stop_counting()
-            self._forget_counting()
         if self.model not in (None, model):
             self.shares, self.validation_shares = {}, {}
         super().set_model(model)
@@ -108,7 +107,7 @@ class ExpertMonitor(keras.callbacks.Callback):
 
     def on_train_end(self, logs=None):
         self._epoch_began = None
-        self._forget_counting()
+        self._stop_counting()
         if self._event_files is not None:
             self._event_files.close()
 
@@ -130,9 +129,7 @@ class ExpertMonitor(keras.callbacks.Callback):
             _counting.add(self.model.test_function)
 
     def on_test_end(self, logs=None):
-        self._stop_counting()
-        if self._epoch_began is None:
-            self._forget_counting()
+        self._stop_counting(goes_on=self._epoch_began is not None)
         self._test = self._numbers_since(self._test_began, evaluation=True)
         self._add_logs(logs, self._test[0])
 
@@ -191,13 +188,11 @@ class ExpertMonitor(keras.callbacks.Callback):
 
         self.shares, self.validation_shares = kept(self.shares), kept(self.validation_shares)
 
-    def _stop_counting(self):
+    def _stop_counting(self, goes_on=False):
         for layer in moe_layers(self.model).values():
             layer.remove_observer(_EVALUATION)
-
-    def _forget_counting(self):
-        """Let evaluations without a monitor trace a function that does not count."""
-        if self.model.test_function in _counting:
+        # Evaluations without a monitor trace a function that does not count.
+        if self.model.test_function in _counting and not goes_on:
             forget_compiled(self.model, ["test_function"])
 
     def _read(self, evaluation=False):

@@ -65,7 +65,9 @@ class _Replacement:
                 names.append(name)
         for sublayer in own_layers(layer):
             self.of(sublayer)
-        if names and not isinstance(layer, TransformerBlock):  # whose config has its sublayer
+        if isinstance(layer, TransformerBlock):
+            layer.examine_feedforward()
+        elif names:
             self.changes.append((layer, names))
         return layer
 
