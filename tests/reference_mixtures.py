@@ -125,7 +125,9 @@ def zero_computation(bank, read):
 
 
 def experts_of(bank, read):
-    """The experts of a bank, functions of a token."""
+    """The experts of a bank, or of several, functions of a token."""
+    if isinstance(bank, list):
+        return [expert for each in bank for expert in experts_of(each, read)]
     if isinstance(bank, layers.LayerExperts):
         return [lambda x, each=each: of_layer(each, x, read) for each in bank.layers]
     if isinstance(bank, layers.ZeroComputationExperts):

@@ -104,7 +104,8 @@ def parameters_of(layer):
 
 
 def float_array(variable):
-    return np.array(keras.ops.convert_to_numpy(keras.ops.cast(variable.value, "float32")))
+    dtype = "float64" if variable.dtype == "float64" else "float32"
+    return np.array(keras.ops.convert_to_numpy(keras.ops.cast(variable.value, dtype)))
 
 
 def calls_of(model):
