@@ -33,8 +33,9 @@ from keras_moe.layers.expert_bank import ExpertBank
 from keras_moe.layers.recomputation import Recomputable
 from keras_moe.layers.sublayers import warn_of_second_use
 from keras_moe.layers.tokens import Tokens
-from keras_moe.ops.routing import Routing, token_shares
-from keras_moe.ops.selection import mask_invalid, weights_of_experts
+from keras_moe.ops.plans import dropped_fraction
+from keras_moe.ops.routing import Routing
+from keras_moe.ops.selection import weights_of_experts
 from keras_moe.ops.sorting import as_dtype
 
 
@@ -167,41 +168,44 @@ class Gate(Recomputable):
         router_inputs: Tensor | None = None,
         token_ids: Tensor | None = None,
         indices: Tensor | None = None,
-    ) -> Routing:
-        """Return the routing of `Tokens` and its plan, after capacity, losses and counters."""
+    ) -> tuple[Routing, Tensor]:
+        """Return the routing of `Tokens`, and the experts (T, K) that serve them, -1 for none.
+
+        Losses are added and the call is counted.
+        """
         observers = [each() for each in self._observers if each() is not None]
         for observer in observers:
             indices = observer.indices if indices is None else indices
         earlier = own_losses(self.router) if training else []
         # On JAX the call of a gate is the outermost, in PyTorch's recomputation losses come later.
         is_first = bool(training) and is_first_in_pass(self) and not (earlier or own_losses(self))
-        routing = self._route(tokens, training, router_inputs, token_ids=token_ids, indices=indices)
+        context = {"token_ids": token_ids, "indices": indices}
+        routing, experts = self._route(tokens, training, router_inputs, context)
         counts = any(observer.counts for observer in observers) and not in_symbolic_scope()
         if training or counts:
             added = own_losses(self.router)[len(earlier) :] if training else []
             self._add_losses_and_count(routing, tokens.sequence_length, training, added, is_first)
         for observer in observers:
             if observer.saw is not None:
-                observer.saw(routing.without_plan(), tokens.values)
-        return routing
+                observer.saw(routing, tokens.values)
+        return routing, experts
 
-    def _route(self, tokens, training, router_inputs, **context):
-        """The routing of the router, in which experts take no more tokens than their capacity."""
+    def _route(self, tokens, training, router_inputs, context):
+        """The routing of the router, and its experts, which serve no more than their capacity."""
         length = tokens.sequence_length
         context |= {"mask": tokens.mask, "sequence_length": length}
         # Keras looks through each argument.
         given = {name: each for name, each in context.items() if each is not None}
         vectors = tokens.vectors(router_inputs)
-        routing = self.router(vectors, training=training, with_plan=True, **given)
+        routing = self.router(vectors, training=training, **given)
         if self.capacity is None:
-            return routing
+            return routing, routing.indices
         limited = sum(bank.num_capacity_limited for bank in self.banks)
-        return self.capacity.admit(routing, length, training, self._capacity_seed, limited)
+        experts = self.capacity.admit(routing, length, training, self._capacity_seed, limited)
+        return routing._replace(dropped=dropped_fraction(experts, routing.counts)), experts
 
     def _add_losses_and_count(self, routing, sequence_length, training, added, is_first):
         """Add router losses to those that the router has `added`, and count this call."""
-        if isinstance(routing.shares, tuple):
-            routing = routing._replace(shares=token_shares(routing.mask))
         values: list = []
         for index in range(len(self.router_losses)):
             values.append(self._compute_loss(index, routing, sequence_length, training))
@@ -364,8 +368,7 @@ class TaskGate(Gate):
         weights = routing.weights  # of all experts, in order
         if not self.router.serves_all:
             weights = weights_of_experts(routing.indices, weights, number)
-        indices = mask_invalid(routing.indices, number, routing.mask)
-        return indices - first, weights[:, first : first + bank.num_experts]
+        return routing.indices - first, weights[:, first : first + bank.num_experts]
 
 
 def routers_of_tasks(identifier, number):

@@ -157,13 +157,13 @@ class StackedExperts(Adaptable, ExpertBank):
         network = self._network._replace(function=self._function())
         draws_now = self._dropout_seed is not None and training
         key = draws.key(self._dropout_seed) if draws_now else None
-        problem = Problem(self._compute(tokens), self._maps(), plan.with_rows(), key)
+        problem = Problem(self._compute(tokens), self._maps(), plan, key)
         if self.processes is not None:
             return run_in_processes(network, problem, self.processes)
-        if problem.plan.order is not None:
+        shards = backend.token_shards()
+        if shards is None:
             return run_network(network, problem)
-        axis = backend.token_shards().axis_of(self.projections[0].kernel)
-        return run_on_mesh(network, problem, axis)
+        return run_on_mesh(network, problem, shards.axis_of(self.projections[0].kernel))
 
     def compute_all(self, tokens):
         is_spread = backend.token_shards() or self.processes is not None

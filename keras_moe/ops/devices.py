@@ -26,12 +26,15 @@ from keras_moe.backend import backend
 from keras_moe.backend.base import named_platform
 from keras_moe.backend.padded import interval
 from keras_moe.ops.networks import Problem, run_network
-from keras_moe.ops.plans import GroupedPlan, pad_to_shards, plan_experts
+from keras_moe.ops.plans import ExpertChoicePlan, GroupedPlan, pad_to_shards
 from keras_moe.ops.sorting import ceil_divide
 
 
 def run_on_mesh(network, problem, expert_axis):
-    """`run_network` of an unsorted plan on a mesh; `expert_axis`, or None, splits the kernels."""
+    """`run_network` on a mesh, where each device makes a plan of its own part.
+
+    `expert_axis`, or None, splits the kernels.
+    """
     shards = backend.token_shards()
     platform = named_platform() or shards.platform
     return _run_on_mesh((network, shards, expert_axis, platform), problem)
@@ -41,32 +44,38 @@ def run_on_mesh(network, problem, expert_axis):
 def _run_on_mesh(static, problem):
     network, shards, expert_axis, platform = static
     run = functools.partial(run_network, network, platform=platform)
-    tokens_cross = expert_axis in shards.axes
+    tokens_cross, whole = expert_axis in shards.axes, problem.plan
 
-    def on_device(tokens, maps, plan, key):
-        problem, lengths = Problem(tokens, maps, plan, key), _chunk_lengths(ops.size(plan.experts))
+    def on_device(tokens, maps, assignments, key):
+        experts, weights = assignments
         num_experts = next(iter(maps.values())).kernel.shape[0]
+        num_rows = whole.num_rows() * ops.shape(tokens)[0] // max(whole.num_tokens, 1)
+        lengths = _chunk_lengths(num_rows)
+
+        def run_own(first):
+            plan = whole.of_experts(experts, weights, first, num_experts)
+            return _run_in_chunks(run, Problem(tokens, maps, plan, key), lengths)
+
         if expert_axis is None:
-            return run(problem._replace(plan=plan.of_experts(0, num_experts).sort()))
+            return run_own(0)
         if tokens_cross:
             # Whether K rows of each token are fewer values than the tokens of all devices.
             num_tokens = shards.mesh.shape[expert_axis] * ops.shape(tokens)[0]
-            if plan.places is None and lengths[0] < num_tokens:
+            if not isinstance(whole, ExpertChoicePlan) and lengths[0] < num_tokens:
+                number = shards.mesh.shape[expert_axis] * num_experts
+                plan = GroupedPlan.of(experts, weights, number)
+                problem = Problem(tokens, maps, plan, key)
                 return _by_all_to_all(run, problem, shards, expert_axis)
-            tokens, plan = shards.gather((tokens, plan), expert_axis)
-        first = shards.place_on(expert_axis) * num_experts
-        plan = plan.of_experts(first, num_experts).sort()
-        outputs = _run_in_chunks(run, problem._replace(tokens=tokens, plan=plan), lengths)
+            tokens, experts, weights = shards.gather((tokens, experts, weights), expert_axis)
+        outputs = run_own(first=shards.place_on(expert_axis) * num_experts)
         add = shards.sum_and_scatter if tokens_cross else shards.sum_over
         return add(outputs, expert_axis)
 
     def pad(tensor, value=0):
         return pad_to_shards(tensor, shards, value)
 
-    plan = problem.plan
-    experts, weights = pad(plan.experts, -1), pad(plan.weights)
-    padded = GroupedPlan(experts, weights, None, pad(plan.places), pad(plan.mask))
-    padded = problem._replace(tokens=pad(problem.tokens), plan=padded)
+    assignments = pad(whole.experts, -1), pad(whole.weights)
+    padded = problem._replace(tokens=pad(problem.tokens), plan=assignments)
     axes = (shards.axes, expert_axis, shards.axes, None)
     return shards.on_each_device(on_device, padded, axes)[: ops.shape(problem.tokens)[0]]
 
@@ -135,13 +144,13 @@ def _chunk(plan, start, length):
     """The plan of `length` rows from `start` on."""
     ends = ops.cumsum(plan.sizes)
     sizes = ops.clip(ends - start, 0, length) - ops.clip(ends - plan.sizes - start, 0, length)
-    rows = plan.rows - start
+    rows = plan.row_of_assignment - start
     # The last chunk may overrun the rows.
-    order = ops.pad(plan.order, (0, length))
+    assignments = ops.pad(plan.assignment_of_row, (0, length))
     return plan._replace(
         sizes=sizes,
-        order=backend.slice_at(order, (start,), (length,)),
-        rows=ops.where((rows >= 0) & (rows < length), rows, -1),
+        assignment_of_row=backend.slice_at(assignments, (start,), (length,)),
+        row_of_assignment=ops.where((rows >= 0) & (rows < length), rows, -1),
     )
 
 
@@ -149,8 +158,7 @@ def _by_all_to_all(run, problem, shards, axis):
     """Send each token to the devices of its experts; a bucket has the rows for one device."""
     plan, num_local = problem.plan, next(iter(problem.maps.values())).kernel.shape[0]
     num_shards = shards.mesh.shape[axis]
-    lengths = _chunk_lengths(ops.size(plan.experts), num_shards)
-    plan = GroupedPlan.of(plan.experts, plan.weights, num_local * num_shards).sort()
+    lengths = _chunk_lengths(plan.num_rows(), num_shards)
 
     def run_chunk(problem, start, length):
         plan = problem.plan
@@ -161,14 +169,14 @@ def _by_all_to_all(run, problem, shards, axis):
         # them, so that the receiving device need not save them.
         weight = shards.exchange(buckets.weight_of_row(plan.weights), axis)
         rows = GroupedPlan.of(ops.expand_dims(expert, 1), ops.expand_dims(weight, 1), num_local)
-        outputs = run(problem._replace(tokens=received, plan=rows.sort()))
+        outputs = run(problem._replace(tokens=received, plan=rows))
         return buckets._replace(weights=None).combine(shards.exchange(outputs, axis))
 
     def count_rows(plan):
         # If one device needs a chunk, all take part in it.
         return shards.max_over(ops.max(_rows_by_shard(plan, num_shards)), shards.axes)
 
-    return _sum_chunks(run_chunk, lengths, count_rows, problem._replace(plan=plan))
+    return _sum_chunks(run_chunk, lengths, count_rows, problem)
 
 
 def _rows_by_shard(plan, num_shards):
@@ -192,13 +200,13 @@ def _buckets(plan, num_shards, start, length):
     local = ops.where(filled, expert % (plan.num_experts // num_shards), -1)
 
     # The place of each token's rows among all buckets.
-    rows = plan.rows
+    rows = plan.row_of_assignment
     shard = ops.minimum(interval(rows, ops.cumsum(sizes)), num_shards - 1)
     place = rows - ops.take(starts, shard) - start
     inside = (rows >= 0) & (place >= 0) & (place < length)
     buckets = plan._replace(
-        order=ops.take(plan.order, ops.reshape(row, (-1,))),
-        rows=ops.where(inside, shard * length + place, -1),
+        assignment_of_row=ops.take(plan.assignment_of_row, ops.reshape(row, (-1,))),
+        row_of_assignment=ops.where(inside, shard * length + place, -1),
     )
     return buckets, ops.reshape(local, (-1,))
 
@@ -210,7 +218,8 @@ def run_in_processes(network, problem, processes):
 
     def serve(rows, experts):
         # Sorted by the process they came from, and only then by expert.
-        own = plan_experts(ops.expand_dims(experts, 1), num_own).sort()
+        experts = ops.expand_dims(experts, 1)
+        own = GroupedPlan.of(experts, ops.ones_like(experts, "float32"), num_own)
         return run_network(network, problem._replace(tokens=rows, plan=own))
 
     rows = plan.dispatch(problem.tokens)
