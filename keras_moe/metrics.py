@@ -15,10 +15,9 @@ from keras import ops
 from keras_moe._internal import Tensor
 from keras_moe._internal.checks import check_indices, check_integer, check_tensors, host_values
 from keras_moe._internal.serialization import register
-from keras_moe.ops.plans import GroupedPlan, plan_routing
+from keras_moe.ops.plans import GroupedPlan
 from keras_moe.ops.routing import Routing, count_assignments
 from keras_moe.ops.selection import chosen_experts, entropy, mask_invalid, weights_of_experts
-from keras_moe.ops.soft import SoftPlan
 
 __all__ = [
     "DroppedFraction",
@@ -88,7 +87,7 @@ def router_entropy(routing: Routing) -> Tensor:
     return routing.entropy() / math.log(max(routing.counts.shape[0], 2))
 
 
-def unserved_fraction(routing: Routing, plan: GroupedPlan | SoftPlan) -> Tensor:
+def unserved_fraction(routing: Routing, plan: GroupedPlan) -> Tensor:
     """Share of the real tokens whose assignments were all dropped, or that no expert chose.
 
     Of an `ops.Routing` and its plan, such as `ops.plan_groups(routing)`; float32 scalar.
@@ -194,12 +193,13 @@ def served_tokens(routing):
 
 def contributions(layer, routing, tokens):
     """Sum over the tokens (T, ...) of each expert of weight times norm of its output, (E,)."""
-    outputs = layer.experts.compute_each(tokens, plan_routing(routing))
+    plan = GroupedPlan.of(routing.indices, routing.weights, layer.experts.num_experts)
+    outputs = layer.experts.compute_each(tokens, plan)
     squares = ops.square(ops.cast(outputs, "float32"))
     norms = ops.sqrt(ops.sum(squares, axis=tuple(range(2, len(outputs.shape)))))
     num_experts = layer.experts.num_experts
     # Unserved assignments, whose outputs are zero, go to a spare expert that is sliced off.
-    indices = mask_invalid(routing.indices, num_experts) % (num_experts + 1)
+    indices = routing.indices % (num_experts + 1)
     added = ops.reshape(norms * routing.weights, (-1,))
     return ops.segment_sum(added, ops.reshape(indices, (-1,)), num_experts + 1)[:-1]
 

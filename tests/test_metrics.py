@@ -129,7 +129,7 @@ def test_decisions_and_tables_equal_loops_over_tokens(mode):
             table,
             metrics.mutual_information(table),
         )
-        return values, routing, after, plan.rows
+        return values, routing, after, plan.row_of_assignment
 
     values, routing, after, rows = compiled(function, mode)(logits, later, mask, groups)
     unserved, saturation, together, table, information = values
@@ -221,8 +221,9 @@ def test_saliency_of_experts_of_whole_samples():
 def test_a_plan_knows_whom_it_serves(router):
     router = routers.get(router, num_experts=E)
     tokens, mask = normal(6, D), np.arange(6) < 4
-    routing = router(tokens, mask=mask, with_plan=True)
-    served = array(routing.plan.served())
+    routing = router(tokens, mask=mask)
+    plan = plan_groups(routing)
+    served = array(plan.served())
     outputs = array(moe(router=router)(tokens, mask=mask))
     np.testing.assert_array_equal(served[mask], (outputs[mask] != 0).any(axis=1))
-    assert_close(metrics.unserved_fraction(routing, routing.plan), 1 - served[:4].mean())
+    assert_close(metrics.unserved_fraction(routing, plan), 1 - served[:4].mean())

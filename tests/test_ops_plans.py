@@ -75,11 +75,11 @@ def test_a_plan_equals_the_oracle_and_so_do_its_verbs_and_their_gradients(mode):
         num_rows = len(in_order)
         np.testing.assert_array_equal(plan.sizes, [len(queue) for queue in served])
         numbers = [k * len(mask) + t for t, k in in_order]
-        np.testing.assert_array_equal(plan.order[:num_rows], numbers)
+        np.testing.assert_array_equal(plan.assignment_of_row[:num_rows], numbers)
         rows = np.full(indices.shape, -1)
         for row, assignment in enumerate(in_order):
             rows[assignment] = row
-        np.testing.assert_array_equal(plan.rows, rows)
+        np.testing.assert_array_equal(plan.row_of_assignment, rows)
 
         num_assigned = indices.shape[1] * np.sum(mask)
         assert_close(dropped, (num_assigned - num_rows) / max(num_assigned, 1))
@@ -139,7 +139,7 @@ PROBS = np.array([[0.6, 0.3, 0.1], [0.7, 0.2, 0.1], [0.8, 0.15, 0.05]])
 def served(**limits):
     def function(logits):
         plan = plan_groups(top_k_routing(logits, 2), **limits)
-        return plan.sizes, plan.rows >= 0
+        return plan.sizes, plan.row_of_assignment >= 0
 
     return compiled(function, FAST_MODE)(np.log(PROBS).astype("float32"))
 
@@ -159,7 +159,8 @@ def test_first_choices_are_served_before_more_urgent_second_ones():
     def function(logits):
         routing = top_k_routing(logits, 2)
         first = keras.ops.max(routing.probs, axis=-1)
-        return plan_groups(routing, capacity=1, priority=first).rows >= 0
+        plan = plan_groups(routing, capacity=1, priority=first)
+        return plan.row_of_assignment >= 0
 
     is_served = compiled(function, FAST_MODE)(np.log(probs).astype("float32"))
     assert is_served.tolist() == [[False, False], [True, False], [True, False]]

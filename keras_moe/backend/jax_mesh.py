@@ -36,32 +36,39 @@ def run(network, problem, shards, kernel):
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
 def _run(network, platform, shards, expert_axis, problem):
-    run = functools.partial(network.run, platform)
-    tokens_cross = expert_axis in shards.axes
+    run, plan = functools.partial(network.run, platform), problem.plan
+    num_tokens, tokens_cross = problem.tokens.shape[0], expert_axis in shards.axes
 
-    def on_device(tokens, maps, plan, key):
-        own = problem._replace(tokens=tokens, maps=maps, plan=plan, key=key)
-        lengths, num_experts = _chunk_lengths(plan.experts.size), _num_experts(own)
+    def on_device(tokens, maps, experts, weights, key):
+        own = problem._replace(tokens=tokens, maps=maps, key=key)
+        num_experts = _num_experts(own)
+        num_rows = plan.num_rows() * tokens.shape[0] // max(num_tokens, 1)
+        lengths = _chunk_lengths(num_rows)
+
+        def run_experts_from(first):
+            own_plan = plan.of_experts(experts, weights, first, num_experts)
+            return _run_in_chunks(run, own._replace(tokens=tokens, plan=own_plan), lengths)
+
         if expert_axis is None:
-            return run(own._replace(plan=plan.of_experts(0, num_experts)))
+            return run_experts_from(0)
         if tokens_cross:
             # Whether K rows of each token are fewer values than the tokens of all devices.
-            num_tokens = shards.mesh.shape[expert_axis] * tokens.shape[0]
-            if plan.places is None and lengths[0] < num_tokens:
-                return _by_all_to_all(run, own, shards, expert_axis)
-            tokens, plan = lax.all_gather((tokens, plan), expert_axis, tiled=True)
-        first = lax.axis_index(expert_axis) * num_experts
-        plan = plan.of_experts(first, num_experts).sort()
-        outputs = _run_in_chunks(run, own._replace(tokens=tokens, plan=plan), lengths)
+            num_shards = shards.mesh.shape[expert_axis]
+            if plan.sends_rows and lengths[0] < num_shards * tokens.shape[0]:
+                own_plan = plan.of(experts, weights, num_shards * num_experts)
+                return _by_all_to_all(
+                    run, own._replace(plan=own_plan), num_shards, shards, expert_axis
+                )
+            gathered = lax.all_gather((tokens, experts, weights), expert_axis, tiled=True)
+            tokens, experts, weights = gathered
+        outputs = run_experts_from(lax.axis_index(expert_axis) * num_experts)
         if tokens_cross:  # Each device keeps its own part of the sum.
             return lax.psum_scatter(outputs, expert_axis, tiled=True)
         return lax.psum(outputs, expert_axis)
 
-    plan, num_tokens = problem.plan, problem.tokens.shape[0]
-    plan = plan._replace(experts=shards.pad(plan.experts, -1), weights=shards.pad(plan.weights))
-    plan = plan._replace(sizes=None, places=shards.pad(plan.places), mask=shards.pad(plan.mask))
-    operands = shards.pad(problem.tokens), problem.maps, plan, problem.key
-    axes = shards.axes, expert_axis, shards.axes, None
+    assignments = shards.pad(plan.experts, -1), shards.pad(plan.weights)
+    operands = shards.pad(problem.tokens), problem.maps, *assignments, problem.key
+    axes = shards.axes, expert_axis, shards.axes, shards.axes, None
     return shards.on_each_device(on_device, operands, axes)[:num_tokens]
 
 
@@ -129,22 +136,22 @@ def _chunk(plan, start, length):
     """The plan of `length` rows from `start` on."""
     ends = jnp.cumsum(plan.sizes)
     sizes = jnp.clip(ends - start, 0, length) - jnp.clip(ends - plan.sizes - start, 0, length)
-    rows = plan.rows - start
+    rows = plan.row_of_assignment - start
     # The last chunk may overrun the rows.
-    order = jnp.pad(plan.order, (0, length))
+    assignments = jnp.pad(plan.assignment_of_row, (0, length))
     return plan._replace(
         sizes=sizes,
-        order=lax.dynamic_slice(order, (start,), (length,), allow_negative_indices=False),
-        rows=jnp.where((rows >= 0) & (rows < length), rows, -1),
+        assignment_of_row=lax.dynamic_slice(
+            assignments, (start,), (length,), allow_negative_indices=False
+        ),
+        row_of_assignment=jnp.where((rows >= 0) & (rows < length), rows, -1),
     )
 
 
-def _by_all_to_all(run, problem, shards, axis):
+def _by_all_to_all(run, problem, num_shards, shards, axis):
     """Send each token to the devices of its experts; a bucket has the rows for one device."""
-    plan, num_local = problem.plan, _num_experts(problem)
-    num_shards = shards.mesh.shape[axis]
-    lengths = _chunk_lengths(plan.experts.size, num_shards)
-    plan = plan.of(plan.experts, plan.weights, num_local * num_shards).sort()
+    num_local = _num_experts(problem)
+    lengths = _chunk_lengths(problem.plan.num_rows(), num_shards)
 
     def exchange(tensor):
         # Part i goes to device i; the result has a part from each device.
@@ -166,7 +173,7 @@ def _by_all_to_all(run, problem, shards, axis):
         # If one device needs a chunk, all take part in it.
         return lax.pmax(jnp.max(_rows_by_shard(plan, num_shards)), shards.axes)
 
-    return _sum_chunks(run_chunk, lengths, count_rows, problem._replace(plan=plan))
+    return _sum_chunks(run_chunk, lengths, count_rows, problem)
 
 
 def _rows_by_shard(plan, num_shards):
@@ -189,12 +196,12 @@ def _buckets(plan, num_shards, start, length):
     local = jnp.where(filled, expert % (plan.num_experts // num_shards), -1)
 
     # The place of each token's rows among all buckets.
-    rows = plan.rows
+    rows = plan.row_of_assignment
     shard = jnp.minimum(interval(rows, jnp.cumsum(sizes)), num_shards - 1)
     place = rows - jnp.take(starts, shard) - start
     inside = (rows >= 0) & (place >= 0) & (place < length)
     buckets = plan._replace(
-        order=jnp.take(plan.order, row.reshape(-1)),
-        rows=jnp.where(inside, shard * length + place, -1),
+        assignment_of_row=jnp.take(plan.assignment_of_row, row.reshape(-1)),
+        row_of_assignment=jnp.where(inside, shard * length + place, -1),
     )
     return buckets, local.reshape(-1)

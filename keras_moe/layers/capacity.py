@@ -5,10 +5,11 @@ from typing import Any
 import keras
 from keras import ops
 
+from keras_moe._internal import Tensor
 from keras_moe._internal.checks import check_choice, check_integer, check_number
 from keras_moe._internal.serialization import Configured, register
 from keras_moe.backend import backend
-from keras_moe.ops.capacity import MAX_CAPACITY, limit, slots_of_expert
+from keras_moe.ops.capacity import MAX_CAPACITY, admit, slots_of_expert
 from keras_moe.ops.routing import Routing
 from keras_moe.ops.selection import take_scores, top_k_indices
 from keras_moe.ops.sorting import at_least, ceil_divide
@@ -93,11 +94,11 @@ class Capacity(Configured):
         training: bool | None,
         seed: keras.random.SeedGenerator,
         num_capacity_limited: int | None = None,
-    ) -> Routing:
-        """Return a routing with the plan of the assignments that find a slot.
+    ) -> Tensor:
+        """Return the experts (T, K) of the assignments that find a slot, -1 for the others.
 
         Args:
-            routing: The `ops.Routing`, with the plan of all assignments.
+            routing: The `ops.Routing` of all assignments.
             sequence_length: Integer. Tokens of a sequence, or None.
             training: Boolean. Whether to use the factor for training.
             seed: `keras.random.SeedGenerator` of the layer, for a random priority.
@@ -105,20 +106,20 @@ class Capacity(Configured):
         """
         factor = self.factor if training else self.evaluation_factor
         if factor is None:
-            return routing
+            return routing.indices
         num_tokens, top_k = ops.shape(routing.indices)
         shards = backend.devices.token_shards()
         if shards is not None:
             num_tokens = ceil_divide(num_tokens, shards.number)
         sequence_length = sequence_length if self.per_sequence else None
         length = num_tokens if sequence_length is None else sequence_length
-        slots = slots_of_expert(length, routing.counts.shape[0], top_k, factor)
+        num_experts = routing.counts.shape[0]
+        slots = slots_of_expert(length, num_experts, top_k, factor)
         slots = at_least(min(self.minimum, MAX_CAPACITY), slots)
         multiple_of = min(self.multiple_of, MAX_CAPACITY)
         slots = ceil_divide(slots, multiple_of) * multiple_of
-        priority = self._priorities(routing, seed)
-        plan = limit(routing.plan, slots, priority, sequence_length, num_capacity_limited)
-        return routing._replace(plan=plan, dropped=plan.dropped_fraction(routing.counts))
+        limits = slots, self._priorities(routing, seed), sequence_length, num_capacity_limited
+        return admit(routing.indices, num_experts, *limits)
 
     def _priorities(self, routing, seed):
         if self.priority == "probability":

@@ -10,7 +10,7 @@ from keras_moe._internal import Tensor
 from keras_moe._internal.base_layer import BaseLayer
 from keras_moe._internal.checks import check_integer
 from keras_moe._internal.serialization import resolve
-from keras_moe.ops.plans import GroupedPlan, plan_experts
+from keras_moe.ops.plans import GroupedPlan
 from keras_moe.ops.soft import SoftPlan
 from keras_moe.ops.sorting import as_dtype
 
@@ -60,8 +60,8 @@ class ExpertBank(BaseLayer):
     def compute_all(self, tokens: Tensor) -> Tensor:
         """Return the outputs (T, E, ...) of all experts for each token (T, ...)."""
         numbers = ops.arange(self.num_experts, dtype="int32")
-        shape = (ops.shape(tokens)[0], self.num_experts)
-        plan = plan_experts(ops.broadcast_to(numbers, shape), self.num_experts)
+        experts = ops.broadcast_to(numbers, (ops.shape(tokens)[0], self.num_experts))
+        plan = GroupedPlan.of(experts, ops.ones_like(experts, "float32"), self.num_experts)
         return self.compute_each(tokens, plan)
 
     def compute_each(self, tokens: Tensor, plan: GroupedPlan) -> Tensor:

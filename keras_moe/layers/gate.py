@@ -29,7 +29,8 @@ from keras_moe.layers.counters import Counters, Counts
 from keras_moe.layers.expert_bank import ExpertBank
 from keras_moe.layers.recomputation import Recomputable
 from keras_moe.layers.tokens import Tokens
-from keras_moe.ops.routing import Routing, token_shares
+from keras_moe.ops.plans import dropped_fraction
+from keras_moe.ops.routing import Routing
 from keras_moe.ops.sorting import as_dtype
 
 
@@ -161,33 +162,41 @@ class Gate(Recomputable):
         router_inputs: Tensor | None = None,
         token_ids: Tensor | None = None,
         indices: Tensor | None = None,
-    ) -> Routing:
-        """Return the routing of `Tokens` and its plan, after capacity, losses and counters."""
+    ) -> tuple[Routing, Tensor]:
+        """Return the routing of `Tokens`, and the experts (T, K) that serve them, -1 for none.
+
+        Losses are added and the call is counted.
+        """
         observers = [each() for each in self._observers if each() is not None]
         for observer in observers:
             indices = observer.indices if indices is None else indices
-        length = tokens.sequence_length
-        context = {"mask": tokens.mask, "sequence_length": length}
-        context |= {"token_ids": token_ids, "indices": indices}
-        # Without None: Keras scans every argument.
-        given = {name: each for name, each in context.items() if each is not None}
-        vectors = tokens.vectors(router_inputs)
-        routing = self.router(vectors, training=training, with_plan=True, **given)
-        if self.capacity is not None:
-            limited = sum(bank.num_capacity_limited for bank in self.banks)
-            routing = self.capacity.admit(routing, length, training, self._capacity_seed, limited)
+        routing, experts = self._route(
+            tokens, training, router_inputs, token_ids=token_ids, indices=indices
+        )
         is_counted = any(observer.counts for observer in observers) and not in_symbolic_scope()
         if training or is_counted:
-            self._add_losses_and_count(routing, length, training)
+            self._add_losses_and_count(routing, tokens.sequence_length, training)
+        routing = routing._replace(losses=())  # which are added
         for observer in observers:
             if observer.saw is not None:
-                observer.saw(routing.without_plan(), tokens.values)
-        return routing
+                observer.saw(routing, tokens.values)
+        return routing, experts
+
+    def _route(self, tokens, training, router_inputs, **context):
+        """The routing of the router, and its experts, which serve no more than their capacity."""
+        length = tokens.sequence_length
+        context |= {"mask": tokens.mask, "sequence_length": length}
+        # Without None: Keras scans every argument.
+        given = {name: each for name, each in context.items() if each is not None}
+        routing = self.router(tokens.vectors(router_inputs), training=training, **given)
+        if self.capacity is None:
+            return routing, routing.indices
+        limited = sum(bank.num_capacity_limited for bank in self.banks)
+        experts = self.capacity.admit(routing, length, training, self._capacity_seed, limited)
+        return routing._replace(dropped=dropped_fraction(experts, routing.counts)), experts
 
     def _add_losses_and_count(self, routing, sequence_length, training):
         """Add the router losses in training, and count this call."""
-        if isinstance(routing.shares, tuple):
-            routing = routing._replace(shares=token_shares(routing.mask))
         values = [
             self._compute_loss(index, routing, sequence_length, training)
             for index in range(len(self.router_losses))

@@ -107,7 +107,6 @@ class LayerExperts(ExpertBank):
         recompute_as_one(self)
 
     def call(self, tokens: Tensor, plan: GroupedPlan) -> Tensor:
-        plan = plan.sort()
         tokens = ops.reshape(self._compute(tokens), (-1, math.prod(self._row_shape)))
         rows = plan.dispatch(tokens)
         parameters = {id(variable) for variable in parameters_of(self)}

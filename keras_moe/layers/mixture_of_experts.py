@@ -30,8 +30,7 @@ from keras_moe.layers.tokens import (
     token_shape,
     zero_padding,
 )
-from keras_moe.ops.plans import plan_routing
-from keras_moe.ops.soft import SoftPlan
+from keras_moe.ops.plans import ExpertChoicePlan, GroupedPlan
 from keras_moe.routers.router import Router
 
 
@@ -249,21 +248,27 @@ class MixtureOfExperts(Gate):
         tokens = self.tokens_of(inputs, mask, router_inputs=router_inputs, token_ids=token_ids)
 
         # Choose: the router picks K experts for each token. In training it is counted, too.
-        routing = self.choose(tokens, training, router_inputs, token_ids, indices)
+        routing, experts = self.choose(tokens, training, router_inputs, token_ids, indices)
+
+        # Plan: the tokens of each expert become a group of rows.
+        plan = _plan(routing, experts)
 
         # Compute and combine: each expert computes its tokens, whose outputs are summed by weight.
         if return_expert_outputs:
-            expert_outputs = self.experts.compute_each(tokens.values, _plan_of_choices(routing))
+            if routing.soft_plan:
+                rule = "`return_expert_outputs` needs a router that assigns tokens to experts"
+                raise ValueError(f"{rule}. Received: a soft router, whose experts mix tokens")
+            expert_outputs = self.experts.compute_each(tokens.values, plan)
             outputs = _weighted_sum(expert_outputs, routing.weights)
         else:
-            outputs = self.experts(tokens.values, routing.plan)
+            outputs = self.experts(tokens.values, plan)
         outputs = tokens.unflatten(outputs, self.compute_dtype)
         if self.shared_expert is not None:
             outputs = outputs + self._shared_outputs(tokens)
 
         returned = [outputs]
         if return_routing:
-            returned.append(routing.without_plan())
+            returned.append(routing)
         if return_expert_outputs:
             returned.append(tokens.unflatten(expert_outputs, self.compute_dtype))
         return tuple(returned) if len(returned) > 1 else outputs
@@ -336,12 +341,14 @@ def _bank_of(experts, **arguments):
     return LayerExperts(experts) if isinstance(experts, (list, tuple)) else expert_bank.get(experts)
 
 
-def _plan_of_choices(routing):
-    """The plan of a routing, where experts choose as if tokens chose the same."""
-    if isinstance(routing.plan, SoftPlan):
-        rule = "`return_expert_outputs` needs a router that assigns tokens to experts"
-        raise ValueError(f"{rule}. Received: a soft router, whose experts mix tokens")
-    return routing.plan if routing.plan.places is None else plan_routing(routing)
+def _plan(routing, experts):
+    """The plan of a routing, of whose assignments (T, K) these experts serve some, -1 for none."""
+    if routing.soft_plan:
+        return routing.soft_plan
+    if isinstance(routing.places, tuple):
+        return GroupedPlan.of(experts, routing.weights, routing.counts.shape[0])
+    num_rows = math.prod(ops.shape(routing.places))
+    return ExpertChoicePlan.of_choices(experts, routing.weights, num_rows)
 
 
 def _weighted_sum(expert_outputs, weights):

@@ -19,7 +19,7 @@ from keras_moe.layers.expert_bank import ExpertBank
 from keras_moe.layers.gate import Gate
 from keras_moe.layers.recomputation import Recomputable
 from keras_moe.layers.tokens import Tokens
-from keras_moe.ops.plans import plan_experts
+from keras_moe.ops.plans import GroupedPlan
 from keras_moe.ops.selection import mask_invalid, take_scores, weights_of_experts, without_repeats
 from keras_moe.routers.logit_router import LogitRouter
 from keras_moe.routers.router import Router
@@ -176,7 +176,7 @@ class MultiGateMixtureOfExperts(Recomputable):
         flat = [Tokens.of(each, mask) for each, mask in zip(inputs, masks)]
 
         # Choose: the gate of each task picks experts among the shared ones and its own.
-        routings = [task.choose(tokens, training) for task, tokens in zip(self.tasks, flat)]
+        routings = [task.choose(tokens, training)[0] for task, tokens in zip(self.tasks, flat)]
 
         # Compute: each bank computes for a token the experts that any task chose, once.
         # Combine: each task sums the outputs of its banks by its own weights.
@@ -196,7 +196,8 @@ class MultiGateMixtureOfExperts(Recomputable):
                 # An expert that several tasks chose for a token has one place; the others are -1.
                 chosen = mask_invalid(ops.concatenate(chosen, axis=1), bank.num_experts)
                 chosen = without_repeats(chosen)
-                plan = plan_experts(chosen, bank.num_experts)
+                ones = ops.ones_like(chosen, "float32")
+                plan = GroupedPlan.of(chosen, ones, bank.num_experts)
                 outputs = bank.compute_each(tokens.values, plan)
                 weights = tuple(take_scores(each, chosen) for each in weights)
             outputs = ops.cast(outputs, "float32")

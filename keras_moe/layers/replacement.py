@@ -65,9 +65,7 @@ class _Replacement:
                 names.append(name)
         for sublayer in own_layers(layer):
             self.of(sublayer)
-        if isinstance(layer, TransformerBlock):
-            layer.examine_feedforward()
-        elif names:
+        if names and not isinstance(layer, TransformerBlock):  # whose config has its sublayer
             self.changes.append((layer, names))
         return layer
 

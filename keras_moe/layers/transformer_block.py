@@ -60,17 +60,10 @@ class TransformerBlock(Recomputable):
         self.input_spec = keras.layers.InputSpec(ndim=3, axes={-1: inputs_shape[-1]})
         self._feedforward_norm = self._build_norm("feedforward_norm", inputs_shape)
         outputs_shape = build_and_measure("feedforward", self.feedforward, inputs_shape)
-        self.examine_feedforward()
         if outputs_shape[-1] != inputs_shape[-1]:
             rule = "`feedforward` must return as many features as it receives, for the residual"
             received = f"{inputs_shape[-1]} features in, {outputs_shape[-1]} out"
             raise ValueError(f"{rule}. Received: {received}")
-
-    def examine_feedforward(self) -> None:
-        """Find out which arguments the feed-forward layer takes; again, after it is replaced."""
-        self._feedforward_arguments = accepted_arguments(
-            self.feedforward, ("mask", "training", "token_ids")
-        )
 
     def _without_padding(self, inputs, mask, name="mask"):
         """Return inputs (B, L, D), zero at padding, and their mask, bool, by default of Keras."""

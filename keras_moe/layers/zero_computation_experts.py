@@ -12,7 +12,7 @@ from keras_moe._internal.serialization import register
 from keras_moe.layers import expert_bank
 from keras_moe.layers.expert_bank import ExpertBank, in_floats
 from keras_moe.layers.sublayers import freeze_parts
-from keras_moe.ops.plans import GroupedPlan
+from keras_moe.ops.plans import ExpertChoicePlan, GroupedPlan
 
 
 @register
@@ -94,7 +94,7 @@ class ZeroComputationExperts(ExpertBank):
 
     def call(self, tokens: Tensor, plan: GroupedPlan) -> Tensor:
         computing = self.experts.num_experts
-        if plan.places is not None:
+        if isinstance(plan, ExpertChoicePlan):
             rule = "Experts without computation need a router whose tokens choose, as `TopKRouter`"
             raise ValueError(f"{rule}. Received: a plan of experts that choose tokens")
         tokens = self._compute(tokens)

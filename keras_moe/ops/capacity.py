@@ -12,8 +12,9 @@ from keras import ops
 from keras_moe._internal import Tensor
 from keras_moe._internal.checks import check_integer, check_tensors
 from keras_moe.backend import backend
-from keras_moe.ops.plans import GroupedPlan, plan_routing
+from keras_moe.ops.plans import GroupedPlan
 from keras_moe.ops.routing import Routing, check_routing
+from keras_moe.ops.selection import mask_invalid
 from keras_moe.ops.sorting import at_least, ceil_divide, position_in_expert
 
 # More than there can be, and small enough that twice as many fit into int32.
@@ -64,42 +65,37 @@ def plan_groups(
         )
     if num_capacity_limited is not None:
         num_capacity_limited = check_integer("num_capacity_limited", num_capacity_limited)
-    plan = plan_routing(routing)
+    num_experts = routing.counts.shape[0]
+    experts = mask_invalid(routing.indices, num_experts, routing.mask)
     if capacity is not None:
-        plan = limit(plan, capacity, priority, sequence_length, num_capacity_limited)
-    return plan.with_rows()
+        limits = capacity, priority, sequence_length, num_capacity_limited
+        experts = admit(experts, num_experts, *limits)
+    return GroupedPlan.of(experts, routing.weights, num_experts)
 
 
-def limit(plan, capacity, priority=None, sequence_length=None, num_capacity_limited=None):
-    """The unsorted plan of the assignments that find a slot; see `plan_groups`."""
+def admit(
+    experts, num_experts, capacity, priority=None, sequence_length=None, num_capacity_limited=None
+):
+    """Experts (T, K) of the assignments that find a slot, -1 for the others; see `plan_groups`."""
     if isinstance(capacity, int):
         capacity = min(capacity, MAX_CAPACITY)
-    limits = (plan.num_experts, capacity, sequence_length, num_capacity_limited)
+    limits = (num_experts, capacity, sequence_length, num_capacity_limited)
 
-    def admit(experts, priority):
+    def on_device(experts, priority):
         return _admit(experts, priority, *limits)
 
-    experts, num_tokens, shards = (
-        plan.experts,
-        ops.shape(plan.experts)[0],
-        backend.devices.token_shards(),
-    )
+    num_tokens, shards = ops.shape(experts)[0], backend.devices.token_shards()
     # Devices admit alone where no sequence has tokens on two of them.
     if shards is not None and (
         sequence_length is None or num_tokens % (shards.number * sequence_length) == 0
     ):
-        padded = shards.pad(experts, -1)
-        priority = shards.pad(priority)
-        admitted = shards.on_each_device(admit, (padded, priority), (shards.axes, shards.axes))
-        experts = admitted[:num_tokens]
-    else:
-        experts = admit(experts, priority)
-    return GroupedPlan.of(experts, plan.weights, plan.num_experts)
+        padded, axes = (shards.pad(experts, -1), shards.pad(priority)), (shards.axes, shards.axes)
+        return shards.on_each_device(on_device, padded, axes)[:num_tokens]
+    return on_device(experts, priority)
 
 
 @backend.jit_when_eager
 def _admit(experts, priority, num_experts, capacity, sequence_length, num_capacity_limited):
-    """Experts (T, K) of the assignments that find a slot, -1 for the others."""
     num_tokens, top_k = ops.shape(experts)
     expert = ops.reshape(ops.transpose(experts), (-1,))
     queue, num_queues = ops.where(expert >= 0, expert, num_experts), num_experts + 1

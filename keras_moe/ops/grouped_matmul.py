@@ -49,8 +49,8 @@ def grouped_matmul(rows: Tensor, kernels: Tensor, group_sizes: Tensor) -> Tensor
         experts=ops.where(is_served, 0, -1),
         weights=ops.ones((ops.shape(rows)[0], 1), "float32"),
         sizes=sizes,
-        order=number,
-        rows=ops.where(is_served, ops.expand_dims(number, 1), -1),
+        assignment_of_row=number,
+        row_of_assignment=ops.where(is_served, ops.expand_dims(number, 1), -1),
     )
     network = network_of(_product, kernels.shape[1], {"kernel": kernels.shape[1:]})
     return backend.run(network, Problem(rows, {"kernel": LinearMap(Kernel(kernels))}, plan))

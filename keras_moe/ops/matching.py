@@ -8,7 +8,6 @@ from keras import ops
 
 from keras_moe.backend import backend
 from keras_moe.ops.capacity import slots_of_expert
-from keras_moe.ops.plans import plan_choices, tokens_at
 from keras_moe.ops.routing import Routing
 from keras_moe.ops.selection import softmax, take_scores, top_k_indices
 from keras_moe.ops.sorting import at_least, ceil_divide, position_in_expert, put
@@ -20,14 +19,10 @@ def expert_choice_routing(logits, capacity_factor, mask, sequence_length=None):
     S counts real tokens only; all tokens are one sequence without a `sequence_length`. The score is
     a softmax over the experts, and also the weight. Zhou et al. 2022 (arXiv:2202.09368), section
     3.2. Returns a `Routing` whose K is E, with unused places wherever an expert did not choose the
-    token, and whose plan has as many rows as there are choices.
+    token.
     """
-    routing = _choose(logits, capacity_factor, mask, sequence_length)._replace(mask=mask)
-    shards, sequences = backend.devices.token_shards(), ops.shape(routing.plan.places)[0]
-    # Sequences that lie on two devices are chosen from by both: every device has the rows of all.
-    if shards is not None and sequences % shards.number == 0:
-        return routing
-    return routing._replace(plan=routing.plan.sort())
+    choice = _choose(logits, capacity_factor, mask, sequence_length)
+    return Routing(logits=logits, mask=mask, **choice)
 
 
 @backend.jit_when_eager
@@ -46,21 +41,23 @@ def _choose(logits, capacity_factor, mask, sequence_length):
     are_known = isinstance(sequence_length, int) and isinstance(capacity, int)
     num_choices = (min if are_known else ops.minimum)(sequence_length, capacity)
     place = _top_tokens(ops.transpose(scores, (0, 2, 1)), num_choices)  # in the sequence, (B, E, C)
-    token = tokens_at(place, sequence_length)
+    sequence = ops.arange(ops.shape(place)[0], dtype="int32")
+    token = place + sequence_length * ops.reshape(sequence, (-1, 1, 1))
     slot = ops.arange(ops.shape(place)[2], dtype="int32")
     has_slot = slot < ops.reshape(capacities, (-1, 1, 1))
     is_valid = has_slot & backend.gather_rows(mask, token)
     experts = ops.arange(num_experts, dtype="int32")
-    of_expert = ops.expand_dims(experts, 1)
-    chosen = token * num_experts + of_expert
+    chosen = token * num_experts + ops.expand_dims(experts, 1)
     taken = ops.reshape(ops.cast(is_valid, "int32"), (-1,))
     taken = put(taken, ops.reshape(chosen, (-1,)), num_tokens * num_experts)
     taken = ops.reshape(taken, (num_tokens, num_experts)) > 0
-    weights = ops.where(taken, probs, 0.0)
-    of_choices = ops.take(ops.reshape(weights, (-1,)), chosen)
-    plan = plan_choices(ops.where(is_valid, of_expert, -1), of_choices, place, mask)
-    indices = ops.where(taken, experts, -1)
-    return Routing(indices, weights, probs, logits, mask, plan.sizes, plan=plan)
+    return {
+        "indices": ops.where(taken, experts, -1),
+        "weights": ops.where(taken, probs, 0.0),
+        "probs": probs,
+        "counts": ops.sum(ops.cast(taken, "int32"), axis=0),
+        "places": place,
+    }
 
 
 @backend.jit_when_eager

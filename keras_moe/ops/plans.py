@@ -1,7 +1,6 @@
-"""Plans: which expert serves which token, and how rows move there and back.
+"""Plans: the rows of each expert, and how tokens become rows and rows tokens.
 
-Axes: T tokens, D features, E experts, K experts per token, N assignments, one row each; with
-expert choice B sequences, and C tokens that an expert chooses of each.
+Axes: T tokens, D features, E experts, K places for experts of a token, N rows.
 """
 
 from typing import Any, NamedTuple
@@ -11,44 +10,45 @@ from keras import ops
 from keras_moe._internal import Tensor
 from keras_moe._internal.checks import check_tensors
 from keras_moe.backend import backend
-from keras_moe.ops.routing import count_assignments, counted, masked, served_and_counts
-from keras_moe.ops.sorting import as_dtype, at_least
+from keras_moe.ops.selection import mask_invalid
+from keras_moe.ops.sorting import as_dtype, at_least, put
 
 
 class GroupedPlan(NamedTuple):
-    """Assignments of tokens to experts, and the rows of each expert.
+    """Assignments of tokens to experts as rows, grouped by expert.
 
-    Where tokens choose experts, assignments are (T, K); their numbers are choice-major, `k * T + t`
-    for the k-th choice of token t. Where experts choose tokens, they are (B, E, C), and a token may
-    have any number of them.
+    An assignment is a token and one of the places for its experts. Its number is `k * T + t` for
+    place k of token t: first come all first places.
 
-    - `experts` (T, K) or (B, E, C) int32: the expert of each assignment, -1 where none serves it.
-    - `weights`: float32 combine weights of the same shape.
+    - `experts` (T, K) int32: the expert of each assignment, -1 where none serves it.
+    - `weights` (T, K): float32 combine weights.
     - `sizes` (E,) int32: the number of rows of each expert.
-    - `places` (B, E, C) int32: the place of each token in its sequence; None where tokens choose.
-    - `mask` (T,) bool: False for padding; None where tokens choose.
-    - `order` (N,) int32: the assignment of each row. Rows are sorted by expert; rows of one expert
-      keep the order of their assignments. Rows past the last group are padding, not computed.
-    - `rows` (T, K) or (N,) int32: the row of each assignment, -1 where there is none.
-
-    `order` and `rows` are None before each device of a distribution has sorted its own.
+    - `assignment_of_row` (N,) int32: rows are sorted by expert, and those of one expert by the
+      numbers of their assignments. Rows past the last group are padding, not computed.
+    - `row_of_assignment` (T, K) int32: -1 where there is none.
     """
 
     experts: Any
     weights: Any
     sizes: Any
-    places: Any = None
-    mask: Any = None
-    order: Any = None
-    rows: Any = None
+    assignment_of_row: Any
+    row_of_assignment: Any
+
+    @property
+    def sends_rows(self):
+        """Whether on a mesh single rows may be sent, instead of all tokens."""
+        return True
 
     @classmethod
-    def of(
-        cls, experts: Tensor, weights: Tensor, num_experts: int, mask: Tensor | None = None
+    def of(cls, experts: Tensor, weights: Tensor, num_experts: int) -> "GroupedPlan":
+        """The plan of experts (T, K) from 0 to `num_experts` - 1, or -1 for none."""
+        return cls(experts, weights, *_sort(experts, num_experts))
+
+    def of_experts(
+        self, experts: Tensor, weights: Tensor, first: Any, number: int
     ) -> "GroupedPlan":
-        """The unsorted plan of experts (T, K), none for other numbers and outside a mask (T,)."""
-        experts, sizes = served_and_counts(experts, mask, num_experts)
-        return cls(experts, weights, sizes)
+        """The plan of `number` experts from `first` on, under numbers from 0, for some tokens."""
+        return self.of(mask_invalid(experts - first, number), weights, number)
 
     @property
     def num_experts(self):
@@ -56,7 +56,10 @@ class GroupedPlan(NamedTuple):
 
     @property
     def num_tokens(self):
-        return (self.experts if self.places is None else self.mask).shape[0]
+        return self.experts.shape[0]
+
+    def num_rows(self):
+        return ops.shape(self.assignment_of_row)[0]
 
     # Two verbs
 
@@ -72,7 +75,8 @@ class GroupedPlan(NamedTuple):
         def backward(tokens, plan, saved, gradient):
             return plan.sum_rows(gradient)
 
-        return backend.differentiable(forward, backward, tokens, self._context())
+        # Integers, which have no gradient, are apart.
+        return backend.differentiable(forward, backward, tokens, self._replace(weights=None))
 
     @backend.jit_when_eager
     def combine(self, rows: Tensor) -> Tensor:
@@ -106,119 +110,59 @@ class GroupedPlan(NamedTuple):
             )
 
         weights = () if self.weights is None else (ops.convert_to_tensor(self.weights),)
-        return backend.differentiable(forward, backward, (rows, *weights), self._context())
+        plan = self._replace(weights=None)
+        return backend.differentiable(forward, backward, (rows, *weights), plan)
 
-    def _context(self):
-        """The sorted plan as a structure of integers, which have no gradient."""
-        return self.sort()._replace(weights=None)
-
-    # Sorting
-
-    @backend.jit_when_eager
-    def sort(self) -> "GroupedPlan":
-        """The same plan with `order` and `rows`."""
-        if self.order is not None:
-            return self
-        number = self.num_experts
-        expert = self._flat(ops.where(self.experts >= 0, self.experts, number))
-        order, rank = backend.order_and_rank(expert, number + 1)
-        rows = ops.where(expert < number, rank, -1)
-        if self.places is None:
-            rows = ops.transpose(ops.reshape(rows, (self.experts.shape[1], -1)))
-        return self._replace(order=order, rows=rows)
-
-    def with_rows(self) -> "GroupedPlan":
-        """The sorted plan; on a mesh the plan as it is, as each device sorts its own part."""
-        return self if backend.devices.token_shards() is not None else self.sort()
-
-    def _flat(self, values):
-        """Values of assignments as a vector (N,), by their numbers."""
-        return ops.reshape(ops.transpose(values) if self.places is None else values, (-1,))
-
-    # Rows, tokens and assignments of a sorted plan
-
-    def num_rows(self):
-        return ops.size(self.experts) if self.order is None else ops.shape(self.order)[0]
+    # Rows, tokens and assignments
 
     def token_of_row(self) -> Tensor:
         """The token each row is a copy of, (N,) int32."""
-        if self.places is None:
-            return self.order % ops.shape(self.experts)[0]
-        return ops.take(self._flat(self.token_of_choice()), self.order)
-
-    def token_of_choice(self) -> Tensor:
-        """The token of each assignment (B, E, C) where experts choose."""
-        sequences = ops.shape(self.places)[0]
-        return tokens_at(self.places, ops.shape(self.mask)[0] // at_least(1, sequences))
+        return self.assignment_of_row % ops.shape(self.experts)[0]
 
     def weight_of_row(self, weights: Tensor) -> Tensor:
         """The weight of each row, (N,), from weights of assignments."""
-        return ops.take(self._flat(weights), self.order)
+        flat = ops.reshape(ops.transpose(weights), (-1,))
+        return backend.gather_rows(flat, self.assignment_of_row)
 
     def at_assignments(self, values: Tensor) -> Tensor:
-        """Values of rows (N,) as values of assignments, zero where there is no row."""
-        picked = backend.gather_rows(values, ops.maximum(self.rows, 0))
-        return ops.reshape(ops.where(self.rows >= 0, picked, 0.0), ops.shape(self.experts))
+        """Values of rows (N,) as values of assignments (T, K), zero where there is no row."""
+        picked = backend.gather_rows(values, ops.maximum(self.row_of_assignment, 0))
+        return ops.where(self.row_of_assignment >= 0, picked, 0.0)
 
     def sum_rows(self, rows: Tensor, weights: Tensor | None = None) -> Tensor:
         """For each token the float32 sum (T, D) of its rows, weighted by `weights` or by 1."""
-        by_token = self._gather_and_sum if self.places is None else self._scatter_sum
-        return as_dtype(by_token(rows, weights), rows.dtype)
-
-    def _gather_and_sum(self, rows, weights):
         # A gather, not a scatter: tokens are written once, in order, and need no atomic adds.
-        total, places = 0.0, ops.maximum(self.rows, 0)
-        for choice in range(self.rows.shape[1]):
-            own = slice(choice, choice + 1)
-            picked = as_dtype(backend.gather_rows(rows, places[:, choice]), "float32")
+        total, existing = 0.0, ops.maximum(self.row_of_assignment, 0)
+        for place in range(existing.shape[1]):
+            own = slice(place, place + 1)
+            picked = as_dtype(backend.gather_rows(rows, existing[:, place]), "float32")
             picked = picked if weights is None else picked * weights[:, own]
             # `where`, not a product: a row that was never computed may hold anything, even NaN.
-            total = total + ops.where(self.rows[:, own] >= 0, picked, 0.0)
-        return total
-
-    def _scatter_sum(self, rows, weights):
-        num_rows, num_tokens = self.num_rows(), ops.shape(self.mask)[0]
-        picked = as_dtype(rows[:num_rows], "float32")
-        if weights is not None:
-            picked = picked * ops.expand_dims(self.weight_of_row(weights), 1)
-        served = ops.arange(num_rows, dtype="int32") < ops.sum(self.sizes)
-        # Unserved rows may hold anything: they add zero to the first token.
-        picked = ops.where(ops.expand_dims(served, 1), picked, 0.0)
-        token = ops.where(served, self.token_of_row(), 0)
-        return ops.segment_sum(picked, token, at_least(1, num_tokens))[:num_tokens]
+            total = total + ops.where(self.row_of_assignment[:, own] >= 0, picked, 0.0)
+        return as_dtype(total, rows.dtype)
 
     # Parts and summaries
 
     def of_first(self, num_experts: int) -> "GroupedPlan":
         """The assignments to the first experts; the rows of the others are padding."""
         is_served = self.experts < num_experts
-        rows = None if self.rows is None else ops.where(is_served, self.rows, -1)
-        experts = ops.where(is_served, self.experts, -1)
-        return self._replace(experts=experts, sizes=self.sizes[:num_experts], rows=rows)
-
-    def of_experts(self, first: Any, number: int) -> "GroupedPlan":
-        """The unsorted plan of `number` experts from `first` on, under numbers from 0."""
-        if self.places is None:
-            return GroupedPlan.of(self.experts - first, self.weights, number)
-        sequences, _, choices = ops.shape(self.experts)
-        experts, weights, places = (
-            ops.slice(each, (0, first, 0), (sequences, number, choices))
-            for each in (self.experts, self.weights, self.places)
+        return self._replace(
+            experts=ops.where(is_served, self.experts, -1),
+            sizes=self.sizes[:num_experts],
+            row_of_assignment=ops.where(is_served, self.row_of_assignment, -1),
         )
-        own = ops.expand_dims(ops.arange(number, dtype="int32"), 1)
-        return plan_choices(ops.where(experts >= 0, own, -1), weights, places, self.mask)
 
     def by_assignment(self) -> "GroupedPlan":
-        """The plan of tokens that were repeated K times, each with one choice of weight 1."""
+        """The plan of tokens that were repeated K times, each with one expert of weight 1."""
         num_tokens, top_k = ops.shape(self.experts)
-        plan = self._replace(
+        place, token = self.assignment_of_row // num_tokens, self.token_of_row()
+        return GroupedPlan(
             experts=ops.reshape(self.experts, (-1, 1)),
             weights=ops.ones_like(ops.reshape(self.weights, (-1, 1))),
+            sizes=self.sizes,
+            assignment_of_row=token * top_k + place,
+            row_of_assignment=ops.reshape(self.row_of_assignment, (-1, 1)),
         )
-        if self.order is None:
-            return plan
-        choice, token = self.order // num_tokens, self.order % num_tokens
-        return plan._replace(order=token * top_k + choice, rows=ops.reshape(self.rows, (-1, 1)))
 
     def weight_at(self, first: int, last: int) -> Tensor:
         """The sum of a token's weights for the experts `first` to `last` - 1, (T, 1)."""
@@ -227,75 +171,87 @@ class GroupedPlan(NamedTuple):
 
     def served(self) -> Tensor:
         """Which tokens have a row, (T,) bool."""
-        if self.places is None:
-            return ops.any(self.experts >= 0, axis=1)
-        plan = self.sort()
-        return plan.sum_rows(ops.ones((plan.num_rows(), 1), "float32"))[:, 0] > 0.5
+        return ops.any(self.experts >= 0, axis=1)
 
-    @backend.jit_when_eager
     def dropped_fraction(self, counts: Tensor) -> Tensor:
         """Share of the assignments (E,) that have no row, a float32 scalar; 0 without any."""
-        assigned = ops.cast(ops.sum(counts), "float32")
-        served = ops.cast(ops.sum(self.sizes), "float32")
-        return ops.maximum(assigned - served, 0.0) / ops.maximum(assigned, 1.0)
+        return dropped_fraction(self.experts, counts)
 
 
-def plan_choices(experts, weights, places, mask):
-    """The unsorted plan of choices (B, E, C); `experts` is -1 where a choice is not served."""
-    sizes = ops.sum(ops.cast(experts >= 0, "int32"), axis=(0, 2))
-    return GroupedPlan(experts, weights, sizes, places, mask)
+class ExpertChoicePlan(GroupedPlan):
+    """The plan of experts that choose their tokens: place e is expert e, so K is E.
+
+    There are fewer rows than assignments, N of them.
+    """
+
+    __slots__ = ()
+
+    @property
+    def sends_rows(self):
+        return False
+
+    @classmethod
+    def of_choices(cls, experts: Tensor, weights: Tensor, num_rows: Any) -> "ExpertChoicePlan":
+        """The plan of experts (T, E), -1 for none, with at most `num_rows` assignments."""
+        return cls(experts, weights, *_compact(experts, num_rows))
+
+    def of_experts(self, experts, weights, first, number):
+        # All tokens that an expert has chosen may be among these.
+        num_tokens = ops.shape(experts)[0]
+        most = min(self.num_rows() // self.num_experts, num_tokens)
+        experts, weights = (
+            ops.slice(each, (0, first), (num_tokens, number)) for each in (experts, weights)
+        )
+        return self.of_choices(experts, weights, most * number)
+
+    def sum_rows(self, rows, weights=None):
+        # A scatter: most of the E places of a token have no row.
+        num_rows, num_tokens = self.num_rows(), ops.shape(self.experts)[0]
+        picked = as_dtype(rows[:num_rows], "float32")
+        if weights is not None:
+            picked = picked * ops.expand_dims(self.weight_of_row(weights), 1)
+        served = ops.arange(num_rows, dtype="int32") < ops.sum(self.sizes)
+        # Unserved rows may hold anything: they add zero to the first token.
+        picked = ops.where(ops.expand_dims(served, 1), picked, 0.0)
+        token = ops.where(served, self.token_of_row(), 0)
+        total = ops.segment_sum(picked, token, at_least(1, num_tokens))[:num_tokens]
+        return as_dtype(total, rows.dtype)
 
 
-def tokens_at(places, sequence_length):
-    """The tokens at places (B, ...) of their sequences."""
-    first = ops.arange(ops.shape(places)[0], dtype="int32") * sequence_length
-    return places + ops.reshape(first, (-1, *[1] * (len(places.shape) - 1)))
+@backend.jit_when_eager
+def _sort(experts, num_experts):
+    """Sizes, the assignment of each row, and the row of each assignment: see `GroupedPlan`."""
+    expert = ops.reshape(ops.transpose(experts), (-1,))
+    served = expert >= 0
+    # What no expert serves comes last.
+    expert = ops.where(served, expert, num_experts)
+    order, rank = backend.order_and_rank(expert, num_experts + 1)
+    rows = ops.reshape(ops.where(served, rank, -1), (experts.shape[1], -1))
+    return backend.count_integers(expert, num_experts), order, ops.transpose(rows)
+
+
+@backend.jit_when_eager
+def _compact(experts, num_rows):
+    """As `_sort`, for experts (T, E): the numbers of their assignments are sorted by expert."""
+    served = ops.cast(ops.transpose(experts >= 0), "int32")
+    flat = ops.reshape(served, (-1,))
+    row = ops.where(flat > 0, ops.cumsum(flat) - 1, -1)
+    numbers = ops.arange(ops.shape(flat)[0], dtype="int32")
+    # What no expert serves goes to a place that is cut off.
+    order = put(numbers, ops.where(flat > 0, row, num_rows), num_rows + 1)[:num_rows]
+    rows = ops.reshape(row, (experts.shape[1], -1))
+    return ops.sum(served, axis=1), order, ops.transpose(rows)
+
+
+@backend.jit_when_eager
+def dropped_fraction(experts, counts):
+    """Share of the assignments (E,) that have no expert in (T, K), float32; 0 without any."""
+    assigned = ops.cast(ops.sum(counts), "float32")
+    served = ops.sum(ops.cast(experts >= 0, "float32"))
+    return ops.maximum(assigned - served, 0.0) / ops.maximum(assigned, 1.0)
 
 
 def row_sums(left, right):
     """(N, 1) float32 sums of the products along the last axis."""
     products = ops.cast(left, "float32") * ops.cast(right, "float32")
     return ops.sum(products, axis=1, keepdims=True)
-
-
-def plan_routing(routing, has_padding=True):
-    """The unsorted plan of a routing, without a limit."""
-    num_experts = (routing.logits if routing.counts is None else routing.counts).shape[-1]
-    mask = routing.mask if has_padding else None
-    return GroupedPlan.of(routing.indices, routing.weights, num_experts, mask)
-
-
-def complete(routing, mask, is_full):
-    """The routing of a router with its plan and its counts, in which padding has no weight.
-
-    `is_full` is True if the mask (T,) of the call has no padding.
-    """
-    if routing.mask is not mask:  # A user-defined router may not know about all of the padding.
-        routing, is_full = _without_padding(routing, mask), False
-    if not is_full:
-        routing = masked(routing)
-    elif isinstance(mask.shape[0], int):
-        routing = routing._replace(shares=1.0 / max(mask.shape[0], 1))
-    # Planned here, whatever the router returns: nothing is read or written out of range.
-    plan = routing.plan or plan_routing(routing, has_padding=not is_full)
-    counts = plan.sizes if routing.counts is None else routing.counts
-    return counted(routing._replace(plan=plan, counts=counts))
-
-
-def _without_padding(routing, mask):
-    """A routing without counts at padding that its router did not know."""
-    extra = count_assignments(routing.indices, routing.mask & ~mask, routing.logits.shape[-1])
-
-    def without_extra(counts):
-        return counts if counts is None else counts - ops.cast(extra, counts.dtype)
-
-    return routing._replace(
-        mask=routing.mask & mask,
-        counts=without_extra(routing.counts),
-        load=without_extra(routing.load),
-    )
-
-
-def plan_experts(experts, num_experts):
-    """The plan of experts (T, K), -1 for none, with weights of 1."""
-    return GroupedPlan.of(experts, ops.ones_like(experts, "float32"), num_experts)

@@ -29,7 +29,7 @@ class Routing(NamedTuple):
     """The decision of a router, before any token moves.
 
     - `indices` (T, K) int32: the experts of each token, best first; where K is E, place e is expert
-      e. -1 in a place that is not used. Entries of padding are arbitrary; their weight is 0.
+      e. -1 in a place that is not used, and at padding.
     - `weights` (T, K) float32: their combine weights, zero for padding and unused places.
     - `probs` (T, E) float32: scores of all experts, a distribution over E.
     - `logits` (T, E) float32: what the scores were computed from.
@@ -41,9 +41,10 @@ class Routing(NamedTuple):
     - `selectors` (T, K, E) float32: scores of each selector of `routers.DSelectKRouter`, else `()`.
     - `losses`: tuple of () float32, what the router itself adds to the loss in training; `()` in
       what layers return.
-    - `plan`: which expert serves which token, `ops.GroupedPlan`; `()` in what layers return.
-    - `shares` (T, 1) float32: each real token's share of them all, 0 for padding; a number if there
-      is no padding, and `()` in what layers return.
+    - `places` (B, E, C) int32: the places, in their sequence, of the tokens that each expert of
+      `routers.ExpertChoiceRouter` ranks first, else `()`.
+    - `soft_plan`: of `routers.SoftRouter` each token's share of a slot, `to_slots` (B, S, M), and
+      each slot's share of a token, `back` (B, S, M), else `()`.
     """
 
     indices: Any
@@ -56,17 +57,12 @@ class Routing(NamedTuple):
     load: Any = None
     selectors: Any = ()
     losses: tuple = ()
-    plan: Any = ()
-    shares: Any = ()
-
-    def without_plan(self) -> "Routing":
-        """Return the routing as layers return it, a structure of tensors."""
-        return self._replace(losses=(), plan=(), shares=())
+    places: Any = ()
+    soft_plan: Any = ()
 
     def mean(self, values: Tensor) -> Tensor:
         """Mean (N,) of values (T, N) over the real tokens, 0 where there is none."""
-        shares = token_shares(self.mask) if isinstance(self.shares, tuple) else self.shares
-        return _weighted_sum(values, shares)
+        return _mean(values, self.mask)
 
     @backend.jit_when_eager
     def entropy(self) -> Tensor:
@@ -75,17 +71,9 @@ class Routing(NamedTuple):
 
 
 @backend.jit_when_eager
-def _weighted_sum(values, shares):
-    if isinstance(shares, float):
-        return ops.sum(values, axis=0) * shares
-    return ops.sum(ops.where(shares > 0, values, 0.0) * shares, axis=0)
-
-
-@backend.jit_when_eager
-def token_shares(mask):
-    """Each real token's share of the real tokens, (T, 1) float32, from a mask (T,)."""
-    real = ops.expand_dims(ops.cast(mask, "float32"), 1)
-    return real / ops.maximum(ops.sum(real), 1.0)
+def _mean(values, mask):
+    total = ops.sum(ops.where(mask[:, None], values, 0.0), axis=0)
+    return total / ops.maximum(ops.sum(ops.cast(mask, "float32")), 1.0)
 
 
 def check_routing(routing, *names):
@@ -140,23 +128,31 @@ def make_routing(
     given = [name for name in _FIELDS if getattr(routing, name) is not None]
     routing = check_routing(routing, *given)
     check_indices("indices", indices, routing.probs.shape[-1])
-    return counted(masked(routing))
+    return complete(routing)
 
 
-def masked(routing):
-    """The routing without weights at padding."""
-    weights = ops.where(ops.expand_dims(routing.mask, 1), routing.weights, 0.0)
-    return routing._replace(weights=weights)
+@backend.jit_when_eager
+def complete(routing, mask=None):
+    """The routing with all of its fields, in which padding has no expert, weight or count.
 
-
-def counted(routing):
-    """The routing with counts and a load, from its indices unless they are there."""
+    With a mask (T,) its padding is added to that of the routing, which did not know about it.
+    """
+    num_experts = routing.logits.shape[-1]
     counts, load = routing.counts, routing.load
-    if counts is None:
-        counts = count_assignments(routing.indices, routing.mask, routing.logits.shape[-1])
-    load = ops.cast(counts, "float32") if load is None else load
-    dropped = ops.zeros((), "float32") if routing.dropped is None else routing.dropped
-    return routing._replace(counts=counts, load=load, dropped=dropped)
+    if mask is not None:
+        extra = count_assignments(routing.indices, routing.mask & ~mask, num_experts)
+        counts, load = (x if x is None else x - ops.cast(extra, x.dtype) for x in (counts, load))
+        routing = routing._replace(mask=routing.mask & mask)
+    # Nothing is read or written out of range, whatever a user-defined router returns.
+    indices = mask_invalid(routing.indices, num_experts, routing.mask)
+    counts = backend.count_integers(indices, num_experts) if counts is None else counts
+    return routing._replace(
+        indices=indices,
+        weights=ops.where(indices >= 0, routing.weights, 0.0),
+        counts=counts,
+        load=ops.cast(counts, "float32") if load is None else load,
+        dropped=ops.zeros((), "float32") if routing.dropped is None else routing.dropped,
+    )
 
 
 @backend.jit_when_eager
@@ -214,7 +210,7 @@ def top_k_routing(
     check_choice("score", score, SCORES)
     scale = check_number("scale", scale, above=0)
     select = select or functools.partial(top_k_indices, top_k=top_k)
-    return counted(masked(select_and_weigh(logits, mask, select, top_k, score, renormalize, scale)))
+    return complete(select_and_weigh(logits, mask, select, top_k, score, renormalize, scale))
 
 
 def select_and_weigh(logits, mask, select, top_k, score, renormalize=None, scale=1.0):
@@ -250,13 +246,6 @@ def weighted_counts(indices, weights, mask):
     return totals * (assigned / ops.maximum(ops.sum(totals), SMALLEST_SCORE))
 
 
-@backend.jit_when_eager
-def served_and_counts(indices, mask, num_experts):
-    """Indices (T, K), -1 for none and for padding, and how often each expert is in them, (E,)."""
-    served = mask_invalid(indices, num_experts, mask)
-    return served, backend.count_integers(served, num_experts)
-
-
 def count_assignments(indices, mask, num_experts):
     """How many assignments (T, K), -1 for none, each expert has from real tokens, (E,) int32."""
-    return served_and_counts(indices, mask, num_experts)[1]
+    return backend.count_integers(mask_invalid(indices, num_experts, mask), num_experts)

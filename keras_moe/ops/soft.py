@@ -25,7 +25,6 @@ def soft_routing(logits, num_experts, mask, sequence_length=None):
 
     Returns a `Routing` that names for each token the expert it takes most from, with K = 1 and that
     expert's share as weight; the logit of an expert is the logsumexp of the logits of its slots.
-    Its plan is a `SoftPlan`.
     """
     num_tokens, num_slots = ops.shape(logits)[0], logits.shape[1]
     length = at_least(1, num_tokens) if sequence_length is None else sequence_length
@@ -46,7 +45,7 @@ def soft_routing(logits, num_experts, mask, sequence_length=None):
         logits=logits,
         mask=mask,
         counts=ops.zeros((num_experts,), "int32") + ops.shape(by_sequence)[0] * slots,
-        plan=SoftPlan(to_slots, back),
+        soft_plan=SoftPlan(to_slots, back),
     )
 
 
@@ -82,8 +81,8 @@ class SoftPlan(NamedTuple):
                 experts=ops.expand_dims(number // at_least(1, share), 1),
                 weights=weights,
                 sizes=ops.zeros((num_experts,), "int32") + share,
-                order=number,
-                rows=ops.expand_dims(number, 1),
+                assignment_of_row=number,
+                row_of_assignment=ops.expand_dims(number, 1),
             )
         return ops.reshape(slots, (-1, *of_token)), plan
 
@@ -95,11 +94,6 @@ class SoftPlan(NamedTuple):
         outputs = ops.reshape(outputs, (*sizes, math.prod(of_output)))
         tokens = ops.einsum(f"bsm,{_order()}d->bsd", back, outputs)
         return ops.reshape(tokens, (-1, *of_output))
-
-    def served(self) -> Tensor:
-        """All tokens, (T,) bool."""
-        sequences, length, _ = ops.shape(self.back)
-        return ops.ones((sequences * length,), "bool")
 
 
 def _order():

@@ -135,7 +135,6 @@ def _as_text(token):
 
 
 def _study(layer, summary, routing, labels, texts):
-    routing = routing._replace(indices=np.where(routing.mask[:, None], routing.indices, -1))
     entropy = float(metrics.router_entropy(routing))
     findings = [
         *health.judge_load(routing.counts, layer.router.min_top_k, health.balance_advice(layer)),

@@ -5,6 +5,7 @@ Axes: T tokens, E experts.
 
 from typing import Any
 
+import keras
 from keras import ops
 
 from keras_moe._internal import Tensor
@@ -126,3 +127,7 @@ class ExpertChoiceRouter(LogitRouter):
     def route(self, tokens, mask, training, sequence_length=None, **context):
         logits = self.logits(tokens, training)
         return expert_choice_routing(logits, self.capacity_factor, mask, sequence_length)
+
+    def compute_output_spec(self, tokens, *args, **kwargs):
+        places = keras.KerasTensor((None, self.num_experts, None), "int32")
+        return super().compute_output_spec(tokens, *args, **kwargs)._replace(places=places)

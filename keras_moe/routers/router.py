@@ -10,8 +10,7 @@ from keras_moe._internal import Tensor
 from keras_moe._internal.base_layer import BaseLayer
 from keras_moe._internal.checks import check_indices, check_integer, check_tensors
 from keras_moe.backend import backend
-from keras_moe.ops.plans import complete
-from keras_moe.ops.routing import Routing, check_fields, weighted_counts
+from keras_moe.ops.routing import Routing, check_fields, complete, weighted_counts
 from keras_moe.ops.sorting import as_dtype
 
 
@@ -50,7 +49,6 @@ class Router(BaseLayer):
         indices: (T, K) integer tensor of experts to replay: the router weighs them by its own
             scores, with their gradient, instead of choosing. -1 is no expert, and so is any other
             number of none in a tensor; in an array these are refused.
-        with_plan: Boolean. Whether the routing holds its `plan`, as a layer with experts needs it.
 
     Returns:
         An `ops.Routing`.
@@ -137,7 +135,6 @@ class Router(BaseLayer):
         sequence_length: int | None = None,
         token_ids: Tensor | None = None,
         indices: Tensor | None = None,
-        with_plan: bool = False,
     ) -> Routing:
         # Arrays are tensors by now, and lists are not.
         mask, token_ids, indices = (
@@ -177,12 +174,13 @@ class Router(BaseLayer):
         if self.counted_by_weight and indices is None:
             counts = weighted_counts(routing.indices, routing.weights, real)
             routing = routing._replace(counts=counts)
-        routing = complete(routing, real, is_full=mask is None)
+        # A user-defined router may not know about all of the padding.
+        routing = complete(routing, None if routing.mask is real else real)
         for loss in routing.losses:
             self.add_loss(as_dtype(loss, keras.config.floatx()))
         if training and self.updates_state and indices is None:
             self.update(routing)
-        return routing if with_plan else routing.without_plan()
+        return routing
 
     def route(self, tokens: Tensor, mask: Tensor, training: bool | None, **context: Any) -> Routing:
         """Return the routing of tokens (T, D), zeros where the mask (T,) is False."""

@@ -11,7 +11,7 @@ from keras_moe._internal.serialization import register
 from keras_moe.backend import backend
 from keras_moe.ops.routing import Routing
 from keras_moe.ops.selection import cosine_logits, l2_normalize, softmax
-from keras_moe.ops.soft import soft_routing
+from keras_moe.ops.soft import SoftPlan, soft_routing
 from keras_moe.routers.logit_router import LogitRouter
 from keras_moe.routers.router import Router
 
@@ -85,6 +85,11 @@ class SoftRouter(LogitRouter):
     def route(self, tokens, mask, training, sequence_length=None, **context):
         logits = self.logits(tokens, training)
         return soft_routing(logits, self.num_experts, mask, sequence_length)
+
+    def compute_output_spec(self, tokens, *args, **kwargs):
+        share = keras.KerasTensor((None, None, self.num_experts * self.slots), "float32")
+        routing = super().compute_output_spec(tokens, *args, **kwargs)
+        return routing._replace(soft_plan=SoftPlan(share, share))
 
 
 @register
