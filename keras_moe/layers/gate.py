@@ -132,16 +132,6 @@ class Gate(Recomputable):
         self._training_counters = Counters.create("", *sizes, dtype)
         self._evaluation_counters = Counters.create("evaluation_", *sizes, dtype)
 
-    @property
-    def expert_counts(self) -> keras.Variable:
-        """Assignments (E,) in training; of a router `counted_by_weight` sums of their weights."""
-        return self._training_counters.assignments
-
-    @property
-    def dropped_count(self) -> keras.Variable:
-        """Assignments in training that found no slot."""
-        return self._training_counters.dropped
-
     def _build_losses(self):
         """Add the variables of each loss, a list for each: the state is the layer's."""
         zeros = {"initializer": "zeros", "trainable": False, "autocast": False}
@@ -201,20 +191,18 @@ class Gate(Recomputable):
             self._compute_loss(index, routing, sequence_length, training)
             for index in range(len(self.router_losses))
         ]
-        weighted = []
-        if training:
-            weighted = [self.router_loss_weights[index] * each for index, each in enumerate(values)]
-        for loss in weighted:
+        added = list(routing.losses)  # by the router itself
+        for index, value in enumerate(values if training else ()):
+            added.append(self.router_loss_weights[index] * value)
             # Keras adds it to the other losses, which have this dtype.
-            self.add_loss(as_dtype(loss, keras.config.floatx()))
-        if weighted and drops_losses():
+            self.add_loss(as_dtype(added[-1], keras.config.floatx()))
+        if added and drops_losses():
             warnings.warn(
                 f"The router losses of `{self.name}` are dropped: in training call "
                 "`stateless_call` with `return_losses=True`, and add what it returns to the loss.",
                 stacklevel=2,
             )
         counters = self._training_counters if training else self._evaluation_counters
-        added = [*weighted, *routing.losses]
         counters.add(routing, values, added, training, self.capacity is not None)
 
     def _compute_loss(self, index, routing, sequence_length, training):
@@ -233,7 +221,7 @@ class Gate(Recomputable):
         check_tensors(**{f"{type(loss).__name__}.compute(routing)": (value, "", "float")})
         return value
 
-    # Observers and readers
+    # Observers and counts
 
     def add_observer(self, observer: Observer) -> None:
         """Let an observer see the routings of calls, while anything else refers to it."""
@@ -245,6 +233,16 @@ class Gate(Recomputable):
         """Remove an observer, if it is there."""
         others = (each for each in self._observers if each() not in (observer, None))
         self._observers = tuple(others)
+
+    @property
+    def expert_counts(self) -> keras.Variable:
+        """Assignments (E,) in training; of a router `counted_by_weight` sums of their weights."""
+        return self._training_counters.assignments
+
+    @property
+    def dropped_count(self) -> keras.Variable:
+        """Assignments in training that found no slot."""
+        return self._training_counters.dropped
 
     def read_counts(self, evaluation: bool = False) -> Counts:
         """Return what a built layer has counted so far, in training or in evaluations."""
