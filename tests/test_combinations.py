@@ -1,11 +1,10 @@
-"""Random combinations of what users can combine, against the oracle and against themselves.
+"""Random combinations of what users can combine, against the oracle and against each other.
 
-A configuration is drawn as the text of a program, which a failure prints. `COMBINATIONS` draws that
-many of each kind, from `COMBINATIONS_SEED`.
+A layer is drawn as the text that makes it, and a failure prints the program that repeats it.
+`tools/test_many_combinations.py` draws more, from other seeds.
 """
 
 import contextlib
-import os
 import pathlib
 import tempfile
 import warnings
@@ -15,6 +14,7 @@ from typing import Any, NamedTuple
 import hypothesis
 import keras
 import numpy as np
+import pytest
 import reference_mixtures as oracle
 from backends import BACKEND, MODES, QUICK_JIT, assert_close, compiled, saved_and_loaded
 from drawn import MASKS, draw_mask
@@ -27,8 +27,6 @@ from test_own_experts import BranchedExperts, DeepExperts, NormalisedExperts
 import keras_moe
 from keras_moe import layers, losses, routers, surgery
 
-NUMBER = int(os.environ.get("COMBINATIONS", 0))
-SEED = int(os.environ.get("COMBINATIONS_SEED", 0))
 NAMES = dict(
     keras=keras,
     layers=layers,
@@ -818,41 +816,45 @@ def check_tasks(case):
 
 
 ONE_TENSOR = [kind for kind in ROUTERS if kind != "Hash"]
+# Of each kind the check, what is drawn, and how often on each backend.
 KINDS = {
-    "formula": (check_formula, cases()),
-    "relations": (check_relations, cases()),
-    "operations": (check_operations, cases((False, True), kinds=ONE_TENSOR, operations=True)),
-    "recomputation": (check_recomputation, cases((True,), kinds=ONE_TENSOR, operations=True)),
-    "tasks": (check_tasks, many_tasks()),
+    "formula": (check_formula, cases(), dict(torch=120, tensorflow=25, jax=5)),
+    "relations": (check_relations, cases(), dict(torch=80, tensorflow=15, jax=3)),
+    "operations": (
+        check_operations,
+        cases((False, True), kinds=ONE_TENSOR, operations=True),
+        dict(torch=80, tensorflow=10, jax=2),
+    ),
+    "recomputation": (
+        check_recomputation,
+        cases((True,), kinds=ONE_TENSOR, operations=True),
+        dict(torch=30, tensorflow=4, jax=2),
+    ),
+    "tasks": (check_tasks, many_tasks(), dict(torch=40, tensorflow=8, jax=2)),
 }
 
 
-def profile(number):
+def run_draws(kind, seed, times=1):
+    """Check drawn cases, and print the program and the seed that repeat a failure."""
+    check, strategy, numbers = KINDS[kind]
+    # Where cases are compiled, looking for the smallest one takes too long.
     phases = [hypothesis.Phase.generate] + ([] if IS_COMPILED else [hypothesis.Phase.shrink])
-    return hypothesis.settings(
-        max_examples=NUMBER or number,
+
+    @hypothesis.seed(seed)
+    @hypothesis.settings(
+        max_examples=times * numbers[BACKEND],
         phases=phases,
         derandomize=False,
         suppress_health_check=list(hypothesis.HealthCheck),
     )
-
-
-def drawn(kind, **numbers):
-    """A test of a kind of check, with so many drawn cases."""
-    check, strategy = KINDS[kind]
-
-    @hypothesis.seed(SEED)
-    @profile(numbers[BACKEND])
     @hypothesis.given(case=strategy)
-    def test(case):
-        hypothesis.note(case.program(check))
+    def draws(case):
+        hypothesis.note(f"Seed {seed}, or:\n{case.program(check)}")
         check(case)
 
-    return test
+    draws()
 
 
-test_a_mixture_is_its_formula = drawn("formula", torch=120, tensorflow=25, jax=5)
-test_nothing_else_changes_outputs = drawn("relations", torch=80, tensorflow=15, jax=3)
-test_operations_keep_the_formula = drawn("operations", torch=80, tensorflow=10, jax=2)
-test_recomputation_changes_nothing = drawn("recomputation", torch=30, tensorflow=4, jax=2)
-test_tasks_are_mixtures = drawn("tasks", torch=40, tensorflow=8, jax=2)
+@pytest.mark.parametrize("kind", KINDS)
+def test_drawn_combinations(kind):
+    run_draws(kind, seed=0)
