@@ -198,6 +198,11 @@ def test_slots_are_means_of_whole_samples(token_axes, length):
         assert_close(output, soft(sequence, *weights, experts, 2, np.ones(length, bool)))
 
 
+def mixture_of(task):
+    """A mixture with the router and the bank of a task, which it shares."""
+    return layers.MixtureOfExperts(*task.banks, task.router)
+
+
 @on_one_backend
 @pytest.mark.filterwarnings("ignore:.*is in two layers")
 @by_router
