@@ -403,11 +403,9 @@ def next_state(layer, routed, read=None):
     if isinstance(balancer, routers.LossFreeBias):
         new = bias + balancer.rate * np.sign(np.mean(routed.counts) - routed.counts)
     else:
-        new = bias
-        if np.any(routed.mask):
-            scores = np.array([oracle.SCORES[router.score](z) for z in routed.logits])
-            new = np.zeros(len(bias))
-            if router.top_k < len(bias):
-                new = oracle.quantile_bias(scores, bias, router.top_k, routed.mask)
+        scores = [oracle.SCORES[router.score](z) for z in routed.logits]
+        new = bias if router.top_k < len(bias) else np.zeros(len(bias))
+        if router.top_k < len(bias) and np.any(routed.mask):
+            new = oracle.quantile_bias(np.array(scores), bias, router.top_k, routed.mask)
         new = balancer.momentum * bias + (1 - balancer.momentum) * new
     return {"selection_bias": new - np.mean(new)}

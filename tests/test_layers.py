@@ -24,21 +24,6 @@ def fit_once(layer, x, jit_compile):
     return history.history["loss"][0]
 
 
-SHAPES = [(6,), (2, 3), (2, 3, 1), (1, 2, 1, 3)]
-
-
-@on_one_backend
-@pytest.mark.parametrize("leading", SHAPES, ids=len)
-def test_all_axes_but_the_last_are_tokens(leading):
-    layer = moe()
-    x = normal(*leading, D)
-    outputs, routing = layer(x, return_routing=True)
-    assert tuple(outputs.shape) == x.shape
-    assert tuple(routing.indices.shape) == (6, 2)
-    flat = layer(x.reshape(6, D))
-    np.testing.assert_allclose(array(outputs).reshape(6, D), array(flat), rtol=1e-6)
-
-
 class OnlyACall(keras.layers.Layer):
     def __init__(self, **kwargs):
         super().__init__(**kwargs)

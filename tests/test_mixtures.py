@@ -4,7 +4,6 @@ import keras
 import numpy as np
 import pytest
 from backends import (
-    FAST_MODE,
     MODES,
     assert_close,
     compiled,
@@ -13,8 +12,6 @@ from backends import (
     to_numpy,
     unless_compiled,
 )
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from keras import ops
 from layer_checks import D, E, array, model_of, moe, normal
 from reference_routers import soft
@@ -34,42 +31,6 @@ ROUTERS = {
     "top-2": lambda: routers.TopKRouter(top_k=2, kernel_initializer=WIDE),
 }
 by_router = pytest.mark.parametrize("router", unless_compiled(ROUTERS, ["top-2"]))
-
-
-@on_one_backend
-@settings(max_examples=8)
-@given(st.data())
-def test_options_together_compute_the_formula_in_any_dtype(data):
-    """Sample axes, a router of other features, widths and a mask, against plain NumPy."""
-    draw = lambda *values: data.draw(st.sampled_from(values))  # noqa: E731
-    k, dtype = draw(1, 2, E), draw("float32", "mixed_bfloat16", "float16")
-    token_axes, width, num_rows = draw(None, 1, 2), draw(1, 5), draw(1, 4)
-    layer = layers.MixtureOfExperts(
-        layers.LinearExperts(E, width, kernel_initializer=WIDE),
-        routers.TopKRouter(top_k=k, kernel_initializer=WIDE),
-        token_axes=token_axes,
-        dtype=dtype,
-    )
-    shape = (num_rows, D) if token_axes == 1 else (num_rows, 3, D)
-    x, z, mask = normal(*shape), normal(*shape[:-1], 3), np.arange(num_rows) < draw(0, 1, num_rows)
-    mask = np.broadcast_to(mask.reshape(-1, *[1] * (len(shape) - 2)), shape[:-1])
-    outputs, routing, single = layer(
-        x, mask=mask, router_inputs=z, return_routing=True, return_expert_outputs=True
-    )
-    kernel, bias = array(layer.experts.up_kernel), array(layer.experts.up_bias)
-    every = np.einsum("td,edf->tef", x.reshape(-1, D), kernel) + bias
-    logits = z.reshape(-1, 3) @ array(layer.router.kernel)
-    chosen = np.argsort(-logits, axis=1, kind="stable")[:, :k]
-    real = mask.reshape(-1)
-    np.testing.assert_array_equal(array(routing.indices)[real], chosen[real])
-    expected = np.take_along_axis(every, chosen[..., None], 1) * real[:, None, None]
-    tolerance = {"float32": 1e-5, "float16": 1e-2}.get(dtype, 0.05)
-    assert str(keras.backend.standardize_dtype(single.dtype)) == layer.compute_dtype
-    single = to_numpy(ops.cast(single, "float32")).reshape(expected.shape)
-    assert_close(single, expected, tolerance=tolerance, scale=1 + np.abs(expected).max())
-    weighted = np.sum(array(routing.weights)[..., None] * expected, axis=1)
-    outputs = to_numpy(ops.cast(outputs, "float32")).reshape(weighted.shape)
-    assert_close(outputs, weighted, tolerance=tolerance, scale=1 + np.abs(expected).max())
 
 
 @pytest.mark.parametrize("bank", unless_compiled(BANKS, ["gated"]))
@@ -222,17 +183,6 @@ def test_whole_samples_go_to_the_expert_that_is_chosen_for_them(mode):
 
 
 @on_one_backend
-def test_whole_samples_keep_their_shape_and_leave_padding_out():
-    bank = layers.LayerExperts([keras.layers.Conv1D(2, 3, padding="same") for _ in range(3)])
-    layer = moe(bank, router=ROUTERS["top-2"](), token_axes=1)
-    series = normal(4, 7, 2)
-    series[1] = np.nan
-    outputs, routing = layer(series, mask=np.arange(4) != 1, return_routing=True)
-    assert outputs.shape == (4, 7, 2) and (array(outputs)[1] == 0).all()
-    assert array(routing.counts).sum() == 6
-
-
-@on_one_backend
 @pytest.mark.parametrize("token_axes, length", [(1, 6), (2, 3)])
 def test_slots_are_means_of_whole_samples(token_axes, length):
     bank = layers.LayerExperts([keras.layers.Conv1D(4, 3, padding="same") for _ in range(3)])
@@ -251,23 +201,6 @@ def test_slots_are_means_of_whole_samples(token_axes, length):
 def mixture_of(task):
     """A mixture with the router and the bank of a task, which it shares."""
     return layers.MixtureOfExperts(*task.banks, task.router)
-
-
-@on_one_backend
-@pytest.mark.parametrize("bank", BANKS)
-@pytest.mark.parametrize("router", [*ROUTERS, "both"])
-@pytest.mark.filterwarnings("ignore:.*is in two layers")
-def test_each_task_is_a_mixture_over_the_shared_bank(bank, router):
-    made = [ROUTERS["dense"](), ROUTERS["top-2"]()]
-    made = made if router == "both" else ROUTERS[router]()
-    layer = layers.MultiGateMixtureOfExperts(BANKS[bank](), 2, made)
-    x, mask = normal(3, 4, D), np.arange(4) < np.array([[4], [2], [0]])
-    outputs = compiled(lambda x, mask: layer(x, mask=mask), FAST_MODE)
-    layer.build(x.shape)
-    x[~mask] = np.nan
-    for output, task in zip(outputs(x, mask), layer.tasks):
-        assert_close(output, array(mixture_of(task)(x, mask=mask)))
-        assert (output[~mask] == 0).all()
 
 
 @on_one_backend

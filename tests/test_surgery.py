@@ -113,6 +113,14 @@ def test_models_with_fewer_experts_train_save_and_load(operation, tmp_path):
 
 
 @on_one_backend
+def test_surgery_does_not_round_float64():
+    keras.config.set_dtype_policy("float64")
+    layer, before = single()
+    prune(layer, [1, 3])
+    np.testing.assert_array_equal(array(layer.experts.up_kernel), before["up_kernel"][[1, 3]])
+
+
+@on_one_backend
 def test_layers_may_end_with_different_numbers_of_experts():
     keep = {"0": 3, "2": 0.5, "3": 2.0, "4": np.float32(0.5), "5": np.array(7), "6": 1.0}
     numbers = [3, E, 4, 2, 4, 7, E]
