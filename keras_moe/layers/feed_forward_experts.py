@@ -8,7 +8,7 @@ from keras import ops
 
 from keras_moe._internal import Tensor
 from keras_moe._internal.base_layer import BaseLayer
-from keras_moe._internal.checks import check_integer, check_number
+from keras_moe._internal.checks import check_integer, check_number, settled
 from keras_moe._internal.serialization import register
 from keras_moe.layers.stacked_experts import StackedExperts
 
@@ -40,6 +40,7 @@ class FeedForwardExperts(StackedExperts):
     """
 
     settings = ("activation", "dropout")
+    hidden_dim, output_dim = settled("hidden_dim"), settled("output_dim")
 
     def __init__(
         self,
@@ -96,6 +97,7 @@ class GatedExperts(StackedExperts):
     """
 
     settings = ("activation", "clip", "up_shift", "dropout")
+    hidden_dim, output_dim = settled("hidden_dim"), settled("output_dim")
 
     def __init__(
         self,
