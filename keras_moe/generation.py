@@ -73,6 +73,14 @@ def generate(
     if not prompts or not all(are_ids):
         rule = "`prompts` must be a list of lists of integers, each of at least one"
         raise ValueError(f"{rule}. Received: {shortened(prompts)}")
+    shape = getattr(model, "input_shape", None)  # which a `Sequential` does not check
+    is_fixed = isinstance(shape, tuple) and None not in shape[1:]
+    if is_fixed and not isinstance(model, keras.Sequential):
+        rule = '`model` must take texts of any length: `keras.Input((None,), dtype="int32")`'
+        raise ValueError(f"{rule}. Received: a model of inputs {shape}")
+    ids = np.concatenate(prompts)  # The ids in `text` are cut to 32 bits.
+    if getattr(model, "output_shape", None):
+        _check_ids(ids, model.output_shape[-1])
     start = max(map(len, prompts))
     text: np.ndarray = np.zeros((len(prompts), start + num_tokens), "int32")
     real: np.ndarray = np.zeros(text.shape, bool)
@@ -91,10 +99,7 @@ def generate(
     if stop_token >= num_words:
         rule = f"`stop_token` must be an id from 0 to {num_words - 1}, as the model has scores"
         raise ValueError(f"{rule}. Received: stop_token={stop_token}")
-    ids = np.concatenate(prompts)  # The ids in `text` are cut to 32 bits.
-    if ids.min() < 0 or ids.max() >= num_words:
-        rule = f"`prompts` must have ids from 0 to {num_words - 1}, as the model has scores"
-        raise ValueError(f"{rule}. Received: ids from {ids.min()} to {ids.max()}")
+    _check_ids(ids, num_words)
     sums = np.sum(state["logits"], axis=-1)
     if temperature and np.all(state["logits"] >= 0) and np.allclose(sums, 1, atol=1e-3):
         raise ValueError("`model` must return logits. Received: probabilities, as of a softmax")
@@ -124,6 +129,12 @@ def generate(
         end = start + stops[0] + 1 if len(stops) else state["position"]
         texts.append(row[start - len(prompt) : end])
     return texts
+
+
+def _check_ids(ids, num_words):
+    if ids.min() < 0 or ids.max() >= num_words:
+        rule = f"`prompts` must have ids from 0 to {num_words - 1}, as the model has scores"
+        raise ValueError(f"{rule}. Received: ids from {ids.min()} to {ids.max()}")
 
 
 class _Writer(keras.Model):

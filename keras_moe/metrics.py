@@ -265,8 +265,8 @@ class DroppedFraction(UsageMetric):
 
 def as_counts(counts, axes="E", name="counts"):
     """Counts as a float32 tensor, checked: their axes and, on the host, their sign."""
-    if isinstance(counts, tuple) and hasattr(counts, "_fields"):
-        rule = f"`{name}` must be numbers, such as `routing.counts` or `reading.assignments`"
+    if hasattr(counts, "_fields") or isinstance(counts, keras.Layer):
+        rule = f"`{name}` must be numbers, such as `routing.counts` or `layer.expert_counts`"
         raise TypeError(f"{rule}. Received: a `{type(counts).__name__}`")
     array = host_values(counts)
     if array is not None and (array < 0).any():

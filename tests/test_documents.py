@@ -137,6 +137,11 @@ def test_a_guide_runs(document, tmp_path, monkeypatch):
     run(f"docs/{document}.md")  # which asserts what it says
 
 
+def test_the_guide_to_images_trains():
+    names = run("docs/images.md", [("epochs=15", "epochs=1")])
+    assert [len(names[name].layers) for name in ("places", "whole")] == [5, 2]
+
+
 def test_the_search_of_the_guide_to_tuning_finds_a_layer(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     changes = [("max_trials=12", "max_trials=2"), ("epochs=3", "epochs=1"), ("1024", "32")]

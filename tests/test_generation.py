@@ -10,7 +10,8 @@ from backends import BACKEND, on_each_backend, on_one_backend, to_numpy
 import keras_moe
 from keras_moe import layers
 
-pytestmark = on_one_backend
+# One block is in the model twice.
+pytestmark = [on_one_backend, pytest.mark.filterwarnings("ignore:.*in several places")]
 
 V, PROMPTS = 30, [[3, 4, 5, 6], [7], [9, 8]]
 

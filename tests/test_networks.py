@@ -150,7 +150,7 @@ def test_grouped_mm_serves_new_gpus_where_it_is_one_kernel(monkeypatch):
         return has_grouped_mm(rows, torch.ones((2, 64, width)))
 
     assert served((9, 0)) and served((10, 0))
-    assert not served((8, 9)) and not served((9, 0), torch.float32)
+    assert not served((8, 9)) and not served((12, 0)) and not served((9, 0), torch.float32)
     assert not served((9, 0), width=100)
 
 

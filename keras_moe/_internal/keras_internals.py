@@ -115,6 +115,16 @@ def calls_of(model):
     return [(node.operation, node.input_tensors, node.outputs) for node in nodes]
 
 
+def built_shape(layer):
+    """The shape of the (first) inputs that a layer was built for, or ()."""
+    return next(iter((layer._build_shapes_dict or {}).values()), ())
+
+
+def operation_of(tensor):
+    """The layer or operation that a symbolic tensor was computed by, or None."""
+    return getattr(tensor, "_keras_history", (None,))[0]
+
+
 def sources_of(tensor):
     """The tensors that a symbolic tensor was computed from: of a layer's inputs, the first."""
     operation, index, _ = getattr(tensor, "_keras_history", (None, 0, 0))

@@ -196,13 +196,16 @@ def _set_gradient(field, left, right, total):
 
 
 def has_grouped_mm(*tensors):
-    """Return True if `grouped_mm` is one kernel here, not a loop. Needs 16-byte alignment."""
+    """Return True if `grouped_mm` is one kernel here. Needs 16-byte alignment.
+
+    On GPUs of other capabilities it is a loop that waits for the host (PyTorch's issue 194227).
+    """
     return (
         tensors[0].is_cuda
         and tensors[0].dtype == torch.bfloat16
         and all(width % 8 == 0 for each in tensors for width in each.shape[1:])
         and hasattr(torch.nn.functional, "grouped_mm")
-        and torch.cuda.get_device_capability() >= (9, 0)
+        and torch.cuda.get_device_capability()[0] in (9, 10)
     )
 
 

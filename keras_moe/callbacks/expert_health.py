@@ -3,13 +3,13 @@
 import collections
 import warnings
 
-import keras
 import numpy as np
 from keras import ops
 
 from keras_moe import health
 from keras_moe._internal.checks import check_integer
-from keras_moe.inspection import moe_layers
+from keras_moe.callbacks.base import ExpertCallback
+from keras_moe.inspection.summaries import named_layers
 from keras_moe.layers.counters import Counts
 from keras_moe.metrics import is_dead
 
@@ -21,7 +21,7 @@ _DEAD_PATIENCE = 3
 _GROWTH = 3.0
 
 
-class ExpertHealth(keras.callbacks.Callback):
+class ExpertHealth(ExpertCallback):
     """Warns in plain words, with advice, as soon as experts or routers go wrong.
 
     Checks every MoE layer for
@@ -67,12 +67,13 @@ class ExpertHealth(keras.callbacks.Callback):
         self.findings: list = []
 
     def on_train_begin(self, logs=None):
+        super().on_train_begin(logs)
         self.findings = []
         self._step = self._next_check = 0
         self._largest_loss = np.nan
         self._reported, self._rebalanced = set(), set()
         self._watches = {}
-        for name, layer in moe_layers(self.model).items():
+        for name, layer in named_layers(self.model).items():
             for loss, weight in zip(layer.router_losses, layer.loss_weights_in_force):
                 self._report(name, "weak loss", health.weak_loss(loss, weight))
 
@@ -117,7 +118,7 @@ class ExpertHealth(keras.callbacks.Callback):
                 self._report(name, *found, acts=False)
 
     def _watched(self):
-        for name, layer in moe_layers(self.model).items():
+        for name, layer in named_layers(self.model).items():
             if layer.built and name not in self._watches:
                 self._watches[name] = _Watch(layer, self.patience)
         return self._watches.items()

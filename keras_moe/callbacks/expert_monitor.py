@@ -8,14 +8,14 @@ import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import keras
 import numpy as np
 from keras import ops
 
 from keras_moe import metrics
 from keras_moe._internal.checks import shortened
 from keras_moe._internal.keras_internals import forget_compiled, renew_test_function
-from keras_moe.inspection import moe_layers
+from keras_moe.callbacks.base import ExpertCallback, check_is_instance
+from keras_moe.inspection.summaries import named_layers
 from keras_moe.layers.gate import Observer
 
 # Lets layers count an evaluation. Shared, so that any monitor can remove it after an interruption.
@@ -24,7 +24,7 @@ _EVALUATION = Observer(counts=True)
 _counting: weakref.WeakSet = weakref.WeakSet()
 
 
-class ExpertMonitor(keras.callbacks.Callback):
+class ExpertMonitor(ExpertCallback):
     """Logs the load of the experts after each epoch.
 
     The logs get a few numbers over all `MixtureOfExperts` layers: `load_imbalance` and
@@ -51,8 +51,8 @@ class ExpertMonitor(keras.callbacks.Callback):
         per_layer: Boolean. Whether the logs also get all numbers of each layer.
 
     Raises:
-        ValueError: If `metrics` are not functions of different names, or the model has no
-            `MixtureOfExperts` layer, or `fit` and an evaluation within it share the monitor.
+        ValueError: If `metrics` are not functions of different names, or `fit` and an evaluation
+            within it share the monitor.
         ImportError: If there is a `log_dir`, but no TensorBoard or no matplotlib.
 
     Example:
@@ -94,7 +94,8 @@ class ExpertMonitor(keras.callbacks.Callback):
 
             self._event_files = EventFiles(log_dir)
 
-    def set_model(self, model):
+    def set_model(self, model=None):
+        check_is_instance(model)
         if self.model is not None:  # An evaluation or a training was interrupted.
             self._stop_counting()
         if self.model not in (None, model):
@@ -103,6 +104,7 @@ class ExpertMonitor(keras.callbacks.Callback):
         self._epoch_began = self._test = None
 
     def on_train_begin(self, logs=None):
+        super().on_train_begin(logs)
         self.history, self._epoch_began = {}, None
 
     def on_train_end(self, logs=None):
@@ -121,7 +123,7 @@ class ExpertMonitor(keras.callbacks.Callback):
 
     def on_test_begin(self, logs=None):
         self._test_began = self._read(evaluation=True)
-        for layer in moe_layers(self.model).values():
+        for layer in named_layers(self.model).values():
             layer.add_observer(_EVALUATION)
         if self.model.test_function not in _counting:
             # Whether a function counts is fixed when it is traced.
@@ -167,11 +169,13 @@ class ExpertMonitor(keras.callbacks.Callback):
 
     def _add_logs(self, logs, numbers, prefix=""):
         """Add the numbers over all layers; of the validation of an epoch only one."""
+        if not numbers:
+            return
         imbalances = [each["load_imbalance"] for each in numbers.values()]
         logs[f"{prefix}load_imbalance"] = max(imbalances, default=0.0)
         if not prefix:
             logs["dead_experts"] = sum(each["dead_experts"] for each in numbers.values())
-            if any(layer.capacity for layer in moe_layers(self.model).values()):
+            if any(layer.capacity for layer in named_layers(self.model).values()):
                 dropped = [each["dropped_fraction"] for each in numbers.values()]
                 logs["dropped_fraction"] = max(dropped, default=0.0)
         if self.per_layer:
@@ -179,7 +183,7 @@ class ExpertMonitor(keras.callbacks.Callback):
 
     def _keep_shares_before(self, epoch):
         """Keep the shares of earlier trainings, if this one continues them."""
-        layers = moe_layers(self.model)
+        layers = named_layers(self.model)
         sizes = {name: (layer.router.num_experts,) for name, layer in layers.items()}
 
         def kept(shares):
@@ -189,19 +193,19 @@ class ExpertMonitor(keras.callbacks.Callback):
         self.shares, self.validation_shares = kept(self.shares), kept(self.validation_shares)
 
     def _stop_counting(self, goes_on=False):
-        for layer in moe_layers(self.model).values():
+        for layer in named_layers(self.model).values():
             layer.remove_observer(_EVALUATION)
         # Evaluations without a monitor trace a function that does not count.
         if self.model.test_function in _counting and not goes_on:
             forget_compiled(self.model, ["test_function"])
 
     def _read(self, evaluation=False):
-        layers = moe_layers(self.model).items()
+        layers = named_layers(self.model).items()
         return {name: layer.read_counts(evaluation) for name, layer in layers if layer.built}
 
     def _numbers_since(self, earlier, evaluation=False):
         """The numbers and the shares of each layer since readings of its counters."""
-        numbers, shares, layers = {}, {}, moe_layers(self.model)
+        numbers, shares, layers = {}, {}, named_layers(self.model)
         for name, counted in self._read(evaluation).items():
             layer = layers[name]
             if name in earlier:

@@ -10,7 +10,7 @@ import keras
 
 from keras_moe import metrics
 from keras_moe._internal.checks import check_instance
-from keras_moe._internal.keras_internals import own_layers
+from keras_moe._internal.keras_internals import built_shape, own_layers
 from keras_moe._internal.plain_text import as_text, table
 from keras_moe.layers.gate import Gate
 from keras_moe.layers.low_rank_experts import LowRankExperts
@@ -29,10 +29,16 @@ def moe_layers(model: keras.Model) -> dict[str, Gate]:
     >>> moe = keras_moe.layers.MixtureOfExperts(keras_moe.layers.FeedForwardExperts(4, 32))
     >>> layers = keras_moe.inspection.moe_layers(keras.Sequential([keras.Input((16,)), moe]))
     """
-    layers = find_layers(model)
+    layers = named_layers(model)
     if not layers:
         rule = "The model must have a `MixtureOfExperts` layer"
         raise ValueError(f"{rule}. Received: {model.name!r} without one")
+    return layers
+
+
+def named_layers(model):
+    """The MoE layers of a model by name, as `moe_layers`, or {}."""
+    layers = find_layers(model)
     names = [layer.name for layer in layers]
     if len(set(names)) < len(names):
         paths = [layer.path.split("/") for layer in layers]
@@ -74,7 +80,8 @@ class LayerSummary(NamedTuple):
     - `parameters`, `active_parameters`: all that are trained, and those that work on one token, on
       which `router.mean_top_k` experts work. Experts that differ in size count with their mean.
     - `shared_parameters`: those among `parameters` that other MoE layers of the model have as well.
-    - `flops`: of one token, forward, at two for each active parameter.
+    - `flops`: of one token, forward, at two for each active parameter; where whole samples are
+      tokens, at two for each place of a sample where it is used, such as those of a convolution.
     - `counts`: assignments per expert, or sums of their weights where all serve each token, in all
       of the training; of a layer without training, in evaluations that were counted.
     - `router`, `experts`: names of their classes.
@@ -118,7 +125,10 @@ def summarize(model: keras.Model) -> list[LayerSummary]:
         counts = layer.read_counts().assignments
         if not counts.any():
             counts = layer.read_counts(evaluation=True).assignments
-        sizes = (router.num_experts, router.max_top_k, parameters, active, 2 * active)
+        flops = 2 * active
+        if getattr(layer, "token_axes", None) is not None:
+            flops += 2 * _repeated_parameters(layer)
+        sizes = (router.num_experts, router.max_top_k, parameters, active, flops)
         modes = [part.quantization_mode for part in bank._flatten_layers()]
         dtype = next(filter(None, modes), bank.compute_dtype)
         kinds = (type(router).__name__, type(bank).__name__, dtype)
@@ -218,6 +228,26 @@ def _active_shares(layers):
 
 def _idle_parameters(active_shares):
     return round(sum((1 - share) * _count_own(part) for part, share in active_shares.items()))
+
+
+def _repeated_parameters(layer):
+    """Active parameters, counted for each place of a sample where they are used but the first."""
+    shares = _active_shares([layer])
+    return round(
+        sum(
+            shares.get(part, 1.0) * _count_own(part) * (_num_places(part) - 1)
+            for part in _parts(layer)
+        )
+    )
+
+
+def _num_places(part):
+    """The number of places of a sample for which a layer uses its weights."""
+    shape = built_shape(part)
+    if hasattr(part, "strides"):  # a convolution
+        shape = part.compute_output_shape(shape)
+    axes = shape[2:] if getattr(part, "data_format", None) == "channels_first" else shape[1:-1]
+    return math.prod(size or 1 for size in axes)
 
 
 def _count_own(part):

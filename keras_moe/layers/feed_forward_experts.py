@@ -9,7 +9,7 @@ from keras import ops
 
 from keras_moe._internal import Tensor
 from keras_moe._internal.base_layer import BaseLayer
-from keras_moe._internal.checks import check_integer, check_number
+from keras_moe._internal.checks import check_integer, check_number, settled
 from keras_moe._internal.serialization import register
 from keras_moe.backend import backend
 from keras_moe.layers.stacked_experts import StackedExperts
@@ -73,6 +73,8 @@ class FeedForwardExperts(StackedExperts):
     Reference: Shazeer et al. 2017 (arXiv:1701.06538), section 2.
     """
 
+    hidden_dim, output_dim = settled("hidden_dim"), settled("output_dim")
+
     def __init__(
         self,
         num_experts: int,
@@ -126,6 +128,8 @@ class GatedExperts(StackedExperts):
     References: Shazeer 2020 (arXiv:2002.05202), eq. 6; Jiang et al. 2024 (arXiv:2401.04088);
     OpenAI 2025 (arXiv:2508.10925), section 2, for the limit and the shift.
     """
+
+    hidden_dim, output_dim = settled("hidden_dim"), settled("output_dim")
 
     def __init__(
         self,

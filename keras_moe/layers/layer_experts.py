@@ -96,7 +96,7 @@ class LayerExperts(ExpertBank):
                 for layer in self.layers
             ]
         except ValueError as error:
-            if num_kept == 1:
+            if num_kept == 1 or "found shape" in str(error):
                 raise
             rule = "Experts for whole samples, such as convolutions, need `token_axes=1`"
             raise ValueError(f"{error}\n{rule} in the mixture") from error

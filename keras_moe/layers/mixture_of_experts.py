@@ -14,7 +14,7 @@ import numpy as np
 from keras import ops
 
 from keras_moe._internal import Tensor
-from keras_moe._internal.checks import check_indices, check_integer, fixed, shortened
+from keras_moe._internal.checks import check_indices, check_integer, fixed, settled, shortened
 from keras_moe._internal.serialization import config_of, register, resolve
 from keras_moe.layers import expert_bank, sublayers
 from keras_moe.layers.capacity import Capacity
@@ -104,6 +104,7 @@ class MixtureOfExperts(Gate):
     References: Shazeer et al. 2017 (arXiv:1701.06538); Fedus et al. 2021 (arXiv:2101.03961).
     """
 
+    gated_shared_expert = settled("gated_shared_expert")
     # The config holds a bank instead.
     fixed_arguments = ("num_experts", "hidden_dim", "activation", "output_dim")
 
@@ -167,7 +168,7 @@ class MixtureOfExperts(Gate):
         of_token = token_shape(inputs_shape, self.token_axes)
         axes = {axis - len(of_token): size for axis, size in enumerate(of_token)}
         self.input_spec = keras.layers.InputSpec(min_ndim=len(of_token) + 1, axes=axes)
-        sublayers.warn_of_second_use(self, self.router, self.experts)
+        sublayers.warn_of_second_use(self, self.router, self.experts, self.shared_expert)
         if not self.router.tokens_choose and num_token_axes(inputs_shape, self.token_axes) == 1:
             warnings.warn(
                 f"Experts choose among all samples of the batch with the "
@@ -293,6 +294,7 @@ class MixtureOfExperts(Gate):
     def compute_output_spec(
         self, inputs, mask=None, token_ids=None, indices=None, router_inputs=None, **kwargs
     ):
+        sublayers.warn_of_repetition(self, inputs)
         if check_call(inputs, mask, self.token_axes, router_inputs, token_ids) is None:
             sublayers.warn_of_lost_mask(self, inputs)
         shape = self.compute_output_shape(inputs.shape)

@@ -10,6 +10,7 @@ import keras
 
 from keras_moe._internal import Tensor
 from keras_moe._internal.base_layer import Adaptable
+from keras_moe._internal.checks import settled
 from keras_moe._internal.keras_internals import own_layers, quantization, unlocked
 from keras_moe._internal.serialization import load_draws, save_draws
 from keras_moe.backend import backend
@@ -70,6 +71,7 @@ class StackedExperts(Adaptable, ExpertBank):
     """
 
     projection_class = Projection
+    use_bias = settled("use_bias")
 
     def __init__(
         self,

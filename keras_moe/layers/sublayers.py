@@ -7,16 +7,16 @@ import weakref
 import keras
 
 from keras_moe._internal.checks import check_tensors
-from keras_moe._internal.keras_internals import get_keras_mask, sources_of
+from keras_moe._internal.keras_internals import get_keras_mask, operation_of, sources_of
 from keras_moe.layers.expert_bank import ExpertBank
 
-# Routers and banks of the mixtures that were built.
+# Parts of layers that were built: routers, banks, feed-forward layers.
 _in_use: weakref.WeakSet = weakref.WeakSet()
 
 
 def warn_of_second_use(layer, *parts):
-    """Warn if a mixture that is being built has parts of another, whose weights it shares."""
-    for part in parts:
+    """Warn if a layer that is being built has parts of another, whose weights it shares."""
+    for part in filter(None, parts):
         if part in _in_use and part.weights:
             warnings.warn(
                 f"`{part.name}` is in two layers, of which `{layer.name}` is the second: they "
@@ -100,9 +100,28 @@ def call_part(name, layer, inputs, shape, **arguments):
     return outputs
 
 
+def warn_of_repetition(layer, inputs):
+    """Warn if symbolic inputs were computed by the layer itself, as where a loop repeats it."""
+    tensors, seen = [inputs], set()
+    while tensors:
+        tensor = tensors.pop()
+        if id(tensor) in seen:
+            continue
+        seen.add(id(tensor))
+        if operation_of(tensor) is layer:
+            warnings.warn(
+                f"`{layer.name}` receives what it has computed itself: it is in several places, "
+                "which share its weights. If that is not meant, make one for each.",
+                stacklevel=3,
+            )
+            return
+        tensors += sources_of(tensor)
+
+
 def warn_of_lost_mask(layer, inputs):
     """Warn if symbolic inputs (batch, ..., D) had a mask that an operation such as `+` dropped."""
     tensors = [inputs]
+    is_slice = type(operation_of(inputs)).__name__ == "GetItem"
     seen: set[int] = set()
     while tensors:
         tensor = tensors.pop()
@@ -110,11 +129,14 @@ def warn_of_lost_mask(layer, inputs):
         if mask is None:
             tensors += [each for each in sources_of(tensor) if id(each) not in seen]
             seen.update(map(id, tensors))
-        elif tensor is not inputs and tuple(mask.shape) == tuple(inputs.shape[:-1]):
+        elif tensor is not inputs and (
+            tuple(mask.shape) == tuple(inputs.shape[:-1])
+            or (is_slice and len(mask.shape) == len(inputs.shape) - 1)
+        ):
             warnings.warn(
                 f"The mask of `{tensor.name}` is lost before `{layer.name}`, which counts and "
-                "computes padding: `+` and other operations pass no mask on. Pass `mask=`, or use "
-                "`keras.layers.Add`.",
+                "computes padding: `+`, slices and other operations pass no mask on. Pass `mask=` "
+                "or use `keras.layers.Add`.",
                 stacklevel=2,
             )
             return

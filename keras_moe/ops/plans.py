@@ -35,7 +35,7 @@ class GroupedPlan(NamedTuple):
     row_of_assignment: Any
 
     @property
-    def sends_rows(self):
+    def sends_rows(self) -> bool:
         """Whether on a mesh single rows may be sent, instead of all tokens."""
         return True
 
@@ -187,7 +187,7 @@ class ExpertChoicePlan(GroupedPlan):
     __slots__ = ()
 
     @property
-    def sends_rows(self):
+    def sends_rows(self) -> bool:
         return False
 
     @classmethod

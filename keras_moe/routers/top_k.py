@@ -8,7 +8,13 @@ from keras import ops
 
 from keras_moe._internal import Tensor
 from keras_moe._internal.base_layer import reseeded
-from keras_moe._internal.checks import check_choice, check_integer, check_number, check_tensors
+from keras_moe._internal.checks import (
+    check_choice,
+    check_integer,
+    check_number,
+    check_tensors,
+    settled,
+)
 from keras_moe._internal.serialization import register
 from keras_moe.backend import backend
 from keras_moe.ops.routing import select_and_weigh
@@ -60,6 +66,7 @@ class TopKRouter(LogitRouter):
 
     replays_indices = True
     surgeries: tuple = ("cut", "merge", "copy")
+    balancer = settled("balancer")
 
     def __init__(
         self,
@@ -77,7 +84,7 @@ class TopKRouter(LogitRouter):
         self.score = check_choice("score", score, SCORES)
         self.renormalize = renormalize if renormalize is None else bool(renormalize)
         self.scaling_factor = check_number("scaling_factor", scaling_factor, above=0)
-        self.balancer: Any = None if balancer is None else balancers.get(balancer)
+        self.balancer = None if balancer is None else balancers.get(balancer)
         if self.balancer is not None:
             # No loss should work against the task.
             self.default_losses = ()
