@@ -166,15 +166,7 @@ class GroupedPlan(NamedTuple):
         return as_dtype(by_token(rows, weights), rows.dtype)
 
     def _gather_and_sum(self, rows, weights):
-        # A gather, not a scatter: tokens are written once, in order, and need no atomic adds.
-        total, places = 0.0, ops.maximum(self.rows, 0)
-        for choice in range(self.rows.shape[1]):
-            own = slice(choice, choice + 1)
-            picked = as_dtype(backend.gather_rows(rows, places[:, choice]), "float32")
-            picked = picked if weights is None else picked * weights[:, own]
-            # `where`, not a product: a row that was never computed may hold anything, even NaN.
-            total = total + ops.where(self.rows[:, own] >= 0, picked, 0.0)
-        return total
+        return backend.sum_chosen_rows(rows, self.rows, weights)
 
     def _scatter_sum(self, rows, weights):
         num_rows, num_tokens = self.num_rows(), ops.shape(self.mask)[0]
