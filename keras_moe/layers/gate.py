@@ -194,7 +194,8 @@ class Gate(Recomputable):
         ]
         weighted = []
         if training:
-            weighted = [self.router_loss_weights[index] * each for index, each in enumerate(values)]
+            weights = ops.unstack(ops.convert_to_tensor(self.router_loss_weights))
+            weighted = [weight * each for weight, each in zip(weights, values)]
         for loss in weighted:
             # Keras adds it to the other losses, which have this dtype.
             self.add_loss(as_dtype(loss, keras.config.floatx()))
