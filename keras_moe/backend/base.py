@@ -163,6 +163,21 @@ class Backend:
         """Return rows of a tensor (R, ...) at indices of any shape, all of which are valid."""
         raise NotImplementedError
 
+    def sum_chosen_rows(self, rows, places, weights=None):
+        """Return float32 sums (T, D) of the rows at places (T, K), weighted by (T, K) or by 1.
+
+        A place of -1 has no row. Where there is one, the last row is padding.
+        """
+        # A gather, not a scatter: tokens are written once, in order, and need no atomic adds.
+        total, existing = 0.0, ops.maximum(places, 0)
+        for choice in range(places.shape[1]):
+            own = slice(choice, choice + 1)
+            picked = ops.cast(self.gather_rows(rows, existing[:, choice]), "float32")
+            picked = picked if weights is None else picked * weights[:, own]
+            # `where`, not a product: a row that was never computed may hold anything, even NaN.
+            total = total + ops.where(places[:, own] >= 0, picked, 0.0)
+        return total
+
     def top_k(self, scores, number):
         """Return the best columns (T, K), int32, of scores (T, E): NaN first, of ties the first."""
         # K rounds of argmax agree on ties and NaN on every backend, where top_k does not, as fast.

@@ -4,7 +4,6 @@ import contextlib
 import itertools
 import math
 
-import keras
 import torch
 from keras import ops
 
@@ -72,7 +71,7 @@ class TorchBackend(Backend):
         with torch.enable_grad():
             inputs = [tensor.detach().requires_grad_() for tensor in inputs]
             output, others = function(*inputs)
-        others = keras.tree.map_structure(torch.Tensor.detach, others)
+        others = _with_leaves(others, map(torch.Tensor.detach, _leaves(others)))
 
         def pullback(cotangent):
             if not output.requires_grad:  # a network of vectors and constants
@@ -97,6 +96,18 @@ class TorchBackend(Backend):
             return torch.index_select(tensor, 0, indices)
         rows = torch.index_select(tensor, 0, indices.reshape(-1))
         return rows.reshape(*indices.shape, *tensor.shape[1:])
+
+    def sum_chosen_rows(self, rows, places, weights=None):
+        # One operation, which has no second derivatives.
+        is_plain = rows.is_cpu and rows.dtype == torch.float32 and not torch.is_grad_enabled()
+        if not is_plain or is_traced() or _is_transformed() or not places.numel():
+            return super().sum_chosen_rows(rows, places, weights)
+        last, padding = rows.shape[0] - 1, None
+        if places.amin() < 0:  # the last row is no assignment's, and left out
+            places, padding = torch.where(places < 0, last, places), last
+        return torch.nn.functional.embedding_bag(
+            places, rows, per_sample_weights=weights, mode="sum", padding_idx=padding
+        )
 
     def top_k(self, scores, number):
         rest = torch.nan_to_num(scores.clamp_min(LOW), math.inf, math.inf)

@@ -127,8 +127,7 @@ def _counter(name, shape, dtype="int32"):
 @backend.jit_when_eager
 def _finite_values(values, added):
     """Append the sum of `added`. Return values, 0 for those not finite, and 1 for finite ones."""
-    total = sum((as_dtype(each, "float32") for each in added), ops.zeros((), "float32"))
-    values = ops.stack([*values, total])
+    values = ops.stack([*values, sum((as_dtype(each, "float32") for each in added), 0.0)])
     is_finite = ops.isfinite(values)
     return ops.where(is_finite, values, 0.0), ops.cast(is_finite, "int32")
 

@@ -192,8 +192,9 @@ class Gate(Recomputable):
             for index in range(len(self.router_losses))
         ]
         added = list(routing.losses)  # by the router itself
-        for index, value in enumerate(values if training else ()):
-            added.append(self.router_loss_weights[index] * value)
+        weights = ops.unstack(ops.convert_to_tensor(self.router_loss_weights)) if training else ()
+        for weight, value in zip(weights, values):
+            added.append(weight * value)
             # Keras adds it to the other losses, which have this dtype.
             self.add_loss(as_dtype(added[-1], keras.config.floatx()))
         if added and drops_losses():

@@ -131,15 +131,8 @@ class GroupedPlan(NamedTuple):
 
     def sum_rows(self, rows: Tensor, weights: Tensor | None = None) -> Tensor:
         """For each token the float32 sum (T, D) of its rows, weighted by `weights` or by 1."""
-        # A gather, not a scatter: tokens are written once, in order, and need no atomic adds.
-        total, existing = 0.0, ops.maximum(self.row_of_assignment, 0)
-        for place in range(existing.shape[1]):
-            own = slice(place, place + 1)
-            picked = as_dtype(backend.gather_rows(rows, existing[:, place]), "float32")
-            picked = picked if weights is None else picked * weights[:, own]
-            # `where`, not a product: a row that was never computed may hold anything, even NaN.
-            total = total + ops.where(self.row_of_assignment[:, own] >= 0, picked, 0.0)
-        return as_dtype(total, rows.dtype)
+        sums = backend.sum_chosen_rows(rows, self.row_of_assignment, weights)
+        return as_dtype(sums, rows.dtype)
 
     # Parts and summaries
 
