@@ -132,7 +132,8 @@ class TensorFlowBackend(StaticBackend):
         return _gelu if function is keras.activations.gelu else function
 
     def matmul(self, left, right, transposed=False):
-        return tf.matmul(left, right, transpose_b=transposed)  # without a transposed copy
+        # Without a transposed copy.
+        return tf.matmul(left, tf.cast(right, left.dtype), transpose_b=transposed)
 
     def layout(self, problem, platform):
         if self.needs_static_shapes():

@@ -15,6 +15,9 @@ from keras_moe.backend.torch_groups import AllOnDevice, Runs, is_traced, sizes_o
 # With fewer comparisons, counting by them takes fewer operations.
 MAX_COMPARED = 2**16
 
+# So many integers of a kernel become floats at once on a CPU, in memory that stays in the cache.
+CPU_BLOCK = 2**20
+
 
 class TorchBackend(Backend):
     def needs_static_shapes(self):
@@ -85,6 +88,13 @@ class TorchBackend(Backend):
         if _is_transformed() or kernels.scale is not None:
             return padded.product(rows, kernels, sizes, transposed, platform)
         return multiply_groups(self.split_groups(rows, sizes)[0], kernels, transposed)
+
+    def matmul(self, left, right, transposed=False):
+        right = right.mT if transposed else right
+        if right.dtype == left.dtype or is_traced() or left.device.type != "cpu":
+            return left @ right.to(left.dtype)
+        blocks = right.split(max(1, CPU_BLOCK // right.shape[0]), 1)
+        return torch.cat([left @ block.to(left.dtype) for block in blocks], 1)
 
     def layout(self, problem, platform):
         if platform == "gpu" and not is_traced():

@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 
-from keras_moe.backend import torch_integers
 from keras_moe.backend.base import split_rows
 from keras_moe.backend.layouts import AllRows, Parts
 
@@ -112,15 +111,11 @@ class _Run:
             return multiply(kernels.entry(take), rows, bias, transposed)
         outputs = rows.new_empty((rows.shape[0], kernels.shape[1 if transposed else 2]))
         parts = rows.split(self.sizes)
-        if kernels.scale is not None and not kernels.is_packed and not transposed:
-            parts = torch_integers.in_digits(rows, parts)
         for expert, part, output in zip(self.experts, parts, outputs.split(self.sizes)):
             if len(output):
                 kernel = kernels.entry(operator.itemgetter(expert))
                 added = None if bias is None else bias[expert]
-                product = multiply(kernel, part, added, transposed, output)
-                if product is not output:
-                    output.copy_(product)
+                multiply(kernel, part, added, transposed, output)
         return outputs
 
     def gradient(self, field, left, right, total):
@@ -173,11 +168,10 @@ class AllOnDevice(AllRows):
 
 
 def multiply(kernel, rows, bias, transposed, output=None):
-    """`Kernel.multiply`, perhaps into an output; rows may be `torch_integers.Digits`."""
-    if kernel.is_packed:
-        return kernel.multiply(rows, bias, transposed)
+    """`Kernel.multiply`, perhaps into an output."""
     if kernel.scale is not None:
-        return torch_integers.multiply(kernel, rows, bias, transposed, output)
+        product = kernel.multiply(rows, bias, transposed)
+        return product if output is None else output.copy_(product)
     values = kernel.values.to(rows.dtype)
     if transposed:
         return torch.mm(rows, values.mT, out=output)
