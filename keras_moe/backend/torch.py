@@ -10,7 +10,7 @@ from keras import ops
 from keras_moe._internal.keras_internals import in_stateless_scope
 from keras_moe.backend import padded, torch_processes
 from keras_moe.backend.base import LOW, Backend, multiply_groups, named_platform, packed_order
-from keras_moe.backend.torch_groups import AllOnDevice, Runs, is_traced, sizes_on_host, split
+from keras_moe.backend.torch_groups import AllOnDevice, Chunks, is_traced, sizes_on_host, split
 
 # With fewer comparisons, counting by them takes fewer operations.
 MAX_COMPARED = 2**16
@@ -99,7 +99,7 @@ class TorchBackend(Backend):
     def layout(self, problem, platform):
         if platform == "gpu" and not is_traced():
             return AllOnDevice(self, problem, platform)
-        return Runs(problem)
+        return Chunks(problem)
 
     def gather_rows(self, tensor, indices):
         if indices.ndim == 1:
