@@ -103,13 +103,13 @@ def pytest_generate_tests(metafunc):
 
 @pytest.fixture
 def small_tiles(monkeypatch):
-    """Tiles so short that small groups need full tiles and a tail, and runs of few groups."""
+    """Tiles so short that small groups need full tiles and a tail, and chunks of few groups."""
     from backends import BACKEND
 
     for place in ("tiles", "padded"):
         monkeypatch.setattr(f"keras_moe.backend.{place}.tile_length", lambda *_: 4)
     if BACKEND == "torch":
-        monkeypatch.setattr("keras_moe.backend.torch_groups.CPU_RUN_VALUES", 64)
+        monkeypatch.setattr("keras_moe.backend.torch_groups.CPU_CHUNK_VALUES", 64)
     if BACKEND == "jax":
         # It keeps what it traced by the function: this one has traced no other tiles.
         import jax

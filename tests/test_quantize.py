@@ -99,13 +99,13 @@ def test_integers_are_the_nearest_of_each_expert(model):
 STORED = [("int8", None), ("int4", None), ("int4", 24)]
 
 
-@pytest.mark.parametrize("most_rows", [0, 16] if BACKEND == "torch" else [None])
+@pytest.mark.parametrize("block", [2**10, 2**20] if BACKEND == "torch" else [None])
 @pytest.mark.parametrize(("mode", "block_size"), unless_compiled(STORED, STORED[::2]))
 def test_outputs_and_gradients_are_those_of_the_integers_as_floats(
-    model, mode, block_size, most_rows, monkeypatch
+    model, mode, block_size, block, monkeypatch
 ):
     if BACKEND == "torch":
-        monkeypatch.setattr("keras_moe.backend.torch_integers.MAX_DIGIT_ROWS", most_rows)
+        monkeypatch.setattr("keras_moe.backend.torch.CPU_BLOCK", block)
     bank, x = bank_of(model), normal(64, D)
     config = keras.quantizers.Int4QuantizationConfig(block_size=block_size)
     bank.quantize(mode, config=config if mode == "int4" else None)

@@ -150,7 +150,11 @@ class Backend:
         return function
 
     def matmul(self, left, right, transposed=False):
-        """Return the product of two matrices, or of the first and the transposed second."""
+        """Return the product of two matrices, or of the first and the transposed second.
+
+        The second is converted to the dtype of the first.
+        """
+        right = ops.cast(right, left.dtype)
         return ops.matmul(left, ops.transpose(right) if transposed else right)
 
     def layout(self, problem, platform):

@@ -22,7 +22,7 @@ from keras_moe.backend.base import (
     split_rows,
 )
 from keras_moe.backend.layouts import AllRows, Parts
-from keras_moe.backend.tiles import Tiles, layout_on_cpu
+from keras_moe.backend.tiles import TileLoop, layout_on_cpu
 
 # With more rows for an expert, on average, it is faster to compute experts side by side.
 MAX_LOOP_ROWS = 0.5
@@ -132,7 +132,8 @@ class TensorFlowBackend(StaticBackend):
         return _gelu if function is keras.activations.gelu else function
 
     def matmul(self, left, right, transposed=False):
-        return tf.matmul(left, right, transpose_b=transposed)  # without a transposed copy
+        # Without a transposed copy.
+        return tf.matmul(left, tf.cast(right, left.dtype), transpose_b=transposed)
 
     def layout(self, problem, platform):
         if self.needs_static_shapes():
@@ -145,7 +146,7 @@ class TensorFlowBackend(StaticBackend):
             # As in decoding, where most experts have no rows: in a graph even they cost operations.
             most_rows = MAX_CONVERTED_ROWS if converts else MAX_LOOP_ROWS
             if num_rows <= problem.plan.num_experts * most_rows:
-                return Tiles(self, problem, platform)
+                return TileLoop(self, problem)
         return _Groups(problem.plan)
 
     def split_groups(self, rows, sizes):

@@ -44,7 +44,7 @@ def layout_on_cpu(backend, problem):
         # A copy of a kernel should serve more than a few rows.
         if length >= 16 and max(sizes) <= MAX_BATCHED:
             return AllRows(backend, problem, "cpu")
-    return Tiles(backend, problem, "cpu")
+    return TileLoop(backend, problem)
 
 
 def num_cores():
@@ -53,14 +53,14 @@ def num_cores():
     return len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count() or 1
 
 
-class Tiles:
+class TileLoop:
     """See `layouts`. A buffer has a row for each row, and for a tile that overruns the last."""
 
-    def __init__(self, backend, problem, platform):
+    def __init__(self, backend, problem):
         plan = problem.plan
         self.backend, self.sizes, self.num_rows = backend, plan.sizes, plan.num_rows()
         self.length = tile_length(self.num_rows, self.sizes.shape[0], "cpu")
-        self.dtype = computed_dtype(problem.tokens, platform)
+        self.dtype = computed_dtype(problem.tokens)
         self.token_of_row = ops.pad(plan.token_of_row(), (0, self.length))
 
     def split(self, rows):
@@ -206,12 +206,11 @@ def _like(total, parameter):
     return ops.cast(upright, parameter.dtype)
 
 
-def computed_dtype(tokens, platform):
+def computed_dtype(tokens):
     """The dtype that tiles are computed in."""
     # For products of narrow floats XLA on CPUs would convert each operand, and round each result.
     dtype = keras.backend.standardize_dtype(tokens.dtype)
-    is_narrow = dtype in ("bfloat16", "float16")
-    return "float32" if is_narrow and platform == "cpu" else dtype
+    return "float32" if dtype in ("bfloat16", "float16") else dtype
 
 
 def _at(backend, stacked, expert):

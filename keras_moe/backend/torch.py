@@ -10,10 +10,13 @@ from keras import ops
 from keras_moe._internal.keras_internals import in_stateless_scope
 from keras_moe.backend import padded, torch_processes
 from keras_moe.backend.base import LOW, Backend, multiply_groups, named_platform, packed_order
-from keras_moe.backend.torch_groups import AllOnDevice, Runs, is_traced, sizes_on_host, split
+from keras_moe.backend.torch_groups import AllOnDevice, Chunks, is_traced, sizes_on_host, split
 
 # With fewer comparisons, counting by them takes fewer operations.
 MAX_COMPARED = 2**16
+
+# So many integers of a kernel become floats at once on a CPU, in memory that stays in the cache.
+CPU_BLOCK = 2**20
 
 
 class TorchBackend(Backend):
@@ -86,10 +89,17 @@ class TorchBackend(Backend):
             return padded.product(rows, kernels, sizes, transposed, platform)
         return multiply_groups(self.split_groups(rows, sizes)[0], kernels, transposed)
 
+    def matmul(self, left, right, transposed=False):
+        right = right.mT if transposed else right
+        if right.dtype == left.dtype or is_traced() or left.device.type != "cpu":
+            return left @ right.to(left.dtype)
+        blocks = right.split(max(1, CPU_BLOCK // right.shape[0]), 1)
+        return torch.cat([left @ block.to(left.dtype) for block in blocks], 1)
+
     def layout(self, problem, platform):
         if platform == "gpu" and not is_traced():
             return AllOnDevice(self, problem, platform)
-        return Runs(problem)
+        return Chunks(problem)
 
     def gather_rows(self, tensor, indices):
         if indices.ndim == 1:

@@ -6,12 +6,11 @@ from typing import Any
 
 import torch
 
-from keras_moe.backend import torch_integers
 from keras_moe.backend.base import split_rows
 from keras_moe.backend.layouts import AllRows, Parts
 
 # So many values outweigh the overhead of a call on a CPU, and still fit into the cache.
-CPU_RUN_VALUES = 2**19
+CPU_CHUNK_VALUES = 2**19
 
 
 def is_traced():
@@ -38,11 +37,11 @@ def split(rows, sizes):
     return split_rows(rows, sizes) if torch.jit.is_tracing() else rows.split(sizes)
 
 
-class Runs(Parts):
-    """Neighbouring groups form a run: they share all operations but their products.
+class Chunks(Parts):
+    """Neighbouring groups form a chunk: they share all operations but their products.
 
-    A run has up to `CPU_RUN_VALUES` values of the widest map, or one group. In a traced program
-    each run is one group.
+    A chunk has up to `CPU_CHUNK_VALUES` values of the widest map, or one group. In a traced program
+    each chunk is one group.
     """
 
     def __init__(self, problem):
@@ -50,29 +49,29 @@ class Runs(Parts):
         self.sizes, self.token_of_row = plan.sizes, plan.token_of_row()
         *numbers, self._num_padding = sizes_on_host(plan.sizes, plan.num_rows())
         self.parts: list[Any] = []
-        start, run, most_rows = 0, None, 0
+        start, chunk, most_rows = 0, None, 0
         if not self._is_traced:
             widths = (max(linear.kernel.shape[1:]) for linear in problem.maps.values())
-            most_rows = CPU_RUN_VALUES // max(widths)
+            most_rows = CPU_CHUNK_VALUES // max(widths)
         for expert, size in enumerate(numbers):
             # An operation on zero rows would cost as much as on a few.
             if not self._is_traced and size == 0:
                 continue
-            if run is None or self._is_traced or run.num_rows + size > most_rows:
-                run = _Run(start)
-                self.parts.append(run)
-            run.add(expert, size)
+            if chunk is None or self._is_traced or chunk.num_rows + size > most_rows:
+                chunk = _Chunk(start)
+                self.parts.append(chunk)
+            chunk.add(expert, size)
             start = start + size
 
     def gather(self, tokens):
-        # Gathered run by run they stay in the cache. In a program of unknown sizes a run is one
-        # expert, and one operation for all is faster.
+        # Gathered chunk by chunk they stay in the cache. In a program of unknown sizes a chunk is
+        # one expert, and one operation for all is faster.
         if self._is_traced:
             return self.split(tokens.index_select(0, self.token_of_row))
         return (tokens.index_select(0, part) for part in self.split(self.token_of_row))
 
     def split(self, rows):
-        return split(rows, [*(run.num_rows for run in self.parts), self._num_padding])[:-1]
+        return split(rows, [*(chunk.num_rows for chunk in self.parts), self._num_padding])[:-1]
 
     def join(self, buffer, width, dtype):
         # Keras would convert each part, an operation of a program.
@@ -84,12 +83,12 @@ class Runs(Parts):
         if not trained.requires_grad:
             return None
         total = torch.empty_like(trained)
-        for expert in set(range(len(total))).difference(*(run.experts for run in self.parts)):
+        for expert in set(range(len(total))).difference(*(chunk.experts for chunk in self.parts)):
             total[expert] = 0
         return total
 
 
-class _Run:
+class _Chunk:
     """The rows of neighbouring groups."""
 
     def __init__(self, start, experts=(), sizes=()):
@@ -112,15 +111,11 @@ class _Run:
             return multiply(kernels.entry(take), rows, bias, transposed)
         outputs = rows.new_empty((rows.shape[0], kernels.shape[1 if transposed else 2]))
         parts = rows.split(self.sizes)
-        if kernels.scale is not None and not kernels.is_packed and not transposed:
-            parts = torch_integers.in_digits(rows, parts)
         for expert, part, output in zip(self.experts, parts, outputs.split(self.sizes)):
             if len(output):
                 kernel = kernels.entry(operator.itemgetter(expert))
                 added = None if bias is None else bias[expert]
-                product = multiply(kernel, part, added, transposed, output)
-                if product is not output:
-                    output.copy_(product)
+                multiply(kernel, part, added, transposed, output)
         return outputs
 
     def gradient(self, field, left, right, total):
@@ -142,13 +137,13 @@ class AllOnDevice(AllRows):
     """All rows, for the fewest kernels. Sizes are read where no kernel multiplies all groups."""
 
     @functools.cached_property
-    def _run(self):
+    def _chunk(self):
         # The last size is the padding's.
-        return _Run(0, range(len(self.sizes)), sizes_on_host(self.sizes, self.num_rows))
+        return _Chunk(0, range(len(self.sizes)), sizes_on_host(self.sizes, self.num_rows))
 
     def product(self, rows, kernels, bias=None, transposed=False):
         if kernels.scale is not None or not has_grouped_mm(rows, kernels.values):
-            return self._run.product(rows, kernels, bias, transposed)
+            return self._chunk.product(rows, kernels, bias, transposed)
         values = kernels.floats(rows.dtype)
         products = grouped_mm(rows, values.mT if transposed else values, self.sizes)
         if bias is None:
@@ -163,7 +158,7 @@ class AllOnDevice(AllRows):
         if not trained.requires_grad:
             return None
         if not has_grouped_mm(left, right):
-            return self._run.gradient(field, left, right, torch.empty_like(trained))
+            return self._chunk.gradient(field, left, right, torch.empty_like(trained))
         if field != "bias":
             return grouped_mm(left.T, right, self.sizes).to(trained.dtype)
         # Rows after the last group are summed into a spare expert.
@@ -173,11 +168,10 @@ class AllOnDevice(AllRows):
 
 
 def multiply(kernel, rows, bias, transposed, output=None):
-    """`Kernel.multiply`, perhaps into an output; rows may be `torch_integers.Digits`."""
-    if kernel.is_packed:
-        return kernel.multiply(rows, bias, transposed)
+    """`Kernel.multiply`, perhaps into an output."""
     if kernel.scale is not None:
-        return torch_integers.multiply(kernel, rows, bias, transposed, output)
+        product = kernel.multiply(rows, bias, transposed)
+        return product if output is None else output.copy_(product)
     values = kernel.values.to(rows.dtype)
     if transposed:
         return torch.mm(rows, values.mT, out=output)

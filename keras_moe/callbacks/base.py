@@ -4,7 +4,7 @@ import warnings
 
 import keras
 
-from keras_moe.inspection.summaries import has_moe_layers
+from keras_moe.inspection.summaries import find_layers
 
 
 class ExpertCallback(keras.callbacks.Callback):
@@ -15,7 +15,7 @@ class ExpertCallback(keras.callbacks.Callback):
         super().set_model(model)
 
     def on_train_begin(self, logs=None):
-        if not has_moe_layers(self.model):
+        if not find_layers(self.model):
             warnings.warn(
                 f"`{type(self).__name__}` has nothing to report: `{self.model.name}` has no "
                 "`MixtureOfExperts`.",

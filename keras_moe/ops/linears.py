@@ -54,13 +54,12 @@ class Kernel(NamedTuple):
 
     def multiply(self, rows, bias=None, transposed=False):
         """Rows (n, D) times the kernel (D, H) of one expert plus a bias, or times its transpose."""
-        (values, scale), dtype = self, rows.dtype
-        values = values if values.dtype == dtype else ops.cast(values, dtype)
+        values, scale = self
         if scale is not None and transposed:
-            rows = rows * ops.cast(scale, dtype)
+            rows = rows * ops.cast(scale, rows.dtype)
         product = backend.matmul(rows, values, transposed)
         if scale is not None and not transposed:
-            product = product * ops.cast(scale, dtype)
+            product = product * ops.cast(scale, rows.dtype)
         return product if bias is None else product + bias
 
 
