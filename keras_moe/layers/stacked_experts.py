@@ -74,7 +74,7 @@ class StackedExperts(Adaptable, ExpertBank):
     # program; without them each bank has its own.
     settings: tuple[str, ...] | None = None
     projection_class = Projection
-    use_bias = settled("use_bias")
+    activation, use_bias = settled("activation"), settled("use_bias")
 
     def __init__(
         self,
@@ -88,7 +88,7 @@ class StackedExperts(Adaptable, ExpertBank):
         **kwargs: Any,
     ):
         super().__init__(num_experts, **kwargs)
-        self.activation: Any = keras.activations.get(activation)
+        self.activation = keras.activations.get(activation)
         self.use_bias = bool(use_bias)
         self.kernel_initializer = keras.initializers.get(kernel_initializer)
         self.bias_initializer = keras.initializers.get(bias_initializer)
