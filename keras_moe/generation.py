@@ -9,7 +9,7 @@ from keras import ops
 
 from keras_moe._internal import Tensor
 from keras_moe._internal.checks import check_integer, check_number, shortened
-from keras_moe.layers.transformer_decoder_block import Decoding
+from keras_moe.layers.transformer_decoder_block import Decoding, TransformerDecoderBlock
 
 # Tokens that are written between two updates of the progress bar.
 TOKENS_AT_ONCE = 64
@@ -73,6 +73,9 @@ def generate(
     if not prompts or not all(are_ids):
         rule = "`prompts` must be a list of lists of integers, each of at least one"
         raise ValueError(f"{rule}. Received: {shortened(prompts)}")
+    if not any(isinstance(part, TransformerDecoderBlock) for part in model._flatten_layers()):
+        rule = "`model` must have `layers.TransformerDecoderBlock`s"
+        raise ValueError(f"{rule}. Received: {model.name!r} without")
     shape = getattr(model, "input_shape", None)  # which a `Sequential` does not check
     is_fixed = isinstance(shape, tuple) and None not in shape[1:]
     if is_fixed and not isinstance(model, keras.Sequential):
@@ -156,9 +159,6 @@ class _Writer(keras.Model):
     def _step(self, ids, decoding):
         with decoding:
             logits = self.model(ids, training=False)
-        if not decoding.caches:
-            rule = "`model` must have `layers.TransformerDecoderBlock`s"
-            raise ValueError(f"{rule}. Received: {self.model.name!r} without")
         return ops.cast(logits[:, -1], "float32"), decoding.caches
 
     def _write(self, state, end, stop_token, noise=None, **sampling):

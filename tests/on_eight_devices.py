@@ -12,7 +12,7 @@ from test_own_experts import NormalisedExperts
 from benchmarks import scaling
 from benchmarks.collectives import collectives
 from benchmarks.steps import jax_function
-from keras_moe import convert, layers, losses, routers
+from keras_moe import convert, layers, losses, ops, routers
 from keras_moe.callbacks import ExpertMonitor
 from keras_moe.distribution import expert_parallel
 
@@ -374,3 +374,19 @@ def test_a_model_of_keras_hub_learns_on_a_mesh_with_an_axis_for_its_heads():
 
     for actual, expected in zip(on(KERAS_HUB, trained), on(None, trained)):
         assert_same(actual, expected)
+
+
+@pytest.mark.parametrize("mesh", ["data_parallel", "2x4", MODEL_AXIS])
+def test_dropout_draws_for_each_token_on_each_device(mesh):
+    def outputs():
+        layer = layers.MixtureOfExperts(layers.FeedForwardExperts(E, 64, dropout=0.5))
+        return layer(np.ones((8 * B, D), "float32"), training=True)
+
+    assert len(np.unique(on(mesh, outputs), axis=0)) == 8 * B
+
+
+def test_a_grouped_product_is_computed_whole():
+    def product():
+        return ops.grouped_matmul(np.ones((4, 2), "float32"), np.ones((2, 2, 3), "float32"), [3, 1])
+
+    np.testing.assert_array_equal(on("2x4", product), np.full((4, 3), 2))

@@ -168,3 +168,16 @@ def test_summary_counts_all_of_a_training_and_without_one_the_evaluations(tmp_pa
     untrained.save_weights(tmp_path / "untrained.weights.h5")
     loaded.load_weights(tmp_path / "untrained.weights.h5")
     assert not any(inspection.summarize(loaded)[0].counts)
+
+
+@on_one_backend
+def test_the_flops_of_convolutional_experts_count_each_place():
+    def expert():
+        convolution = keras.layers.Conv2D(3, 3, use_bias=False)  # of 6 by 6 places
+        parts = [convolution, keras.layers.Flatten(), keras.layers.Dense(2, use_bias=False)]
+        return keras.Sequential(parts)
+
+    layer = layers.MixtureOfExperts([expert() for _ in range(4)], token_axes=1, top_k=1)
+    (found,) = inspection.summarize(keras.Sequential([keras.Input((8, 8, 1)), layer]))
+    router, convolution, dense = 64 * 4, 6 * 6 * 3 * 3 * 3, 6 * 6 * 3 * 2
+    assert found.flops == 2 * (router + convolution + dense)

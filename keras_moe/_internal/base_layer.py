@@ -26,15 +26,19 @@ _KEYWORDS = {
     "balancer": "an argument of `TopKRouter` and of routers derived from it",
     "score": "an argument of routers such as `TopKRouter`",
     "k": "called `top_k`",
+    "n_experts": "called `num_experts`",
     "gate": "called `router`",
+    "noise": "called `logit_noise`, an argument of `TopKRouter`",
     "capacity": "called `capacity_factor`; `layers.Capacity` has more settings",
 }
 _OF_MIXTURE = ("capacity_factor", "router", "router_losses", "shared_expert")
 _KEYWORDS |= dict.fromkeys(_OF_MIXTURE, "an argument of `MixtureOfExperts`")
 _OF_BANK = ("use_bias", "dropout", "kernel_initializer", "bias_initializer", "kernel_regularizer")
 _KEYWORDS |= dict.fromkeys(_OF_BANK, "an argument of the bank, such as `FeedForwardExperts`")
+_OTHER_WORDS = ("hidden_size", "expert_dim", "intermediate_size", "d_ff", "ffn_dim")
+_KEYWORDS |= dict.fromkeys(_OTHER_WORDS, "called `hidden_dim`")
 _LOSS = "the weight of a loss, as in `router_losses=[losses.LoadBalance(0.01)]`"
-_KEYWORDS |= dict.fromkeys(("aux_loss_weight", "load_balance_loss"), _LOSS)
+_KEYWORDS |= dict.fromkeys(("aux_loss", "aux_loss_weight", "load_balance_loss"), _LOSS)
 
 
 class BaseLayer(KeepsLosses, keras.layers.Layer):

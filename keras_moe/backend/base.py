@@ -89,7 +89,8 @@ class Backend:
     def run(self, network, problem, kernel=None):
         """Return `network.run(platform, problem)`, computed by all devices that share the experts.
 
-        `kernel` is the variable (E, D, H) of one of the problem's maps: all are split as it is.
+        `kernel` is a stacked variable (E, D, H) of the bank, which is split over devices as all of
+        them are. None: the whole problem is computed here.
         """
         raise NotImplementedError
 

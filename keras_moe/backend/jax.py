@@ -26,7 +26,7 @@ class JaxBackend(StaticBackend):
 
     def run(self, network, problem, kernel=None):
         shards = self.devices.token_shards()
-        if shards is not None:
+        if shards is not None and kernel is not None:
             return jax_mesh.run(network, problem, shards, kernel)
         return run_compiled(network, named_platform(), problem)
 

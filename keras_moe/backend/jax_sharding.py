@@ -14,7 +14,7 @@ from keras_moe.backend.base import Devices
 
 @dataclasses.dataclass(frozen=True)
 class Shards:
-    """Mesh axes over which tokens are sharded; hashable, for `compile_once`."""
+    """Mesh axes over which tokens are sharded; hashable, for `jax.jit`."""
 
     mesh: Any
     axes: tuple

@@ -1,9 +1,9 @@
 """Layouts: the rows of all groups in one part or in several.
 
-A layout has one method that computes, `run`: see `Parts.run`. What has a row for each row of a plan
-is a buffer in it, in a form of its own: `split` makes one from rows (R, W), and `join` is the
-inverse. Each part has `product(rows, kernels, bias=None, transposed=False)` of its rows, and, but
-for `AllTokens`, `row_numbers()`, (n,) int32.
+A layout has one method that computes, `run`: see `Parts.run`. A buffer holds one row of numbers for
+each row of the plan, in a form of the layout: a list by part, or a padded tensor. `split` makes one
+from rows (R, W), and `join` is the inverse. Each part has `product(rows, kernels, bias=None,
+transposed=False)` of its rows, and, but for `AllTokens`, `row_numbers()`, (n,) int32.
 """
 
 from typing import Any
@@ -32,8 +32,8 @@ class Parts:
             function: `function(part, maps, *rows)` returns a list of rows (n, W), and {name: (left,
                 right)}, factors of the gradients of `trained`.
             maps: {name: `LinearMap`} of all experts. A part may pass the maps of one expert.
-            by_token: tensors (T, D), of which the function gets a copy for each row, and of
-            by_row: buffers, of which it gets the part's rows.
+            by_token: tensors (T, D). The function gets the token of each of the part's rows.
+            by_row: buffers. The function gets the part's rows.
             widths: W of each buffer that is returned.
             trained: {name: {field: tensor}}.
         """

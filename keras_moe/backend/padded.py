@@ -1,7 +1,7 @@
 """Grouped products as batched products of padded tiles.
 
 Each tile has a copy of its expert's kernel. All operations are `keras.ops` with derivatives of any
-order, and all shapes are static. Axes: R rows, E experts, N tiles of B rows.
+order. Shapes are static where the number of rows is. Axes: R rows, E experts, N tiles of B rows.
 """
 
 from typing import Any, NamedTuple
@@ -62,7 +62,7 @@ def _pad_tiles(rows, sizes, platform):
 
 
 class PaddedTiles(NamedTuple):
-    """The place of each row in the tiles. All shapes are static."""
+    """The place of each row in the tiles."""
 
     expert: Any  # (N,) int32, of each tile, E where a tile is empty
     row: Any  # (N, B) int32, at each place, 0 at padding

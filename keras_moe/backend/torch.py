@@ -28,10 +28,7 @@ class TorchBackend(Backend):
         return torch.jit.is_tracing() or torch.compiler.is_exporting()
 
     def on_its_platform(self, function, *operands):
-        tensor = operands[0]
-        while isinstance(tensor, tuple):
-            tensor = tensor[0]
-        return function(_platform_of(tensor), *operands)
+        return function(_platform_of(operands[0]), *operands)
 
     def scope_of_call(self, layer, tensor):
         can_be_repeated = torch.is_grad_enabled() and not is_traced() and not in_stateless_scope()

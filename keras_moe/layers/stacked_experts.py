@@ -31,9 +31,9 @@ class StackedExperts(Adaptable, ExpertBank):
       declares a vector of each expert, which begins with ones.
     - `network(rows, linear)` returns the outputs (n, D') of rows (n, D) of one or several experts.
       `linear(name, rows)` is a linear map with its bias; it is called once for each name.
-      `linear(name)` is a vector, (n, H) or (1, H). `linear.dropout(rows, rate)` is dropout in
-      training. Otherwise a network may use any differentiable `keras.ops` that treat rows one by
-      one, and no weights but its own.
+      `linear(name)` is the vector of each row's expert, (n, H). `linear.dropout(rows, rate)` is
+      dropout in training. Otherwise a network may use any differentiable `keras.ops` that treat
+      rows one by one, and no weights but its own.
 
     The weights of a map are `{name}_kernel` (E, D, H) and, with `use_bias`, `{name}_bias` (E, H); a
     vector is `{name}` (E, H). Low-rank adaptation, quantization, expert parallelism, saving and
@@ -71,7 +71,7 @@ class StackedExperts(Adaptable, ExpertBank):
     """
 
     projection_class = Projection
-    use_bias = settled("use_bias")
+    activation, use_bias = settled("activation"), settled("use_bias")
 
     def __init__(
         self,
@@ -85,7 +85,7 @@ class StackedExperts(Adaptable, ExpertBank):
         **kwargs: Any,
     ):
         super().__init__(num_experts, **kwargs)
-        self.activation: Any = keras.activations.get(activation)
+        self.activation = keras.activations.get(activation)
         self.use_bias = bool(use_bias)
         self.kernel_initializer = keras.initializers.get(kernel_initializer)
         self.bias_initializer = keras.initializers.get(bias_initializer)

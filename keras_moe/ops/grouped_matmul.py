@@ -83,7 +83,11 @@ def grouped_outer(left: Tensor, right: Tensor, group_sizes: Tensor) -> Tensor:
     left, right = map(ops.convert_to_tensor, (left, right))
     check_tensors(left=(left, "ND", "float"), right=(right, "NH", "float"))
     sizes = _check_sizes(group_sizes, left)
-    return ops.cast(backend.outer(left, right, sizes, left.dtype), left.dtype)
+
+    def outer(platform, left, right, sizes):
+        return ops.cast(backend.outer(left, right, sizes, left.dtype, platform), left.dtype)
+
+    return backend.on_its_platform(outer, left, right, sizes)
 
 
 def _check_sizes(group_sizes, rows, num_experts=None):

@@ -64,7 +64,7 @@ class Network(NamedTuple):
 
     function: Callable  # `function(rows, linear)` returns the outputs of rows (n, D)
     saved: tuple  # names of the maps whose outputs are saved, in the order of their calls
-    last: str | None  # name of the map that makes the output, if nothing else depends on it
+    last: str | None  # name of the map whose output is the network's, perhaps corrected by LoRA
     output_width: int  # D'
     has_dropout: bool = False  # whether it calls `linear.dropout`
 
@@ -128,7 +128,8 @@ class Network(NamedTuple):
         values = dict(zip(self.saved, saved))
         if self.last is not None:
             values[self.last] = outputs
-        # Zeros are added to the outputs that are computed again, and get their gradients.
+        # The outputs of LoRA's factors are not saved but computed again. The gradient of such an
+        # output is that of zeros which are added to it.
         computed = [name for name in maps if name not in values]
         for name in computed:
             shape = (ops.shape(rows)[0], maps[name].kernel.shape[-1])
@@ -190,10 +191,10 @@ class LinearAgain(Linear):
 
     def __call__(self, name, rows=None):
         self.inputs[name] = rows = self._as_input(rows)
-        value, (kernel, bias) = self._values[name], self._maps[name]
+        value, (kernel, _) = self._values[name], self._maps[name]
         if name in self._computed:
-            kernel_now = kernel.entry(ops.stop_gradient)
-            value = value + self._part.product(ops.stop_gradient(rows), kernel_now, bias)
+            constant = kernel.entry(ops.stop_gradient)
+            value = value + self._part.product(ops.stop_gradient(rows), constant)
         transpose = functools.partial(self._part.product, kernels=kernel, transposed=True)
         return backend.attach_gradient(value, rows, transpose)
 

@@ -166,10 +166,6 @@ class GroupedPlan(NamedTuple):
         """Which tokens have a row, (T,) bool."""
         return ops.any(self.experts >= 0, axis=1)
 
-    def dropped_fraction(self, counts: Tensor) -> Tensor:
-        """Share of the assignments (E,) that have no row, a float32 scalar; 0 without any."""
-        return dropped_fraction(self.experts, counts)
-
 
 class ExpertChoicePlan(GroupedPlan):
     """The plan of experts that choose their tokens: place e is expert e, so K is E.

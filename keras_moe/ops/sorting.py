@@ -35,7 +35,7 @@ def position_in_expert(expert, num_experts, order=None):
 
 
 def put(values, places, size=None):
-    """(size,) zeros, or N of them, but `values` (N,) at their `places` (N,), which all differ."""
+    """Zeros (size,), by default (N,), with `values[i]` of (N,) written to `places[i]` of (N,)."""
     # `torch.vmap` writes only into what depends on its inputs.
     dtype = values.dtype
     zeros = ops.zeros_like(places, dtype) if size is None else ops.zeros((size,), dtype)
