@@ -462,6 +462,18 @@ def test_a_forward_pass_keeps_no_pre_activations():
     assert buffer in traced(jax.grad(loss), weights)
 
 
+@pytest.mark.backends("jax", "tensorflow")
+def test_small_layers_compute_on_several_cores_what_they_compute_on_one(monkeypatch):
+    layer, found = mixture(), []
+    for cores in (1, 2):
+        monkeypatch.setattr(tiles, "num_cores", lambda cores=cores: cores)
+        forget()
+        with ops.platform("cpu"):
+            found.append(gradients(layer, normal(512, D), PLACES[-1][1]))
+    for name, gradient in found[0].items():
+        assert_close(found[1][name], gradient)
+
+
 @on_one_backend
 def test_what_is_saved_for_the_gradient_is_freed_with_it():
     layer = mixture()

@@ -82,6 +82,26 @@ BANKS = {
 OWN_BANKS = [BANKS[name] for name in ("deep", "normalised", "branched")]
 
 
+class ScaledFirst(layers.StackedExperts):
+    """A bank whose first map does not get the rows themselves."""
+
+    def widths(self, features):
+        return {"scale": (features,), "up": (features, features)}
+
+    def network(self, rows, linear):
+        return linear("up", rows * linear("scale"))
+
+
+@on_one_backend
+def test_all_experts_compute_all_tokens_in_a_network_that_changes_its_rows_first():
+    bank, x = ScaledFirst(E), ops.convert_to_tensor(normal(T, D))
+    bank.build((None, D))
+    for expert, outputs in enumerate(ops.unstack(bank.compute_all(x), axis=1)):
+        kernel, bias = bank.up_kernel[expert], bank.up_bias[expert]
+        expected = ops.matmul(x * bank.scale[expert], kernel) + bias
+        assert_close(to_numpy(outputs), to_numpy(expected))
+
+
 def mixture_of(bank, router="top_k"):
     keras.utils.set_random_seed(0)
     layer = layers.MixtureOfExperts(bank, router, ())

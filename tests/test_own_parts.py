@@ -7,6 +7,7 @@ from backends import BACKEND, FAST_MODE, compiled, on_each_backend, on_one_backe
 from layer_checks import D, E, array, moe, normal
 
 from keras_moe import layers, losses, ops, routers
+from keras_moe.layers.gate import Observer
 from keras_moe.ops.matching import expert_choice_routing
 
 pytestmark = on_one_backend
@@ -151,8 +152,10 @@ def test_a_loss_with_a_state_has_one_in_each_layer_that_training_alone_changes()
     for batches in range(3):
         first(X, training=True)
         assert [float(value) for value in first.losses] == [batches]
-    first.counts_in_evaluation = True
+    observer = Observer(counts=True)
+    first.add_observer(observer)
     first(X)
+    assert first.read_counts(evaluation=True).numbers[0] == 1
     second(X, training=True)
     assert [float(value) for value in second.losses] == [0]
     assert [float(layer.loss_states[0][0]) for layer in (first, second)] == [3, 1]

@@ -111,6 +111,7 @@ class AllTokens:
     def __init__(self, tokens, num_experts):
         self._tokens, self._num_experts = tokens, num_experts
         self.rows = ops.tile(tokens, (num_experts, 1))
+        self._last: Any = (None, None)
 
     def product(self, rows, kernels, bias=None):
         # The tokens need not be copied for each expert.

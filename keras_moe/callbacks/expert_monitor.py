@@ -37,7 +37,7 @@ class ExpertMonitor(ExpertCallback):
     `history`, a dict of lists by epoch as in `keras.callbacks.History`, has the numbers of each
     layer, as `moe_load_imbalance` and in validation `val_moe_load_imbalance`: also `load_entropy`,
     `router_entropy`, each router loss before its weight, such as `load_balance_loss`, and each of
-    `metrics` by the name of the function. The guide to seeing experts explains them.
+    `metrics` by the name of the function. The page on seeing experts explains them.
 
     `shares` and `validation_shares`, for `visualization.shares_over_time`, are dicts from layers to
     lists with the shares (E,) of each epoch, NaN for an epoch without the monitor or validation.

@@ -105,8 +105,9 @@ def listening(listeners):
 
 
 def count_in_evaluation(model: keras.Model) -> contextlib.AbstractContextManager:
-    """A context in which the MoE layers of a model count in inference as they do in training.
+    """A context in which the MoE layers of a model count in inference, in counters of their own.
 
+    `layer.read_counts(evaluation=True)` reads them; `layer.expert_counts` does not change.
     `evaluate` and `predict` are traced again in it and after it. A function that you compile
     yourself counts if it was compiled in the context.
 

@@ -164,7 +164,12 @@ class GatedExperts(StackedExperts):
 class LinearExperts(StackedExperts):
     """Experts of the form `x W + b`: one kernel each, stacked in `up_kernel` (E, D, D').
 
-    Arguments, errors, call arguments and shapes: as for `FeedForwardExperts`, without `activation`.
+    Args:
+        num_experts: Integer. Number of experts, E.
+        output_dim: Integer. Number of output features, D'.
+        use_bias: Boolean. Whether there is a bias.
+
+    Other arguments, errors and shapes: as for `StackedExperts`, without `activation`.
 
     Example:
 
@@ -196,7 +201,14 @@ class GatedFeedForward(BaseLayer):
 
     It consists of three `Dense` layers, `gate`, `up` and `down`, and serves as a shared expert.
 
-    Arguments and errors: as for `GatedExperts`.
+    Args:
+        hidden_dim: Integer. Hidden width.
+        activation: String, function or Keras layer; of the gate.
+        use_bias: Boolean. Whether the three layers have a bias.
+        **kwargs: Arguments of a Keras layer.
+
+    Raises:
+        ValueError: If `hidden_dim` is not positive.
 
     Call arguments:
         inputs: (batch, ..., D) float tensor.

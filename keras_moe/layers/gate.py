@@ -40,7 +40,7 @@ class Observer:
 
     - `saw`: function of a routing and its tokens (T, D), called after each choice, or None.
     - `indices` (T, K): experts to replay instead of choosing, or None.
-    - `counts`: whether inference is counted as training is.
+    - `counts`: whether inference is counted, in the counters of evaluations.
     """
 
     saw: Callable | None = None
@@ -246,7 +246,16 @@ class Gate(Recomputable):
         return self._training_counters.dropped
 
     def read_counts(self, evaluation: bool = False) -> Counts:
-        """Return what a built layer has counted so far, in training or in evaluations."""
+        """Return what the layer has counted so far: a `Counts` of NumPy arrays.
+
+        `reading.since(earlier)` is the difference of two readings.
+
+        Args:
+            evaluation: Boolean. Whether to read the counters of evaluations.
+
+        Raises:
+            ValueError: If the layer is not built.
+        """
         if not self.built:
             rule = "A layer must be built before it has counts; call it on some data first"
             raise ValueError(f"{rule}. Received: `{self.name}`, which is not built")

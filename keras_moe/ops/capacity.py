@@ -1,4 +1,4 @@
-"""Capacity: the plan of a routing in which each expert serves only so many tokens.
+"""Capacity: each expert serves only so many of the assignments of a routing.
 
 Axes: T tokens, E experts, K experts per token.
 """
@@ -49,6 +49,13 @@ def plan_groups(
     Raises:
         ValueError: If a size is not positive.
         TypeError: If the indices are no integers.
+
+    Example:
+
+    >>> routing = keras_moe.ops.top_k_routing(keras.random.normal((6, 4)), top_k=2)
+    >>> plan = keras_moe.ops.plan_groups(routing, capacity=2)
+    >>> plan.dispatch(keras.random.normal((6, 16))).shape
+    (12, 16)
     """
     routing = check_routing(routing, "indices", "weights", "mask", "counts")
     num_tokens = routing.mask.shape[0]

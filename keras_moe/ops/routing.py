@@ -28,8 +28,9 @@ from keras_moe.ops.sorting import as_dtype
 class Routing(NamedTuple):
     """The decision of a router, before any token moves.
 
-    - `indices` (T, K) int32: the experts of each token, best first; where K is E, place e is expert
-      e. -1 in a place that is not used, and at padding.
+    - `indices` (T, K) int32: the experts of each token, best first; of `DenseRouter`,
+      `DSelectKRouter` and `ExpertChoiceRouter` place e is expert e. -1 in a place that is not used,
+      and at padding.
     - `weights` (T, K) float32: their combine weights, zero for padding and unused places.
     - `probs` (T, E) float32: scores of all experts, a distribution over E.
     - `logits` (T, E) float32: what the scores were computed from.
@@ -123,6 +124,10 @@ def make_routing(
 
     Returns:
         A `Routing`.
+
+    Raises:
+        ValueError: If shapes do not fit each other, or an array of indices names no expert.
+        TypeError: If a tensor has a dtype of another kind.
     """
     routing = Routing(indices, weights, probs, logits, mask, counts, load=load)
     given = [name for name in _FIELDS if getattr(routing, name) is not None]
@@ -200,6 +205,11 @@ def top_k_routing(
 
     Raises:
         ValueError: If there is no such score, or `top_k` is not from 1 to E.
+
+    Example:
+
+    >>> keras_moe.ops.top_k_routing(keras.random.normal((6, 4)), top_k=2).indices.shape
+    (6, 2)
     """
     logits = ops.convert_to_tensor(logits)
     check_tensors(logits=(logits, "TE", "float"))

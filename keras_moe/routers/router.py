@@ -47,8 +47,8 @@ class Router(BaseLayer):
             alone. None: all tokens are one sequence.
         token_ids: Integer tensor with T entries. Ids of the tokens in the vocabulary.
         indices: (T, K) integer tensor of experts to replay: the router weighs them by its own
-            scores, with their gradient, instead of choosing. -1 is no expert, and so is any other
-            number of none in a tensor; in an array these are refused.
+            scores, with their gradient, instead of choosing. -1 stands for no expert. Other
+            numbers that name none count as -1 in a tensor, and are refused in an array.
 
     Returns:
         An `ops.Routing`.
