@@ -822,7 +822,7 @@ def check_tasks(case):
 ONE_TENSOR = [kind for kind in ROUTERS if kind != "Hash"]
 # Of each kind the check, what is drawn, and how often on each backend.
 KINDS = {
-    "formula": (check_formula, cases(), dict(torch=120, tensorflow=25, jax=5)),
+    "formula": (check_formula, cases(), dict(torch=120, tensorflow=15, jax=5)),
     "relations": (check_relations, cases(), dict(torch=80, tensorflow=15, jax=3)),
     "operations": (
         check_operations,
