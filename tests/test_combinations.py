@@ -150,7 +150,7 @@ def draw_router(pick, number, noisy, kinds):
             scaling_factor=pick(None, 2.5),
             use_bias=pick(None, True),
         )
-        momentum = code("routers.QuantileBias", momentum=0.5)
+        momentum = code("routers.QuantileBias", momentum=0.75)
         balancers = None, "loss_free", "quantile", momentum, code("routers.LossFreeBias", 0.1)
         noise["balancer"] = pick(*balancers)
     if kind == "Cosine":
@@ -255,7 +255,7 @@ def cases(draw, noisy=(False,), banks=BANKS, kinds=ROUTERS, operations=False):
 
 
 def draw_operations(pick):
-    names = [*sorted(OPERATIONS), "step", "step", "save"]
+    names = [*sorted(OPERATIONS), "step", "save", "save", "save"]
     return tuple(pick(*names) for _ in range(pick(1, 2) if IS_COMPILED else pick(2, 3, 4)))
 
 
@@ -822,12 +822,12 @@ def check_tasks(case):
 ONE_TENSOR = [kind for kind in ROUTERS if kind != "Hash"]
 # Of each kind the check, what is drawn, and how often on each backend.
 KINDS = {
-    "formula": (check_formula, cases(), dict(torch=120, tensorflow=25, jax=5)),
+    "formula": (check_formula, cases(), dict(torch=120, tensorflow=15, jax=5)),
     "relations": (check_relations, cases(), dict(torch=80, tensorflow=15, jax=3)),
     "operations": (
         check_operations,
-        cases((False, True), kinds=ONE_TENSOR, operations=True),
-        dict(torch=80, tensorflow=10, jax=2),
+        cases((False, True), [*BANKS, "feed-forward", "gated"], ONE_TENSOR, operations=True),
+        dict(torch=100, tensorflow=10, jax=2),
     ),
     "recomputation": (
         check_recomputation,
