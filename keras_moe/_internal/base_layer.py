@@ -57,11 +57,6 @@ class BaseLayer(KeepsLosses, keras.layers.Layer):
         super().__init__(**kwargs)
         backend.devices.separate_losses(self)
 
-    def __call__(self, *args, **kwargs):
-        if args and args[0] is None:  # Keras would call `build` without a shape.
-            raise TypeError(f"`{self.name}` must be called with tensors. Received: None")
-        return super().__call__(*args, **kwargs)
-
     def quantized_call(self, *args, **kwargs):
         # Keras calls this in place of `call` where the dtype policy is quantized.
         return self.call(*args, **kwargs)

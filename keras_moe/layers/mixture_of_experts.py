@@ -208,6 +208,8 @@ class MixtureOfExperts(Gate):
         return Tokens.of(inputs, mask, self.token_axes, **others)
 
     def __call__(self, *args, **kwargs):
+        if args and args[0] is None:  # Keras would call `build` without a shape.
+            raise TypeError(f"`{self.name}` must be called with tensors. Received: None")
         if "indices" in kwargs:  # Keras turns arrays into tensors, whose numbers are not looked at.
             check_indices("indices", kwargs["indices"], self.router.num_experts)
         for name in ("router_inputs", "mask"):
