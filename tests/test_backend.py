@@ -70,6 +70,18 @@ METHODS = {
         (ints(2, 0, 2, 1, 0, 3, 2), ints(2**31 - 2, 7, 2**31 - 2, 0)),
         [ints(1, 4, 3, 0, 2, 6, 5), ints(3, 0, 4, 2, 1, 6, 5), ints(3, 1, 0, 2), ints(2, 1, 3, 0)],
     ),
+    "sums of chosen rows, where some rows are not chosen, and where all are": (
+        lambda rows, places, weights: [
+            backend.sum_chosen_rows(rows, places),
+            backend.sum_chosen_rows(rows[:3], places, weights),
+            backend.sum_chosen_rows(ops.concatenate([rows, rows * NAN]), places, weights),
+        ],
+        (ROWS, ints([0, -1], [-1, -1], [2, 1]), ints([2, 3], [4, 5], [6, 7], dtype="float32")),
+        [
+            np.stack([ROWS[0], 0 * ROWS[0], ROWS[2] + ROWS[1]]),
+            *[np.stack([2 * ROWS[0], 0 * ROWS[0], 6 * ROWS[2] + 7 * ROWS[1]])] * 2,
+        ],
+    ),
     "the larger size": (lambda n: backend.larger_size(1, n), (np.int32(0),), np.int32(1)),
     "a product with a matrix, and with its transpose": (
         lambda *each: [backend.matmul(*each), backend.matmul(*each, transposed=True)],

@@ -171,7 +171,7 @@ class Backend:
     def sum_chosen_rows(self, rows, places, weights=None):
         """Return float32 sums (T, D) of the rows at places (T, K), weighted by (T, K) or by 1.
 
-        A place of -1 has no row. Where there is one, the last row is padding.
+        A place of -1 has no row. All others differ and begin with 0.
         """
         # A gather, not a scatter: tokens are written once, in order, and need no atomic adds.
         total, existing = 0.0, ops.maximum(places, 0)

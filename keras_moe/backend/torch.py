@@ -107,10 +107,11 @@ class TorchBackend(Backend):
     def sum_chosen_rows(self, rows, places, weights=None):
         # One operation, which has no second derivatives.
         is_plain = rows.is_cpu and rows.dtype == torch.float32 and not torch.is_grad_enabled()
-        if not is_plain or is_traced() or _is_transformed() or not places.numel():
+        has_row_for_each = 0 < places.numel() <= rows.shape[0]
+        if not (is_plain and has_row_for_each) or is_traced() or _is_transformed():
             return super().sum_chosen_rows(rows, places, weights)
         last, padding = rows.shape[0] - 1, None
-        if places.amin() < 0:  # the last row is no assignment's, and left out
+        if places.amin() < 0:  # so the last row is no assignment's
             places, padding = torch.where(places < 0, last, places), last
         return torch.nn.functional.embedding_bag(
             places, rows, per_sample_weights=weights, mode="sum", padding_idx=padding
