@@ -16,6 +16,7 @@ from test_second_derivatives import derivatives
 from keras_moe.backend import backend
 from keras_moe.backend.base import Backend, Devices
 from keras_moe.ops.linears import Kernel
+from keras_moe.ops.networks import Problem
 
 RNG = np.random.default_rng(0)
 NAN, INF = np.nan, np.inf
@@ -40,11 +41,38 @@ TAKEN = [[r[c] if 0 <= c < 3 else 0 for c in cs] for r, cs in zip(WITH_NAN, COLU
 EXPERTS = ints(2, 0, 2, 1, 0, 2, 5, -1)
 VECTOR, BIAS = ints([1, 2], dtype="float32"), ints(4, 5, dtype="float32")
 KERNEL = ints([3, 0], [1, 1], dtype="int8")
+UNSERVED = np.where(np.arange(4)[:, None] < 3, ROWS, NAN)
+SUMS = np.stack([4 * ROWS[0] + 4 * ROWS[2], 2 * ROWS[1], 0 * ROWS[0]])
+
+
+def without_gradient(function):
+    """The function, on PyTorch with other operations, which have no gradient."""
+    if BACKEND != "torch":
+        return function
+    import torch
+
+    return torch.no_grad()(function)
+
+
 METHODS = {
     "rows of vectors and matrices of indices, and none": (
         lambda x, *indices: [backend.gather_rows(x, each) for each in indices],
         (ROWS, ints(3, 0, 3), ints([3, 0], [1, 1]), np.zeros((0, 2), "int32")),
         [ROWS[[3, 0, 3]], ROWS[[[3, 0], [1, 1]]], np.zeros((0, 2, 3), "float32")],
+    ),
+    "sums of rows, of none where there is no place": (
+        lambda rows, last, *others: [
+            backend.sum_chosen_rows(rows, *others),
+            without_gradient(backend.sum_chosen_rows)(rows, *others),
+            without_gradient(backend.sum_chosen_rows)(rows, last),
+        ],
+        (
+            UNSERVED,
+            ints([3], [0]),
+            ints([0, 2], [-1, 1], [-1, -1]),
+            ints([4, 4], [7, 2], [1, 1], dtype="float32"),
+        ),
+        [SUMS, SUMS, UNSERVED[[3, 0]]],
     ),
     "the first of equal entries is the largest": (
         lambda x: backend.top_k(x, 2),
@@ -307,9 +335,10 @@ def test_a_program_says_what_it_is(mode):
 def test_a_network_runs_on_its_platform():
     class Network:
         def run(self, platform, problem):
-            return problem + (1 if platform in ("cpu", "gpu", "tpu") else 0)
+            return problem.tokens + (1 if platform in ("cpu", "gpu", "tpu") else 0)
 
-    assert_close(ops.convert_to_numpy(backend.run(Network(), ops.zeros(3))), np.ones(3))
+    outputs = backend.run(Network(), Problem(ops.zeros(3), {}, None))
+    assert_close(ops.convert_to_numpy(outputs), np.ones(3))
 
 
 def test_one_device_has_no_others():
