@@ -41,6 +41,17 @@ TAKEN = [[r[c] if 0 <= c < 3 else 0 for c in cs] for r, cs in zip(WITH_NAN, COLU
 EXPERTS = ints(2, 0, 2, 1, 0, 2, 5, -1)
 VECTOR, BIAS = ints([1, 2], dtype="float32"), ints(4, 5, dtype="float32")
 KERNEL = ints([3, 0], [1, 1], dtype="int8")
+
+
+def without_gradient(function):
+    """The function, on PyTorch with other operations, which have no gradient."""
+    if BACKEND != "torch":
+        return function
+    import torch
+
+    return torch.no_grad()(function)
+
+
 METHODS = {
     "rows of vectors and matrices of indices, and none": (
         lambda x, *indices: [backend.gather_rows(x, each) for each in indices],
@@ -70,17 +81,23 @@ METHODS = {
         (ints(2, 0, 2, 1, 0, 3, 2), ints(2**31 - 2, 7, 2**31 - 2, 0)),
         [ints(1, 4, 3, 0, 2, 6, 5), ints(3, 0, 4, 2, 1, 6, 5), ints(3, 1, 0, 2), ints(2, 1, 3, 0)],
     ),
-    "sums of chosen rows, where some rows are not chosen, and where all are": (
+    "sums of chosen rows, whether or not there is a row for each place": (
         lambda rows, places, weights: [
-            backend.sum_chosen_rows(rows, places),
-            backend.sum_chosen_rows(rows[:3], places, weights),
-            backend.sum_chosen_rows(ops.concatenate([rows, rows * NAN]), places, weights),
+            sum_rows(each, places, *some)
+            for sum_rows in (backend.sum_chosen_rows, without_gradient(backend.sum_chosen_rows))
+            for each in (rows[:3], rows)
+            for some in ((), (weights,))
         ],
-        (ROWS, ints([0, -1], [-1, -1], [2, 1]), ints([2, 3], [4, 5], [6, 7], dtype="float32")),
+        (
+            np.concatenate([ROWS[:3], NAN * ROWS]),
+            ints([0, -1], [-1, -1], [2, 1]),
+            ints([2, 3], [4, 5], [6, 7], dtype="float32"),
+        ),
         [
             np.stack([ROWS[0], 0 * ROWS[0], ROWS[2] + ROWS[1]]),
-            *[np.stack([2 * ROWS[0], 0 * ROWS[0], 6 * ROWS[2] + 7 * ROWS[1]])] * 2,
-        ],
+            np.stack([2 * ROWS[0], 0 * ROWS[0], 6 * ROWS[2] + 7 * ROWS[1]]),
+        ]
+        * 4,
     ),
     "the larger size": (lambda n: backend.larger_size(1, n), (np.int32(0),), np.int32(1)),
     "a product with a matrix, and with its transpose": (

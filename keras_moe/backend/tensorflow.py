@@ -230,6 +230,17 @@ class _Groups(Parts):
             if tf.is_tensor(size) or size
         ]
 
+    def run(self, function, maps, *args, **kwargs):
+        # One operation for all experts, which copies nothing. A slice for each takes five to trace.
+        stacks = {name: linear_map.entry(tf.unstack) for name, linear_map in maps.items()}
+
+        def function_of_expert(part, _, *rows):
+            take = operator.itemgetter(part.expert)
+            own = {name: linear_map.entry(take) for name, linear_map in stacks.items()}
+            return function(part, own, *rows)
+
+        return super().run(function_of_expert, maps, *args, **kwargs)
+
     def gather(self, tokens):
         return self.split(tf.gather(tokens, self.token_of_row))
 
@@ -253,17 +264,16 @@ class _Group:
         return tf.range(self.size) + self.start
 
     def product(self, rows, kernels, bias=None, transposed=False):
-        kernel = kernels.entry(operator.itemgetter(self.expert))
-        bias = None if bias is None else tf.cast(bias[self.expert], rows.dtype)
+        bias = None if bias is None else tf.cast(bias, rows.dtype)
         is_known = isinstance(self.size, int)
-        if is_known or transposed or kernel.is_packed or kernel.values.dtype == rows.dtype:
-            return kernel.multiply(rows, bias, transposed)
+        if is_known or transposed or kernels.is_packed or kernels.values.dtype == rows.dtype:
+            return kernels.multiply(rows, bias, transposed)
         # Converting a kernel takes too long for an expert without rows: there only its first row is
         # converted. LiteRT fails to multiply no rows by it, so there is one of zeros.
         number = tf.where(self.size > 0, rows.shape[1], 1)
         some = tf.pad(rows[:, :number], ((0, tf.maximum(1 - self.size, 0)), (0, 0)))
-        kernel = kernel._replace(values=kernel.values[:number])
-        return kernel.multiply(some, bias)[: self.size]
+        kernels = kernels._replace(values=kernels.values[:number])
+        return kernels.multiply(some, bias)[: self.size]
 
     def gradient(self, field, left, right, total):
         if field == "bias":
