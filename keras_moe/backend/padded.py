@@ -43,9 +43,9 @@ def tile_length(num_rows, num_experts, platform=None):
     Besides its rows a tile costs about as much as `overhead` more, as its kernel is read and
     gradients are summed. The last tile of a group is half padding. In tiles of B rows a mean group
     costs `(mean / B + 1 / 2) * (B + overhead)`, the least at `sqrt(2 * overhead * mean)`. On CPUs
-    no other power of two was more than 5% faster. On today's accelerators memory is slow relative to
-    products: a kernel costs as much as about 120 rows. A tile on a CPU holds an eighth of many rows
-    at most, to save memory.
+    no other power of two was more than 5% faster. Accelerators have slow memory relative to their
+    products: there a kernel costs as much as about 120 rows. A tile on a CPU holds an eighth of
+    many rows at most, to save memory.
     """
     if platform == "cpu":
         overhead, num_experts, shortest, longest = 8, max(num_experts, 8), 4, 128
