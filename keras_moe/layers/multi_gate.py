@@ -51,8 +51,7 @@ class TaskGate(Gate):
         weights = routing.weights  # of all experts, in order
         if not self.router.serves_all:
             weights = weights_of_experts(routing.indices, weights, number)
-        indices = mask_invalid(routing.indices, number, routing.mask)
-        return indices - first, weights[:, first : first + bank.num_experts]
+        return routing.indices - first, weights[:, first : first + bank.num_experts]
 
 
 @register
