@@ -35,10 +35,10 @@ def main():
     words = [split_words(text)[:LENGTH] for text in data.test.texts[:SHOWN]]
 
     model = build_model(len(vocabulary.words) + 2, len(data.class_names))
-    monitor, checkpoints = callbacks.ExpertMonitor(), Checkpoints(shown)
-    model.fit(ids, labels, 64, EPOCHS, callbacks=[monitor, callbacks.ExpertHealth(), checkpoints])
+    monitor = callbacks.ExpertMonitor()
+    model.fit(ids, labels, 64, EPOCHS, callbacks=[monitor, callbacks.ExpertHealth()])
 
-    routings = checkpoints.routings[-1]
+    routings = inspection.record_routings(model, [shown])
     names, types = frequent_words(words)
     figures = {
         "shares_over_time": visualization.shares_over_time(monitor.shares),
@@ -46,7 +46,6 @@ def main():
         "experts_by_word": visualization.specialization(routings, types, names),
         "coactivation": visualization.coactivation(routings),
         "confidence": visualization.confidence(routings),
-        "settling": visualization.settling(checkpoints.routings),
     }
     for name, figure in figures.items():
         figure.savefig(FOLDER / f"{name}.png", dpi=80)
@@ -78,18 +77,6 @@ def frequent_words(documents, number=30, letters=5):
     for row, words in zip(types, documents):
         row[: len(words)] = [names.index(word) if word in names else -1 for word in words]
     return names, types.reshape(-1)
-
-
-class Checkpoints(keras.callbacks.Callback):
-    """What the routers decide on the same data after each epoch."""
-
-    def __init__(self, data):
-        super().__init__()
-        self.data = data
-        self.routings = []
-
-    def on_epoch_end(self, epoch, logs=None):
-        self.routings.append(inspection.record_routings(self.model, [self.data]))
 
 
 if __name__ == "__main__":

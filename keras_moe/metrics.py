@@ -16,7 +16,7 @@ from keras_moe._internal import Tensor
 from keras_moe._internal.checks import check_indices, check_integer, check_tensors, host_values
 from keras_moe._internal.serialization import register
 from keras_moe.ops.plans import GroupedPlan
-from keras_moe.ops.routing import Routing, count_assignments
+from keras_moe.ops.routing import Routing
 from keras_moe.ops.selection import chosen_experts, entropy, mask_invalid, weights_of_experts
 
 __all__ = [
@@ -25,13 +25,11 @@ __all__ = [
     "coactivation",
     "count_table",
     "dead_experts",
-    "expert_saliency",
     "expert_share",
     "load_entropy",
     "load_imbalance",
     "mutual_information",
     "router_entropy",
-    "router_saturation",
     "unserved_fraction",
 ]
 __dir__ = __all__.copy
@@ -96,24 +94,6 @@ def unserved_fraction(routing: Routing, plan: GroupedPlan) -> Tensor:
     return routing.mean(ops.cast(unserved, "float32"))[0]
 
 
-def router_saturation(before: Routing, after: Routing) -> Tensor:
-    """How far routing has settled: the share of a token's experts that it had before.
-
-    Of the `ops.Routing` of some tokens at two checkpoints. Scalar, float32: 1 if nothing changed,
-    about K / E if nothing is left, 0 if all is padding. Other T or E raise a ValueError.
-
-    Reference: Muennighoff et al. 2024, OLMoE (arXiv:2409.02060), section 5.1.
-    """
-    sizes = {"T": after.indices.shape[0], "E": after.counts.shape[0]}
-    given = {"before.indices": (before.indices, "TK"), "before.counts": (before.counts, "E")}
-    check_tensors(sizes, **given)
-    same = ops.expand_dims(after.indices, 2) == ops.expand_dims(before.indices, 1)
-    used = ops.logical_and(after.indices >= 0, ops.expand_dims(after.mask, 1))
-    kept = ops.logical_and(ops.any(same, axis=2), used)
-    total = ops.sum(ops.cast(used, "float32"))
-    return ops.sum(ops.cast(kept, "float32")) / ops.maximum(total, 1.0)
-
-
 def coactivation(routing: Routing) -> Tensor:
     """Share of the tokens of the row's expert that the column's expert serves too, (E, E) float32.
 
@@ -161,47 +141,6 @@ def mutual_information(table: Tensor) -> Tensor:
     rows, columns = ops.sum(joint, axis=1, keepdims=True), ops.sum(joint, axis=0, keepdims=True)
     ratio = joint / ops.where(joint > 0, rows * columns, 1.0)
     return ops.sum(joint * ops.log(ops.where(joint > 0, ratio, 1.0)))
-
-
-def expert_saliency(
-    layer: keras.Layer, inputs: Tensor, mask: Tensor | None = None, token_ids: Tensor | None = None
-) -> Tensor:
-    """Saliency of each expert, for pruning: mean over its tokens of weight times norm of output.
-
-    Returns (E,) float32; 0 for an expert without tokens.
-
-    Args:
-        layer: A `layers.MixtureOfExperts` whose tokens choose experts, else a ValueError is raised.
-        inputs, mask, token_ids: Tensors or lists, or None. As in a call of the layer.
-
-    Reference: Lasby et al. 2025, REAP (arXiv:2510.13999), eq. 9.
-    """
-    if not layer.router.tokens_choose:
-        router = type(layer.router).__name__
-        raise ValueError(f"The tokens of `layer` must choose their experts. Received: a `{router}`")
-    inputs = ops.convert_to_tensor(inputs)
-    mask = None if mask is None else ops.cast(ops.convert_to_tensor(mask), "bool")
-    _, routing = layer(inputs, mask=mask, token_ids=token_ids, return_routing=True)
-    total = contributions(layer, routing, layer.tokens_of(inputs, mask).values)
-    return total / ops.maximum(ops.cast(served_tokens(routing), "float32"), 1.0)
-
-
-def served_tokens(routing):
-    """Number of tokens of each expert, (E,), where the counts of a dense gate sum its weights."""
-    return count_assignments(routing.indices, routing.mask, routing.counts.shape[0])
-
-
-def contributions(layer, routing, tokens):
-    """Sum over the tokens (T, ...) of each expert of weight times norm of its output, (E,)."""
-    plan = GroupedPlan.of(routing.indices, routing.weights, layer.experts.num_experts)
-    outputs = layer.experts.compute_each(tokens, plan)
-    squares = ops.square(ops.cast(outputs, "float32"))
-    norms = ops.sqrt(ops.sum(squares, axis=tuple(range(2, len(outputs.shape)))))
-    num_experts = layer.experts.num_experts
-    # Unserved assignments, whose outputs are zero, go to a spare expert that is sliced off.
-    indices = routing.indices % (num_experts + 1)
-    added = ops.reshape(norms * routing.weights, (-1,))
-    return ops.segment_sum(added, ops.reshape(indices, (-1,)), num_experts + 1)[:-1]
 
 
 @register

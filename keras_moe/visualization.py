@@ -20,7 +20,7 @@ from keras_moe._internal.checks import check_indices, check_integer
 from keras_moe._internal.plain_text import as_text
 from keras_moe.ops.routing import Routing
 
-__all__ = ["coactivation", "confidence", "settling", "shares_over_time", "specialization"]
+__all__ = ["coactivation", "confidence", "shares_over_time", "specialization"]
 __dir__ = __all__.copy
 
 PANEL_SIZE = (4.4, 3.4)
@@ -203,42 +203,6 @@ def _draw_shares(axes, shares):
     bar.set_ticks([-3, -1, 0, 1, 3], labels=["⅛ or less", "½", "1", "2", "8 or more"])
     axes.set(xlabel="epoch", ylabel="expert", facecolor="silver")
     _count_on(axes.xaxis, axes.yaxis)
-
-
-def settling(checkpoints: Sequence, num_experts: int | None = None) -> Figure:
-    """How routing settles: the share of choices in the checkpoint before, and in the last one.
-
-    The dotted line is the share that two unrelated routings would have in common.
-
-    Args:
-        checkpoints: List of at least two routings on the same data, each as in `coactivation`.
-        num_experts: Integer or None. As in `coactivation`.
-
-    Example:
-
-    >>> figure = keras_moe.visualization.settling([[[0, 1], [0, 2]], [[0, 1], [2, 1]]])
-
-    Reference: Muennighoff et al. 2024, OLMoE (arXiv:2409.02060), section 5.1.
-    """
-    recorded = [_routings(checkpoint, num_experts) for checkpoint in checkpoints]
-    names = [list(moment) for moment in recorded]
-    if len(recorded) < 2 or any(each != names[0] for each in names):
-        raise ValueError(f"`checkpoints` must be two or more of one model. Received: {names}")
-    layers = {name: [moment[name] for moment in recorded] for name in recorded[0]}
-    return _figure(layers, _draw_settling)
-
-
-def _draw_settling(axes, moments):
-    numbers = np.arange(1, len(moments) + 1)
-    to_last = [float(metrics.router_saturation(each, moments[-1])) for each in moments[:-1]]
-    to_previous = [float(metrics.router_saturation(a, b)) for a, b in zip(moments, moments[1:])]
-    axes.plot(numbers[:-1], to_last, "o-", label="also at the last checkpoint")
-    axes.plot(numbers[1:], to_previous, "s--", label="also at the checkpoint before")
-    chance = moments[0].indices.shape[1] / len(moments[0].counts)
-    axes.axhline(chance, color="grey", ls=":", label="by chance")
-    axes.set(xlabel="checkpoint", ylabel="share of the choices", ylim=(0, 1.03))
-    _count_on(axes.xaxis)
-    axes.legend(loc="lower right")
 
 
 def by_layer(source):

@@ -13,8 +13,8 @@ import tempfile
 PAGES = pathlib.Path(__file__).resolve().parent.parent / "docs"
 
 
-def blocks(page, without=""):
-    text = (PAGES / page).read_text(encoding="utf-8").replace(without, "")
+def blocks(page):
+    text = (PAGES / page).read_text(encoding="utf-8")
     return re.findall(r"^```python\n(.*?)^```", text, flags=re.DOTALL | re.MULTILINE)
 
 
@@ -58,9 +58,8 @@ def convert():
 PROGRAMS = {
     "convert": convert,
     "onnx": onnx,
-    "tensorboard": lambda: run(blocks("seeing_experts.md")),
     "tuner": lambda: run(blocks("tuning.md")),
-    "visualization": lambda: run(blocks("seeing_experts.md", without='log_dir="logs"')),
+    "visualization": lambda: run(blocks("seeing_experts.md")),
 }
 
 if __name__ == "__main__":

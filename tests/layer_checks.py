@@ -301,7 +301,6 @@ CASES = {
     ),
     callbacks.ExpertMonitor: Case(
         options=lambda: {
-            "log_dir": "logs",
             "metrics": [np.sum],
             "per_layer": True,
         }

@@ -158,6 +158,20 @@ def test_the_logged_router_loss_is_what_a_call_adds_to_the_loss():
     assert logs["router_loss"] == [pytest.approx(of_twice + of_own)]
 
 
+@pytest.mark.backends("tensorflow")  # Keras writes event files by TensorFlow.
+def test_tensorboard_after_a_monitor_gets_the_numbers_of_each_layer(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    monitor, board = ExpertMonitor(per_layer=True), keras.callbacks.TensorBoard(tmp_path)
+    fit(model_of(routed()), monitor, board)
+    for folder, prefix in (("train", ""), ("validation", "val_")):
+        events = EventAccumulator(str(tmp_path / folder))
+        events.Reload()
+        written = {tag for tag in events.Tags()["tensors"] if tag.startswith("epoch_moe_")}
+        keys = {key for key in monitor.history if key.startswith("val_") == bool(prefix)}
+        assert written == {f"epoch_{key.removeprefix(prefix)}" for key in keys}
+
+
 def test_a_batch_of_nan_does_not_end_the_counts_of_weights():
     layer = moe(router="dense", name="moe")
     model, monitor = model_of(layer), ExpertMonitor()

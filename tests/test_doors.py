@@ -1,8 +1,7 @@
 """What is refused where a user's value enters the package, and unusual calls that work.
 
 Each row is a call and words of its message. Without its check the call would end in a wrong result
-without a word, or in an error that comes late or names no argument. Errors of the command line are
-in `test_command_line.py`.
+without a word, or in an error that comes late or names no argument.
 """
 
 import functools
@@ -448,7 +447,6 @@ REFUSED = [
     ("metrics.load_imbalance(routing())", "such as `routing.counts`"),
     ("metrics.load_imbalance(moe())", "or `layer.expert_counts`"),
     ("metrics.UsageMetric(metrics.load_imbalance, 8).update_state(routing())", "E=8"),
-    ("metrics.router_saturation(routing(1), routing(6))", "`before.indices`"),
     ("metrics.count_table(routing(), [0] * 5, 2)", "`groups` must have"),
     # Tools.
     ("inspection.record_routings(usual(), normal(2, 5, D))", "list of batches"),

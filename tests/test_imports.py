@@ -10,8 +10,7 @@ PACKAGE = ROOT / "keras_moe"
 FILES = sorted(PACKAGE.rglob("*.py"))
 FRAMEWORKS = {"tensorflow", "jax", "jaxlib", "torch", "tensorflow_probability", "triton"}
 
-# A part imports from those above it only; one that is not named, such as a tool, from all but the
-# last.
+# A part imports from those above it only; one that is not named, such as a tool, from all of them.
 PARTS = [
     ("checks", "keras_internals", "plain_text", "Tensor"),
     ("backend", "serialization"),
@@ -20,11 +19,9 @@ PARTS = [
     ("layers",),
     ("health", "inspection"),
     ("visualization",),
-    (),
-    ("__main__",),
 ]
 LEVELS = {name: level for level, names in enumerate(PARTS) for name in names}
-TOOLS = PARTS.index(())
+TOOLS = len(PARTS)
 # Modules of `backend/` that every framework uses.
 SHARED = {"base", "layouts", "padded"}
 
@@ -52,14 +49,31 @@ def test_the_package_imports_nothing_but_itself_and_the_backend_of_keras():
 
 @on_one_backend
 def test_another_backend_is_refused_with_the_way_out():
-    call = ("-m", "keras_moe", "inspect", "model.keras")
-    (called,) = run_python(*call, fails=True, KERAS_BACKEND="foo").splitlines()
-    imported = run_python("-c", "import keras_moe", fails=True, KERAS_BACKEND="numpy")
-    for error, received in (
-        (imported.strip().splitlines()[-1], "keras.backend.backend()='numpy'"),
-        (called, "KERAS_BACKEND='foo' (Unable to import backend : foo)"),
+    for name, received in (
+        ("numpy", "keras.backend.backend()='numpy'"),
+        ("foo", "KERAS_BACKEND='foo' (Unable to import backend : foo)"),
     ):
+        error = run_python("-c", "import keras_moe", fails=True, KERAS_BACKEND=name)
         assert f"on the Keras backends tensorflow, jax, torch. Received: {received}. Set" in error
+
+
+WITHOUT_OPTIONAL_PARTS = """
+import sys
+sys.modules["keras_tuner"] = sys.modules["matplotlib"] = None
+import keras_moe, pydoc
+assert "upcycle" in pydoc.render_doc(keras_moe)
+assert not hasattr(keras_moe, "tuner") and not hasattr(keras_moe, "visualization")
+try:
+    import keras_moe.tuner
+except ImportError as error:
+    print(error)
+"""
+
+
+@on_one_backend
+def test_packages_that_are_missing_leave_the_rest_alone():
+    printed = run_python("-c", WITHOUT_OPTIONAL_PARTS)
+    assert 'run `pip install "keras-tuner[bayesian]" six`' in printed
 
 
 def imports(path):

@@ -134,6 +134,26 @@ def test_experts_and_routers_that_layers_share_count_once(top_k, is_wrapped):
     assert [row.shared_parameters for row in rows] == [rows[0].parameters] * 3
 
 
+def test_the_summary_prints_sizes_costs_and_loads(capsys):
+    model = model_of(moe(name="moe"), keras.layers.Dense(2))
+    keras_moe.summary(model)
+    printed = capsys.readouterr().out.splitlines()
+    router, head = D * E, 2 * D + 2
+    layer, active = router + E * EXPERT, router + 2 * EXPERT
+    total = model.count_params()
+    assert printed[0].endswith(
+        f": {total:,} parameters, {active + head:,} of them active for a token"
+    )
+    assert printed[3].split() == [
+        *("moe", "2", "of", str(E), f"{layer:,}", f"{active:,}", f"{2 * active:,}", "-", "-"),
+        "float32",
+    ]
+    assert printed[-1].startswith("No counts are here: experts are counted in training")
+    model.layers[0].expert_counts.assign([6, 2, 0, 0])
+    keras_moe.summary(model)
+    assert capsys.readouterr().out.splitlines()[-1].split()[-5:-1] == ["3.00", "x", "fair", "2"]
+
+
 def test_the_summary_of_tasks_marks_the_bank_that_they_share():
     experts = layers.FeedForwardExperts(E, 16)
     inputs = keras.Input((D,))

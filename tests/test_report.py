@@ -12,7 +12,6 @@ from browser import run_in_page
 from layer_checks import E, moe, one_hot, one_hot_router, wide_identity
 
 import keras_moe
-import keras_moe.__main__
 from keras_moe import layers, routers
 
 # Pages are made of NumPy arrays, whichever backend computes them.
@@ -195,9 +194,19 @@ def test_control_characters_stand_as_text_in_the_page_and_on_the_terminal(tmp_pa
     assert layer["name"] == shown.replace(r"\x00", "")
     assert not set(ACTIVE) & set(html) - set("abc[31m\n\u200d")
     model = keras.Sequential([keras.Input((E,)), moe(name=name)], name=name)
-    model.save(tmp_path / "model.keras")
-    keras_moe.__main__.main(["inspect", str(tmp_path / "model.keras")])
+    keras_moe.summary(model)
     assert not set(ACTIVE) & set(capsys.readouterr().out) - set("abc[31m\n\u200d")
+
+
+def test_a_full_disk_leaves_the_old_page(tmp_path, monkeypatch):
+    def full(*arguments):
+        raise OSError(28, "No space left on device")
+
+    (tmp_path / "report.html").write_text("old")
+    monkeypatch.setattr("os.replace", full)
+    with pytest.raises(OSError, match="No space left"):
+        written(tmp_path, one_hot_model("moe"), [[1]])
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["old"]
 
 
 @pytest.mark.parametrize("router", ["dense", "expert_choice", "soft", "top_p"])

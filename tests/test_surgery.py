@@ -1,13 +1,15 @@
 """Models with fewer experts: which go, what stays as it was, and that everything still works."""
 
+import functools
+
 import keras
 import numpy as np
 import pytest
 import reference
-from backends import QUICK_JIT, on_one_backend, saved_and_loaded, unless_compiled
+from backends import QUICK_JIT, on_one_backend, saved_and_loaded, to_numpy, unless_compiled
 from layer_checks import array, normal
 
-from keras_moe import layers, losses, routers, surgery
+from keras_moe import layers, losses, ops, routers, surgery
 from keras_moe.surgery.cutting import merge
 from keras_moe.surgery.measuring import importance
 
@@ -150,6 +152,37 @@ def test_scores_are_counts_and_contributions():
         np.testing.assert_allclose(found, scores, rtol=1e-5)
     report = surgery.prune_experts(layer, "saliency", keep=3, data=[X])
     assert sorted(report.experts["moe"]) == [[e] for e in sorted(np.argsort(-means)[:3])]
+
+
+@on_one_backend
+@pytest.mark.parametrize("router", [routers.TopPRouter(E), routers.DenseRouter(E)])
+def test_saliency_is_a_mean_over_real_tokens_whose_weights_differ(router):
+    layer, _ = single(router=router)
+    x, mask = X[None], np.arange(len(X))[None] % 4 > 0
+    call = functools.partial(layer, mask=mask)
+    saliency = importance("saliency", call, {"moe": layer}, [x])["moe"]
+    _, routing = to_numpy(layer(x, mask=mask, return_routing=True))
+    for expert in range(E):
+        only = np.full((len(X), 1), expert, "int32")
+        plan = ops.GroupedPlan.of(only, np.ones_like(only, "float32"), E)
+        norms = np.linalg.norm(array(layer.experts(keras.ops.convert_to_tensor(X), plan)), axis=1)
+        tokens, places = np.nonzero((routing.indices == expert) & routing.mask[:, None])
+        added = routing.weights[tokens, places] * norms[tokens]
+        np.testing.assert_allclose(saliency[expert], added.sum() / max(len(tokens), 1), rtol=1e-4)
+
+
+@on_one_backend
+def test_saliency_of_experts_of_whole_samples():
+    images = normal(5, 4, 3, 2)
+    bank = layers.LayerExperts([keras.layers.Conv2D(6, 2, padding="same") for _ in range(4)])
+    layer = layers.MixtureOfExperts(bank, token_axes=1)
+    saliency = importance("saliency", layer, {"moe": layer}, [images])["moe"]
+    _, routing = to_numpy(layer(images, return_routing=True))
+    for number, expert in enumerate(bank.layers):
+        samples, places = np.nonzero(routing.indices == number)
+        norms = np.linalg.norm(array(expert(images)).reshape(5, -1)[samples], axis=1)
+        added = norms * routing.weights[samples, places]
+        np.testing.assert_allclose(saliency[number], added.sum() / max(len(samples), 1), rtol=1e-4)
 
 
 @on_one_backend

@@ -16,8 +16,8 @@ from keras_moe.visualization import MAX_ROWS
 pytestmark = on_one_backend
 
 
-def draws(num_experts, seed=0, tokens=60, top_k=2):
-    scores = np.random.default_rng(seed).normal(size=(tokens, num_experts))
+def draws(num_experts, tokens=60, top_k=2):
+    scores = np.random.default_rng(0).normal(size=(tokens, num_experts))
     return np.argsort(-scores, axis=1)[:, :top_k].astype("int32")
 
 
@@ -43,12 +43,11 @@ def titles(figure):
 def plots(num_experts, names):
     """Each plot of random data, with a panel for each name."""
     random = np.random.default_rng(0)
-    indices, before = ({n: draws(num_experts, seed) for n in names} for seed in (0, 1))
+    indices = {name: draws(num_experts) for name in names}
     return [
         visualization.shares_over_time({n: random.random((5, num_experts)) for n in names}),
         visualization.specialization(indices, np.arange(60) % 3, num_experts=num_experts),
         visualization.coactivation(indices, num_experts),
-        visualization.settling([before, indices, indices], num_experts),
         visualization.confidence({n: random.dirichlet(np.ones(num_experts), 60) for n in names}),
     ]
 
@@ -100,14 +99,6 @@ def test_coactivation_is_the_share_of_the_rows_tokens():
     np.testing.assert_allclose(image(drawn(visualization.coactivation(indices))[0]), expected)
 
 
-def test_settling_compares_choices_whatever_their_order():
-    moments = [[[0, 1], [2, 3]], [[1, 0], [0, 1]], [[0, 1], [0, 1]]]
-    axes = drawn(visualization.settling(moments, num_experts=4))[0]
-    to_last, to_previous, chance = (line.get_ydata() for line in axes.get_lines())
-    np.testing.assert_allclose([to_last, to_previous], [[0.5, 1.0]] * 2)
-    assert chance[0] == 0.5
-
-
 def test_confidence_is_the_highest_probability_of_real_tokens():
     layer = moe(router=one_hot_router())
     _, routing = layer(one_hot(0, 1)[None], mask=np.array([[True, False]]), return_routing=True)
@@ -122,7 +113,6 @@ def test_recorded_routings_are_drawn_as_they_are():
         visualization.coactivation(recorded),
         visualization.specialization(recorded, np.arange(4)),
         visualization.confidence(recorded),
-        visualization.settling([recorded, recorded]),
     ]
     for figure in figures:
         assert titles(figure) == ["first", "second"]

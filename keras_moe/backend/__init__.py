@@ -4,12 +4,10 @@ import os
 
 
 def _refused(received):
-    # With its name, Python prints it in one line where the package is run as a program.
     return ImportError(
         "keras_moe runs on the Keras backends tensorflow, jax, torch. "
         f"Received: {received}. "
-        "Set KERAS_BACKEND to one of them, which is installed, before keras is imported.",
-        name="keras_moe",
+        "Set KERAS_BACKEND to one of them, which is installed, before keras is imported."
     )
 
 

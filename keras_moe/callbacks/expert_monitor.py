@@ -1,7 +1,6 @@
 """The load of the experts in the logs of each epoch."""
 
 import math
-import os
 import re
 import warnings
 import weakref
@@ -30,9 +29,9 @@ class ExpertMonitor(ExpertCallback):
     The logs get a few numbers over all `MixtureOfExperts` layers: `load_imbalance` and
     `val_load_imbalance` of the least even layer, `dead_experts`, with a capacity the largest
     `dropped_fraction`, and with router losses `router_loss`, what a call adds to `loss` on average,
-    summed over layers. Callbacks that monitor a number, such as
-    `EarlyStopping("val_load_imbalance", mode="min")`, come after this one. `model.evaluate` prints
-    the first three but does not return them.
+    summed over layers. Callbacks that read the logs, such as
+    `EarlyStopping("val_load_imbalance", mode="min")` and `TensorBoard`, come after this one.
+    `model.evaluate` prints the first three but does not return them.
 
     `history`, a dict of lists by epoch as in `keras.callbacks.History`, has the numbers of each
     layer, as `moe_load_imbalance` and in validation `val_moe_load_imbalance`: also `load_entropy`,
@@ -44,8 +43,6 @@ class ExpertMonitor(ExpertCallback):
     `fit` starts new lists; with an `initial_epoch` it extends the lists of the same model.
 
     Args:
-        log_dir: String, path or None. Folder for TensorBoard, which gets the numbers of each layer,
-            a histogram and a heat map of its shares. Needs `pip install tensorboard matplotlib`.
         metrics: List of functions from the counts of a layer in the epoch, a NumPy array (E,), to a
             number. It is NaN without counts.
         per_layer: Boolean. Whether the logs also get all numbers of each layer.
@@ -53,7 +50,6 @@ class ExpertMonitor(ExpertCallback):
     Raises:
         ValueError: If `metrics` are not functions of different names, or `fit` and an evaluation
             within it share the monitor.
-        ImportError: If there is a `log_dir`, but no TensorBoard or no matplotlib.
 
     Example:
 
@@ -68,7 +64,6 @@ class ExpertMonitor(ExpertCallback):
 
     def __init__(
         self,
-        log_dir: str | os.PathLike | None = None,
         metrics: Sequence[Callable] = (),
         per_layer: bool = False,
     ):
@@ -87,12 +82,6 @@ class ExpertMonitor(ExpertCallback):
         self._test_began: Any = None
         # Numbers and shares of the layers in the test of this epoch.
         self._test: Any = None
-        self._event_files = None
-        if log_dir is not None:
-            # Here, so that the package can be imported without TensorBoard.
-            from keras_moe.callbacks.event_files import EventFiles
-
-            self._event_files = EventFiles(log_dir)
 
     def set_model(self, model=None):
         check_is_instance(model)
@@ -110,8 +99,6 @@ class ExpertMonitor(ExpertCallback):
     def on_train_end(self, logs=None):
         self._epoch_began = None
         self._stop_counting()
-        if self._event_files is not None:
-            self._event_files.close()
 
     def on_epoch_begin(self, epoch, logs=None):
         if self._epoch_began is not None:
@@ -157,15 +144,10 @@ class ExpertMonitor(ExpertCallback):
             self._add_logs(logs, test[0], "val_")
         for key, value in {**_by_key(training[0]), **_by_key(test[0], "val_")}.items():
             self.history.setdefault(key, []).append(value)
-        for split, (numbers, shares), so_far in (
-            ("train", training, self.shares),
-            ("validation", test, self.validation_shares),
-        ):
+        for shares, so_far in ((training[1], self.shares), (test[1], self.validation_shares)):
             for name, row in shares.items():
                 rows = so_far.setdefault(name, [])
                 rows += [np.full_like(row, np.nan)] * (epoch - len(rows)) + [row]
-            if numbers and self._event_files is not None:
-                self._event_files.write(split, epoch, numbers, so_far)
 
     def _add_logs(self, logs, numbers, prefix=""):
         """Add the numbers over all layers; of the validation of an epoch only one."""

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 from keras import ops
 
-from keras_moe._internal.plain_text import stating
+from keras_moe._internal.plain_text import describe
 
 
 class Rule(NamedTuple):
@@ -78,8 +78,10 @@ def tensor_reader(source):
     fix = "Dequantize the model first, for example by `model.float()` and `save_pretrained`."
 
     def read(name):
-        with stating(rule, repr(name), fix):
+        try:
             return _floats(get(name))
+        except Exception as error:
+            raise ValueError(f"{rule} Received: {name!r} ({describe(error)}). {fix}") from error
 
     return read, names
 

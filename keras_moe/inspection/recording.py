@@ -73,7 +73,7 @@ def running(model, name, number, inputs, others=()):
         yield
     except Exception as error:
         batch = _described((inputs, *others) if others else inputs)
-        received = f"batch {number} of {batch} ({describe(error, 300)})"
+        received = f"batch {number} of {batch} ({describe(error)})"
         raise ValueError(f"The model must run on `{name}`. Received: {received}") from error
 
 

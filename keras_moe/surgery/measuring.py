@@ -10,7 +10,8 @@ import numpy as np
 from keras import ops
 
 from keras_moe.inspection.recording import listening, running
-from keras_moe.metrics import contributions, served_tokens
+from keras_moe.ops.plans import GroupedPlan
+from keras_moe.ops.routing import count_assignments
 
 
 def loss_on(model, data):
@@ -42,9 +43,7 @@ def importance(by, model, layers, data):
     """
     if by == "usage":
         return _summed(model, layers, data, _counts)[0]
-    sums, counts = _summed(
-        model, layers, data, contributions, lambda layer, routing, tokens: served_tokens(routing)
-    )
+    sums, counts = _summed(model, layers, data, _contributions, _served_tokens)
     saliency = {name: sums[name] / np.maximum(counts[name], 1.0) for name in layers}
     return sums if by == "contribution" else saliency
 
@@ -61,6 +60,24 @@ def usage_and_similarity(model, layers, data):
 
 def _counts(layer, routing, tokens):
     return routing.counts
+
+
+def _served_tokens(layer, routing, tokens):
+    # The counts of a dense gate are sums of its weights.
+    return count_assignments(routing.indices, routing.mask, routing.counts.shape[0])
+
+
+def _contributions(layer, routing, tokens):
+    """Sum over the tokens (T, ...) of each expert of weight times norm of its output, (E,)."""
+    num_experts = layer.experts.num_experts
+    plan = GroupedPlan.of(routing.indices, routing.weights, num_experts)
+    outputs = layer.experts.compute_each(tokens, plan)
+    squares = ops.square(ops.cast(outputs, "float32"))
+    norms = ops.sqrt(ops.sum(squares, axis=tuple(range(2, len(outputs.shape)))))
+    # Unserved assignments, whose outputs are zero, go to a spare expert that is sliced off.
+    indices = routing.indices % (num_experts + 1)
+    added = ops.reshape(norms * routing.weights, (-1,))
+    return ops.segment_sum(added, ops.reshape(indices, (-1,)), num_experts + 1)[:-1]
 
 
 def _products(layer, routing, tokens):
