@@ -8,7 +8,7 @@ from keras import ops
 from keras_moe._internal import Tensor
 from keras_moe._internal.checks import check_integer
 from keras_moe.layers.mixture_of_experts import MixtureOfExperts
-from keras_moe.metrics import as_counts, is_dead
+from keras_moe.metrics import as_counts, is_dead, load_entropy, load_imbalance
 
 __all__ = ["Finding", "balance_advice", "judge_drops", "judge_load", "judge_router"]
 __dir__ = __all__.copy
@@ -17,7 +17,7 @@ PROBLEM, HINT = "problem", "hint"
 
 # Between all tokens on the same K experts, 0, and an even load, 1.
 COLLAPSED = 0.1
-# Load of the busiest expert above the mean.
+# `metrics.load_imbalance`.
 IMBALANCED = 1.0
 DROPPED = 0.05
 # `ExpertHealth` warns above this share only, as early batches are uneven.
@@ -32,10 +32,8 @@ EXPLODED_LOGIT = 30.0
 WEAK_WEIGHT, LARGE_WEIGHT, HEAVY_WEIGHT = 1e-3, 9.99, 10.01
 # What a heavy loss adds to its value at an even load, as a share of the rest of the loss.
 HEAVY_SHARE = 0.1
-# Fewer assignments an expert are not enough to call it dead.
-ENOUGH = 20
-# For a collapse, at the end of a training.
-FEW = 5
+# Assignments per expert that are enough to judge a load; at the end of a training fewer will do.
+ENOUGH, FEW = 20, 5
 
 
 def is_large(loss, weight):
@@ -75,11 +73,11 @@ def spread(counts, top_k):
 
     Experts are counted by the exponential of the entropy of their shares.
     """
-    if len(counts) <= top_k:
+    number = len(counts)
+    if number <= top_k:
         return 1.0
-    share = np.asarray(counts) / max(np.sum(counts), 1)
-    effective = np.exp(-np.sum(share * np.log(np.where(share > 0, share, 1))))
-    return float(np.clip((effective - top_k) / (len(share) - top_k), 0, 1))
+    effective = number ** float(load_entropy(counts))
+    return min(max((effective - top_k) / (number - top_k), 0.0), 1.0)
 
 
 def judge_load(counts: Tensor, top_k: int, advice: str) -> list[Finding]:
@@ -95,16 +93,16 @@ def judge_load(counts: Tensor, top_k: int, advice: str) -> list[Finding]:
     """
     counts, top_k = ops.convert_to_numpy(as_counts(counts)), check_integer("top_k", top_k)
     num_experts = len(counts)
-    if not is_enough(counts):
+    if counts.mean() < ENOUGH:
         text = f"{int(counts.sum())} assignments are too few to judge {num_experts} experts."
         return [Finding(HINT, text, f"Give it at least {ENOUGH * num_experts}.")]
     if spread(counts, top_k) < COLLAPSED:
         return [collapsed(counts, advice)]
     idle = np.flatnonzero(ops.convert_to_numpy(is_dead(counts)))
     findings = [dead(idle, num_experts, advice)] if len(idle) else []
-    busiest = counts.max() / counts.mean()
-    if busiest - 1 > IMBALANCED:
-        text = f"The busiest expert does {busiest:.1f} times its fair share."
+    imbalance = float(load_imbalance(counts))
+    if imbalance > IMBALANCED:
+        text = f"The busiest expert does {1 + imbalance:.1f} times its fair share."
         findings.append(Finding(HINT, text, advice))
     return findings
 
@@ -188,10 +186,6 @@ def dead(experts, num_experts, advice, when=""):
     named = f"Expert {listed}" if len(experts) == 1 else f"Experts {listed}"
     text = f"{named} of {num_experts} {'is' if len(experts) == 1 else 'are'} dead{when}."
     return Finding(PROBLEM, text, advice)
-
-
-def is_enough(counts, each=ENOUGH):
-    return np.sum(counts) >= each * len(counts)
 
 
 def weak_loss(loss, weight):

@@ -182,17 +182,12 @@ def shares_over_time(shares: dict | Tensor) -> Figure:
 
     Args:
         shares: Counts or shares (time, E), or a dict of these by layer, as `ExpertMonitor.shares`.
-            Others raise a ValueError.
 
     Example:
 
     >>> figure = keras_moe.visualization.shares_over_time([[0.25, 0.75], [0.4, 0.6], [0.5, 0.5]])
     """
-    layers = by_layer(shares)
-    for array in layers.values():
-        if array.ndim != 2 or (array < 0).any():
-            _refuse("Shares must be (time, E), at least 0 or NaN", array)
-    return _figure(layers, _draw_shares)
+    return _figure(by_layer(shares), _draw_shares)
 
 
 def _draw_shares(axes, shares):

@@ -257,7 +257,7 @@ def test_a_monitor_is_in_one_call_at_a_time():
     model, monitor = model_of(routed()), ExpertMonitor()
     with pytest.raises(ValueError, match="in one call at a time"):
         fit(model, evaluates(model, monitor), monitor, validation=False)
-    with pytest.raises(ValueError, match="in the list of callbacks once"):
+    with pytest.raises(ValueError, match="once in its `callbacks`"):
         fit(model, monitor, monitor)
     # What was interrupted is over.
     assert usage(fit(model, monitor, evaluates(model, monitor), epochs=2)) == about(BOTH)

@@ -53,16 +53,6 @@ def test_routings_are_those_the_layer_returns():
     assert not layer._observers
 
 
-def test_batches_that_would_be_silently_wrong_are_refused():
-    x = normal(2, 5, 8)
-    with pytest.raises(ValueError, match="2 arrays for 1 inputs"):  # targets as inputs
-        inspection.record_routings(two_block_model(), [(x, x)])
-    ids = keras.Input((3,), dtype="int32")
-    model = keras.Model(ids, moe()(keras.layers.Embedding(9, D)(ids)))
-    with pytest.raises(ValueError, match="float32 in the place of the integers"):
-        inspection.record_routings(model, [normal(2, 3)])
-
-
 @on_each_backend
 def test_compiled_functions_count_in_the_context_alone():
     model = model_of(moe(name="moe"), shape=(8,))

@@ -1,6 +1,5 @@
 """Serialization: registered classes, pluggable arguments, shared layers and random state."""
 
-import difflib
 import inspect
 import weakref
 
@@ -71,12 +70,7 @@ def resolve(argument, identifier, base, by_name=None, example="", **defaults):
     if isinstance(identifier, str) and identifier in (by_name or {}):
         return by_name[identifier](**defaults)
     if not isinstance(identifier, base):
-
-        def distance(name):
-            return -difflib.SequenceMatcher(None, name, str(identifier)).ratio()
-
-        nearest = sorted(by_name or (), key=distance)
-        names = f", or one of {', '.join(map(repr, nearest))}" if by_name else ""
+        names = f", or one of {', '.join(map(repr, by_name))}" if by_name else ""
         example = f", such as {example}" if example else ""
         received = f"{argument}={shortened(identifier)} (of type {type(identifier).__name__})"
         if isinstance(identifier, type):
@@ -85,9 +79,6 @@ def resolve(argument, identifier, base, by_name=None, example="", **defaults):
             f"`{argument}` must be an instance of `{base.__name__}`{example}{names}. "
             f"Received: {received}"
         )
-    if not all(hasattr(identifier, name) for name in _named_arguments(base.__init__)):
-        rule = f"The constructor of `{type(identifier).__name__}` must call `super().__init__()`"
-        raise TypeError(f"{rule}. Received: `{argument}` without the attributes that it sets")
     if isinstance(identifier, keras.Layer):
         note_part(identifier)
     return identifier

@@ -189,7 +189,7 @@ class _Watch:
         elif size > max(health.EXPLODED_LOGIT, _GROWTH * self._first_size):
             yield "router", health.exploded(f"spread by {size:.0f} for inputs of size 1")
         self.count()
-        if health.is_enough(self._window):
+        if self._window.mean() >= health.ENOUGH:
             self._judge_window()
             idle = ops.convert_to_numpy(is_dead(self._window))
             self._idle = np.where(idle, self._idle + 1, 0)
@@ -206,7 +206,7 @@ class _Watch:
 
     def conclude(self, checks):
         """Findings at the end of the training, of a collapse after so many checks."""
-        if health.is_enough(self._window, health.FEW):
+        if self._window.mean() >= health.FEW:
             self._judge_window()
         yield from self._lasting(checks, 1, self.patience)
 

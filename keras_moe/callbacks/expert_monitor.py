@@ -5,7 +5,6 @@ import re
 import warnings
 import weakref
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import numpy as np
 from keras import ops
@@ -13,7 +12,7 @@ from keras import ops
 from keras_moe import metrics
 from keras_moe._internal.checks import shortened
 from keras_moe._internal.keras_internals import forget_compiled, renew_test_function
-from keras_moe.callbacks.base import ExpertCallback, check_is_instance
+from keras_moe.callbacks.base import ExpertCallback
 from keras_moe.inspection.summaries import named_layers
 from keras_moe.layers.gate import Observer
 
@@ -62,50 +61,41 @@ class ExpertMonitor(ExpertCallback):
     >>> imbalance, entropy = logs["load_imbalance"], monitor.history["moe_load_entropy"]
     """
 
-    def __init__(
-        self,
-        metrics: Sequence[Callable] = (),
-        per_layer: bool = False,
-    ):
+    def __init__(self, metrics: Sequence[Callable] = (), per_layer: bool = False):
         super().__init__()
         self.per_layer = per_layer
         self.history: dict = {}
         self.shares: dict = {}
         self.validation_shares: dict = {}
-        listed: Sequence[Any] = metrics if isinstance(metrics, (list, tuple)) else [None]
-        self._metrics = {getattr(function, "__name__", ""): function for function in listed}
-        if len(self._metrics) < len(listed) or not all(map(str.isidentifier, self._metrics)):
-            rule = "`metrics` must be a list of functions of different names, theirs in the logs"
+        self._metrics = {function.__name__: function for function in metrics}
+        if len(self._metrics) < len(metrics):
+            rule = "`metrics` must be functions of different names, which the logs show"
             raise ValueError(f"{rule}. Received: metrics={shortened(metrics)}")
-        # Readings of the counters: when the epoch, None outside of training, and a test began.
-        self._epoch_began: Any = None
-        self._test_began: Any = None
-        # Numbers and shares of the layers in the test of this epoch.
-        self._test: Any = None
+        # Readings of the counters at the start of the epoch, None outside of training, and of the
+        # evaluation.
+        self._epoch_began: dict | None = None
+        self._test_began: dict = {}
+        # Numbers and shares of the layers in the validation of this epoch.
+        self._test: tuple = ({}, {})
 
-    def set_model(self, model=None):
-        check_is_instance(model)
+    def set_model(self, model):
         if self.model is not None:  # An evaluation or a training was interrupted.
             self._stop_counting()
         if self.model not in (None, model):
             self.shares, self.validation_shares = {}, {}
         super().set_model(model)
-        self._epoch_began = self._test = None
+        self._epoch_began = None
 
     def on_train_begin(self, logs=None):
         super().on_train_begin(logs)
-        self.history, self._epoch_began = {}, None
+        self.history = {}
 
     def on_train_end(self, logs=None):
-        self._epoch_began = None
         self._stop_counting()
 
     def on_epoch_begin(self, epoch, logs=None):
-        if self._epoch_began is not None:
-            rule = "An `ExpertMonitor` must be in the list of callbacks once"
-            raise ValueError(f"{rule}. Received: a second one that is the same object")
         self._keep_shares_before(epoch)
-        self._test = None
+        self._test = ({}, {})
         self._epoch_began = self._read()
 
     def on_test_begin(self, logs=None):
@@ -124,28 +114,27 @@ class ExpertMonitor(ExpertCallback):
 
     def on_epoch_end(self, epoch, logs=None):
         if self._epoch_began is None:
-            rule = "An `ExpertMonitor` must be in one call at a time"
-            raise ValueError(f"{rule}. Received: an evaluation with it within `fit`")
-        training = self._numbers_since(self._epoch_began)
-        test: tuple = self._test or ({}, {})
+            rule = "An `ExpertMonitor` must be in one call at a time, and once in its `callbacks`"
+            raise ValueError(f"{rule}. Received: one that has ended the epoch already")
+        numbers, shares = self._numbers_since(self._epoch_began)
+        test_numbers, test_shares = self._test
         self._epoch_began = None
-        self._add_logs(logs, training[0])
-        unused = [name for name, share in training[1].items() if not np.any(share)]
+        self._add_logs(logs, numbers)
+        unused = [name for name, share in shares.items() if not np.any(share)]
         if unused:
             warnings.warn(
                 f"{unused} served no token in training. In a model of your own, `call` needs the "
                 "argument `training` and must pass it on: `self.moe(x, training=training)`.",
                 stacklevel=2,
             )
-        losses = [each["router_loss"] for each in training[0].values() if "router_loss" in each]
+        losses = [each["router_loss"] for each in numbers.values() if "router_loss" in each]
         if losses:
             logs["router_loss"] = sum(losses)
-        if test[0]:
-            self._add_logs(logs, test[0], "val_")
-        for key, value in {**_by_key(training[0]), **_by_key(test[0], "val_")}.items():
+        self._add_logs(logs, test_numbers, "val_")
+        for key, value in {**_by_key(numbers), **_by_key(test_numbers, "val_")}.items():
             self.history.setdefault(key, []).append(value)
-        for shares, so_far in ((training[1], self.shares), (test[1], self.validation_shares)):
-            for name, row in shares.items():
+        for of_epoch, so_far in ((shares, self.shares), (test_shares, self.validation_shares)):
+            for name, row in of_epoch.items():
                 rows = so_far.setdefault(name, [])
                 rows += [np.full_like(row, np.nan)] * (epoch - len(rows)) + [row]
 
@@ -153,13 +142,13 @@ class ExpertMonitor(ExpertCallback):
         """Add the numbers over all layers; of the validation of an epoch only one."""
         if not numbers:
             return
-        imbalances = [each["load_imbalance"] for each in numbers.values()]
-        logs[f"{prefix}load_imbalance"] = max(imbalances, default=0.0)
+        logs[f"{prefix}load_imbalance"] = max(each["load_imbalance"] for each in numbers.values())
         if not prefix:
             logs["dead_experts"] = sum(each["dead_experts"] for each in numbers.values())
             if any(layer.capacity for layer in named_layers(self.model).values()):
-                dropped = [each["dropped_fraction"] for each in numbers.values()]
-                logs["dropped_fraction"] = max(dropped, default=0.0)
+                logs["dropped_fraction"] = max(
+                    each["dropped_fraction"] for each in numbers.values()
+                )
         if self.per_layer:
             logs.update(_by_key(numbers, prefix))
 

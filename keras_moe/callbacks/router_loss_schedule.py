@@ -32,14 +32,13 @@ class RouterLossSchedule(keras.callbacks.Callback):
 
     def __init__(self, schedule: Callable, loss: str | RouterLoss = "load_balance"):
         super().__init__()
-        if not callable(schedule):
-            raise TypeError(f"`schedule` must be a function. Received: schedule={schedule!r}")
         self.schedule = schedule
         self.loss = loss
         self._like = losses.get(loss)
-        self._takes_weight = True
+        signature = inspect.signature(schedule)
         try:
-            inspect.signature(schedule).bind(0, 0.0)
+            signature.bind(0, 0.0)
+            self._takes_weight = True
         except TypeError:
             self._takes_weight = False
 

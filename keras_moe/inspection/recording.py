@@ -35,65 +35,29 @@ def record_routings(
     >>> model = keras.Sequential([keras.Input((16,)), moe])
     >>> routings = keras_moe.inspection.record_routings(model, [keras.random.normal((8, 16))])
     """
-    check_list_of_batches("batches", batches)
-    return recorded(model, batches, "batches", training)
-
-
-def recorded(model, batches, name, training=False):
     layers = moe_layers(model)
-    routings: dict[str, list] = {layer_name: [] for layer_name in layers}
+    routings: dict[str, list] = {name: [] for name in layers}
 
     def record(found, routing, tokens):
         found.append(keras.tree.map_structure(ops.convert_to_numpy, routing))
 
-    number = -1
     with listening({layers[name]: partial(record, found) for name, found in routings.items()}):
         for number, batch in enumerate(batches):
-            with running(model, name, number, batch):
+            with running(number, batch):
                 model(batch, training=training)
-    if number < 0:
-        raise ValueError(f"`{name}` must hold at least one batch. Received: none")
     return routings
 
 
-def check_list_of_batches(name, batches):
-    """Refuse one batch, whose rows or parts would be taken for batches."""
-    parts = batches if isinstance(batches, tuple) else [batches]
-    if batches is None or any(hasattr(part, "shape") for part in parts):
-        rule = f"`{name}` must be a list of batches, as in `[inputs]`"
-        received = f"{name}=None" if batches is None else f"one batch, {_described(batches)}"
-        raise ValueError(f"{rule}. Received: {received}")
-
-
 @contextlib.contextmanager
-def running(model, name, number, inputs, others=()):
-    """Run a model on a batch that is named in errors; `others` are its targets and weights."""
+def running(number, batch):
+    """Run a model on a batch; an error has the number, dtypes and shapes of the batch."""
     try:
-        _check_inputs(getattr(model, "inputs", None) or (), inputs)
         yield
     except Exception as error:
-        batch = _described((inputs, *others) if others else inputs)
-        received = f"batch {number} of {batch} ({describe(error)})"
-        raise ValueError(f"The model must run on `{name}`. Received: {received}") from error
-
-
-def _check_inputs(wanted, inputs):
-    """Refuse what Keras accepts silently: further arrays, and floats in place of ids."""
-    arrays = keras.tree.flatten(inputs)
-    if isinstance(inputs, dict):
-        arrays = [inputs.get(tensor.name) for tensor in wanted]
-    if wanted and len(arrays) > len(wanted):
-        raise ValueError(f"{len(arrays)} arrays for {len(wanted)} inputs")
-    for tensor, array in zip(wanted, arrays):
-        is_exact = any(kind in str(getattr(array, "dtype", "int")) for kind in ("int", "bool"))
-        if "int" in tensor.dtype and not is_exact:
-            raise TypeError(f"{array.dtype} in the place of the integers {tensor.name!r}")
-
-
-def _described(batch):
-    return keras.tree.map_structure(
-        lambda leaf: f"{leaf.dtype} {tuple(leaf.shape)}" if hasattr(leaf, "dtype") else leaf, batch
-    )
+        arrays = [each for each in keras.tree.flatten(batch) if hasattr(each, "shape")]
+        shapes = ", ".join(f"{each.dtype} {tuple(each.shape)}" for each in arrays)
+        received = f"batch {number} of {shapes} ({describe(error)})"
+        raise ValueError(f"The model must run on each batch. Received: {received}") from error
 
 
 def listening(listeners):

@@ -115,7 +115,7 @@ def summarize(model: keras.Model) -> list[LayerSummary]:
     >>> layer.parameters, layer.active_parameters  # router 16 * 4, experts 2 * 16 * 32 each
     (4160, 2112)
     """
-    summaries, layers = [], _built_layers(model)
+    summaries, layers = [], moe_layers(model)
     number_of = collections.Counter(part for each in layers.values() for part in _parts(each))
     for name, layer in layers.items():
         router, bank = layer.router, layer.banks[0]
@@ -186,7 +186,7 @@ def count_parameters(model: keras.Model) -> tuple[int, int]:
 
     Counters work on none. Of experts that layers share, as many work as these layers choose.
     """
-    layers = _built_layers(model).values() if find_layers(model) else ()
+    layers = find_layers(model)
     shares = _active_shares(layers)
     parts = {part for layer in layers for part in (layer, layer.router)}
     counters = [weight for part in parts for weight in part._non_trainable_variables]
@@ -197,15 +197,6 @@ def count_parameters(model: keras.Model) -> tuple[int, int]:
             total += _count_own(part) - sum(math.prod(weight.shape) for weight in stored)
     idle = _idle_parameters(shares) + sum(math.prod(weight.shape) for weight in counters)
     return total, total - idle
-
-
-def _built_layers(model):
-    layers = moe_layers(model)
-    unbuilt = [name for name, layer in layers.items() if not layer.built]
-    if unbuilt:
-        rule = "The model must be built; call it on some data first"
-        raise ValueError(f"{rule}. Received: {unbuilt} unbuilt")
-    return layers
 
 
 def _parts(layer):

@@ -22,8 +22,7 @@ from keras import ops
 from keras_moe import health, metrics, visualization
 from keras_moe._internal.checks import shortened
 from keras_moe._internal.plain_text import as_text
-from keras_moe.inspection import moe_layers, summarize
-from keras_moe.inspection.recording import recorded
+from keras_moe.inspection import moe_layers, record_routings, summarize
 from keras_moe.inspection.summaries import table_row
 from keras_moe.visualization import by_layer, label_table, labels_of_tokens, mutual_bits
 
@@ -54,11 +53,7 @@ class LayerStudy(NamedTuple):
 def study(model, data, labels, tokens):
     """The number of documents, and a `LayerStudy` for each MoE layer of a model."""
     arrays = _as_arrays(data)
-    sizes = {len(array) if array.ndim else 0 for array in keras.tree.flatten(arrays)}
-    if len(sizes) != 1 or not min(sizes):
-        rule = "`data` must be arrays of the same number of documents, at least one"
-        raise ValueError(f"{rule}. Received: data={shortened(data)}")
-    num_documents = sizes.pop()
+    num_documents = len(keras.tree.flatten(arrays)[0])
     layers = moe_layers(model)
     labels = _for_each_layer("labels", labels, layers, num_documents)
     tokens = _for_each_layer("tokens", tokens, layers, num_documents)
@@ -67,7 +62,7 @@ def study(model, data, labels, tokens):
     # The first call of a layer that is called several times: it sees the tokens of the data.
     called = {
         name: routings[:: len(routings) // len(batches)]
-        for name, routings in recorded(model, batches, "data").items()
+        for name, routings in record_routings(model, batches).items()
         if routings
     }
     summaries = {summary.name: summary for summary in summarize(model)}

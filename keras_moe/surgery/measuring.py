@@ -24,7 +24,7 @@ def loss_on(model, data):
     losses, sizes = [], []
     for number, batch in enumerate(data):
         model.reset_metrics()
-        with running(model, "data", number, batch[0], batch[1:]):
+        with running(number, batch):
             losses.append(float(model.test_on_batch(*batch, return_dict=True)["loss"]))
         sizes.append(keras.tree.flatten(batch[0])[0].shape[0])
     model.reset_metrics()
@@ -102,7 +102,7 @@ def _summed(model, layers, data, *measures):
     with listening({layer: functools.partial(add, name) for name, layer in layers.items()}):
         for number, batch in enumerate(data):
             inputs = batch[0] if isinstance(batch, (tuple, list)) else batch
-            with running(model, "data", number, inputs):
+            with running(number, inputs):
                 model(inputs, training=False)
     if not_finite or not any(np.any(total) for total in totals[0].values()):
         rule = "Experts must be measured on `data`: batches in which they serve tokens"
