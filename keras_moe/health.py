@@ -137,11 +137,10 @@ def judge_router(entropy: float, largest_logit: float) -> list[Finding]:
         largest_logit: Float. Size of the largest logit; where adding a number to all logits of a
             token changes nothing, above their mean.
     """
-    if not np.isfinite(largest_logit):
-        return [not_a_number()]
+    bad = bad_logits(largest_logit)
+    if bad is not None:
+        return [bad]
     entropy = _share("entropy", entropy)
-    if largest_logit > EXPLODED_LOGIT:
-        return [exploded(f"reach {largest_logit:.0f}")]
     if entropy > INDIFFERENT:
         text = "The router hardly prefers an expert: the scores of a token are close to each other."
         fix = "Train longer. If the loss does not fall either, router losses may weigh too much."
@@ -153,22 +152,23 @@ def judge_router(entropy: float, largest_logit: float) -> list[Finding]:
     return [Finding(HINT, text, fix)]
 
 
-def not_a_number():
-    return Finding(
-        PROBLEM,
-        "The router's logits are NaN.",
-        "Look for NaN in the inputs, lower the learning rate, clip gradients (`clipnorm=1.0`), and "
-        "in float16 use `keras.optimizers.LossScaleOptimizer`.",
-    )
-
-
-def exploded(how):
-    return Finding(
-        PROBLEM,
-        f"Router logits explode: they {how}, which makes every choice absolute.",
-        "Raise the weight of `losses.RouterZ`, lower the learning rate, and normalise the inputs "
-        "of the layer (`keras.layers.LayerNormalization`).",
-    )
+def bad_logits(largest, most=EXPLODED_LOGIT):
+    """A finding, if the largest logit is NaN or too large, or None."""
+    if not np.isfinite(largest):
+        text = "The router's logits are NaN."
+        fix = (
+            "Look for NaN in the inputs, lower the learning rate, clip gradients (`clipnorm=1.0`), "
+            "and in float16 use `keras.optimizers.LossScaleOptimizer`."
+        )
+    elif largest > most:
+        text = f"Router logits explode: {largest:.0f} makes every choice absolute."
+        fix = (
+            "Raise the weight of `losses.RouterZ`, lower the learning rate, and normalise the "
+            "inputs of the layer (`keras.layers.LayerNormalization`)."
+        )
+    else:
+        return None
+    return Finding(PROBLEM, text, fix)
 
 
 def collapsed(counts, advice):
@@ -203,10 +203,8 @@ def heavy_losses(losses, total):
     `losses` are tuples of a loss, its weight and its mean before the weight. `total` is the largest
     loss of the model: any balancing loss is large beside that of a task that has been learned.
     """
-    heavy = []
-    for loss, weight, value in losses:
-        if loss.usual_weight is not None and weight >= HEAVY_WEIGHT * loss.usual_weight:
-            heavy.append((loss, weight, value))
+    usual = [each for each in losses if each[0].usual_weight is not None]
+    heavy = [each for each in usual if each[1] >= HEAVY_WEIGHT * each[0].usual_weight]
     constant = sum(weight * loss.value_at_balance for loss, weight, _ in losses)
     excess = sum(weight * (value - loss.value_at_balance) for loss, weight, value in heavy)
     rest = total - constant
@@ -217,8 +215,8 @@ def heavy_losses(losses, total):
     text = f"{' and '.join(names)} is {excess:.3g} of a loss of up to {rest:.3g}"
     if constant:
         text += f", not counting the constant {constant:.3g} of balancing losses at an even load"
-    usual = heavy[0][0].usual_weight
-    fix = f"It may outweigh the task: try a weight of about {usual:g}, if the load stays even."
+    weight = heavy[0][0].usual_weight
+    fix = f"It may outweigh the task: try a weight of about {weight:g}, if the load stays even."
     return Finding(HINT, f"{text}.", fix)
 
 

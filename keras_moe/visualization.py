@@ -26,7 +26,6 @@ __dir__ = __all__.copy
 PANEL_SIZE = (4.4, 3.4)
 MAX_COLUMNS = 3
 MAX_ROWS = 30
-MAX_LABELS = 10_000  # A table of more needs more memory than a figure is worth.
 
 
 def coactivation(routings: dict | Tensor, num_experts: int | None = None) -> Figure:
@@ -131,28 +130,21 @@ def labels_of_tokens(labels, num_tokens):
     if not fits or labels.dtype.kind not in "biuUS":
         rule = f"one for each of {num_tokens} tokens or of equally long documents"
         _refuse(f"Labels must be integers or strings, {rule}", labels)
-    # Unsigned integers have no -1, which stands for padding.
-    labels = labels.astype("int64") if labels.dtype.kind in "iu" else labels
     return np.repeat(labels.reshape(-1), num_tokens // labels.size)
 
 
 def label_table(routing, labels, names=None):
     """Assignments (labels, E), and the names of the labels in the order to draw."""
     labels = labels_of_tokens(labels, len(routing.mask))
-    real = labels[routing.mask]
-    groups = np.full(len(labels), -1)
-    if labels.dtype.kind == "i":
-        groups[routing.mask] = np.maximum(real, -1)
-        highest = int(groups.max())
-        limit = MAX_LABELS if names is None else len(names)
-        if not 0 <= highest < limit:
-            raise ValueError(f"Labels must be from 0 to {limit - 1}. Received: at most {highest}")
-        rows = [str(name) for name in (range(highest + 1) if names is None else names)]
-    else:
-        values, found, sizes = np.unique(real.astype(str), return_inverse=True, return_counts=True)
+    are_integers = labels.dtype.kind in "iu"
+    is_used = routing.mask & (labels >= 0) if are_integers else routing.mask
+    values, found, sizes = np.unique(labels[is_used], return_inverse=True, return_counts=True)
+    if not are_integers:
         most_frequent_first = np.argsort(-sizes, kind="stable")
-        groups[routing.mask] = np.argsort(most_frequent_first)[found]
-        rows = list(values[most_frequent_first])
+        values, found = values[most_frequent_first], np.argsort(most_frequent_first)[found]
+    groups = np.full(len(labels), -1)
+    groups[is_used] = found
+    rows = [str(value) if names is None else names[value] for value in values]
     table = metrics.count_table(routing, groups, max(len(rows), 1))
     return ops.convert_to_numpy(table), rows
 

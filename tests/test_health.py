@@ -250,7 +250,7 @@ TEXTS = {
         lambda: health.judge_load([1000] * 4 + [0] * 12, 1, "")
     ),
     "12% of the assignments found no slot in their expert.": lambda: health.judge_drops(0.12),
-    "Router logits explode: they reach 99, which": lambda: health.judge_router(0.5, 99.0),
+    "Router logits explode: 99 makes every": lambda: health.judge_router(0.5, 99.0),
     "The router is all but certain of every choice": lambda: health.judge_router(0.01, 9.0),
 }
 

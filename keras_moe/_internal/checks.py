@@ -49,15 +49,6 @@ def check_choice(name, value, choices):
     return value
 
 
-def check_instance(name, value, cls):
-    if not isinstance(value, cls):
-        raise TypeError(
-            f"`{name}` must be an instance of `{cls.__name__}`. Received: {name}="
-            f"{shortened(value)} (of type {type(value).__name__})"
-        )
-    return value
-
-
 def fixed(instead):
     """A decorator of properties that cannot be set; their error says what to do instead."""
 

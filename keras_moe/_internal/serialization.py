@@ -73,8 +73,6 @@ def resolve(argument, identifier, base, by_name=None, example="", **defaults):
         names = f", or one of {', '.join(map(repr, by_name))}" if by_name else ""
         example = f", such as {example}" if example else ""
         received = f"{argument}={shortened(identifier)} (of type {type(identifier).__name__})"
-        if isinstance(identifier, type):
-            received = f"the class `{identifier.__name__}`, not an instance"
         raise TypeError(
             f"`{argument}` must be an instance of `{base.__name__}`{example}{names}. "
             f"Received: {received}"

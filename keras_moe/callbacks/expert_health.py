@@ -10,7 +10,6 @@ from keras_moe import health
 from keras_moe._internal.checks import check_integer
 from keras_moe.callbacks.base import ExpertCallback
 from keras_moe.inspection.summaries import named_layers
-from keras_moe.layers.counters import Counts
 from keras_moe.metrics import is_dead
 
 # A collapse that recovers at this rate from check to check is not reported.
@@ -98,10 +97,7 @@ class ExpertHealth(ExpertCallback):
         losses: list = []
         added = {}
         for name, watch in self._watched():
-            layer = watch.layer
-            counted = watch.count()
-            if watch.epoch_began is not None:
-                counted = counted.since(watch.epoch_began)
+            layer, counted = watch.layer, watch.count().since(watch.epoch_began)
             if not counted.assignments.any() or not layer.router_losses:
                 continue
             means = counted.means.losses
@@ -168,8 +164,8 @@ class _Watch:
         self.layer = layer
         self.patience = patience
         self.seen = layer.read_counts()
-        # A layer that the first batch has built counted all of it in this epoch.
-        self.epoch_began: Counts | None = None
+        # Zeros: a layer that the first batch has built counted all of it in this epoch.
+        self.epoch_began = self.seen.since(self.seen)
         # Assignments and dropped ones since the last check with enough of them.
         self._window = np.zeros(len(self.seen.assignments))
         self._dropped = 0.0
@@ -182,12 +178,10 @@ class _Watch:
         self._idle: np.ndarray = np.zeros(len(self._window), "int64")
 
     def check(self):
-        """Yield tuples of a kind, a finding, and perhaps the experts that it is about."""
+        """Yield tuples of a kind, a finding or None, and perhaps the experts it is about."""
         size = _router_size(self.layer.router)
-        if not np.isfinite(size):
-            yield "router", health.not_a_number()
-        elif size > max(health.EXPLODED_LOGIT, _GROWTH * self._first_size):
-            yield "router", health.exploded(f"spread by {size:.0f} for inputs of size 1")
+        most = max(health.EXPLODED_LOGIT, _GROWTH * self._first_size)
+        yield "router", health.bad_logits(size, most)
         self.count()
         if self._window.mean() >= health.ENOUGH:
             self._judge_window()

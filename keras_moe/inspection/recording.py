@@ -125,10 +125,9 @@ def replay_routings(model: keras.Model, routings: dict) -> contextlib.AbstractCo
     ...     outputs = model(inputs, training=True)
     """
     layers = moe_layers(model)
-    names = sorted(routings) if isinstance(routings, dict) else [type(routings).__name__]
-    if not set(names) <= layers.keys():
-        rule = f"`routings` must be a dict with names of MoE layers, {sorted(layers)}"
-        raise ValueError(f"{rule}. Received: {names}")
+    if not routings.keys() <= layers.keys():
+        rule = f"The keys of `routings` must be names of MoE layers, {list(layers)}"
+        raise ValueError(f"{rule}. Received: {list(routings)}")
     observers = {}
     for name, routing in routings.items():
         if isinstance(routing, list) and any(isinstance(each, Routing) for each in routing):

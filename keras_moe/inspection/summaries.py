@@ -9,7 +9,6 @@ from typing import NamedTuple
 import keras
 
 from keras_moe import metrics
-from keras_moe._internal.checks import check_instance
 from keras_moe._internal.keras_internals import built_shape, own_layers
 from keras_moe._internal.plain_text import as_text, table
 from keras_moe.layers.gate import Gate
@@ -51,7 +50,6 @@ def named_layers(model):
 
 def find_layers(model):
     """The MoE layers in a model or layer, a list in the order of the model."""
-    check_instance("model", model, keras.Layer)
     found: dict = {}
 
     def visit(layer):  # Keras lists nested models in reverse.

@@ -32,8 +32,8 @@ class ZeroComputationExperts(ExpertBank):
         **kwargs: Arguments of a Keras layer, such as `name` and `dtype`.
 
     Raises:
-        ValueError: If a number is negative or all are zero, the bank changes the number of
-            features, or experts choose tokens.
+        ValueError: If a number is negative, the bank changes the number of features, or experts
+            choose tokens.
 
     Call arguments and output shape: as for `ExpertBank`. The experts that compute come first, then
     zero, identity and constant ones.
@@ -64,10 +64,7 @@ class ZeroComputationExperts(ExpertBank):
         num_zero = check_integer("num_zero", num_zero, minimum=0)
         num_identity = check_integer("num_identity", num_identity, minimum=0)
         num_constant = check_integer("num_constant", num_constant, minimum=0)
-        number = num_zero + num_identity + num_constant
-        if not number:
-            raise ValueError("There must be an expert without computation. Received: none")
-        super().__init__(experts.num_experts + number, **kwargs)
+        super().__init__(experts.num_experts + num_zero + num_identity + num_constant, **kwargs)
         self.experts = experts
         if self.has_own_policy:
             experts.inherit_policy(self.dtype_policy)

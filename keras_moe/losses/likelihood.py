@@ -11,7 +11,7 @@ import numpy as np
 from keras import ops
 
 from keras_moe._internal import Tensor
-from keras_moe._internal.checks import check_choice, check_number, check_tensors, host_values
+from keras_moe._internal.checks import check_choice, check_number, check_tensors
 from keras_moe._internal.serialization import register
 from keras_moe.ops.routing import Routing
 
@@ -41,7 +41,7 @@ class MixtureNegativeLogLikelihood(keras.losses.Loss):
 
     Call arguments:
         y_true: (batch, ..., D) float tensor, or (batch, ...) integer tensor of classes, where -1
-            counts as any class. Others are refused in an array; in a tensor the loss is NaN.
+            counts as any class. The loss of a number of no class is NaN.
         y_pred: (batch, ..., K, 1 + D') float tensor of `losses.pack_mixture`, and of nothing else.
 
     Returns:
@@ -78,12 +78,6 @@ class MixtureNegativeLogLikelihood(keras.losses.Loss):
         if distribution == "gaussian" and scale is None and not normalized:
             rule = "`normalized` must be True with a learned scale, else there is no lower bound"
             raise ValueError(f"{rule}. Received: scale=None, normalized={normalized}")
-
-    def __call__(
-        self, y_true: Tensor, y_pred: Tensor, sample_weight: Tensor | None = None
-    ) -> Tensor:
-        self._check_classes(y_true, y_pred)  # Keras turns arrays into tensors.
-        return super().__call__(y_true, y_pred, sample_weight)
 
     def call(self, y_true: Tensor, y_pred: Tensor) -> Tensor:
         return -ops.logsumexp(self._log_joint(y_true, y_pred, self.normalized), axis=-1)
@@ -148,11 +142,12 @@ class MixtureNegativeLogLikelihood(keras.losses.Loss):
 
     def _log_joint(self, y_true, y_pred, normalized):
         """Logarithms of `w_k p_k(y)`, (batch, ..., K)."""
-        self._check_classes(y_true, y_pred)
         if self.distribution == "categorical":
             logs = ops.log_softmax(_outputs(y_pred), axis=-1)
             targets = ops.cast(_targets(y_true, logs.shape[:-2]), "float32")
-            is_chosen = ops.equal(ops.expand_dims(targets, -1), _classes(y_pred))
+            # -1 for any class, and the numbers of all classes.
+            numbers = np.arange(-1, logs.shape[-1], dtype="float32")
+            is_chosen = ops.equal(ops.expand_dims(targets, -1), numbers)
             # Only the chosen class: minus infinity times zero is NaN.
             chosen = ops.where(ops.expand_dims(is_chosen[..., 1:], -2), logs, 0.0)
             is_known = ops.expand_dims(ops.any(is_chosen, axis=-1), -1)
@@ -164,15 +159,6 @@ class MixtureNegativeLogLikelihood(keras.losses.Loss):
         if normalized:
             distances = distances + 2 * log_scales + math.log(2 * math.pi)
         return _log_weights(y_pred) - 0.5 * ops.sum(distances, axis=-1)
-
-    def _check_classes(self, y_true, y_pred):
-        """Refuse numbers of no class, if they are on the host."""
-        values = host_values(y_true)
-        if self.distribution == "categorical" and values is not None:
-            wrong = values[~np.isin(values, _classes(y_pred))]
-            if wrong.size:
-                rule = f"from 0 to {y_pred.shape[-1] - 2}, or -1 for any"
-                raise ValueError(f"`y_true` must have class numbers {rule}. Received: {wrong[0]}")
 
     def _parameters(self, y_pred):
         """Means (batch, ..., K, D) and logarithms of scales, None of classes."""
@@ -211,11 +197,6 @@ def _of_expert(number, values):
     """The values (batch, ..., K, D) of one expert (batch, ...) for each prediction."""
     chosen = ops.expand_dims(ops.one_hot(number, values.shape[-2], dtype=values.dtype), -1)
     return ops.sum(chosen * values, axis=-2)
-
-
-def _classes(y_pred):
-    """-1 for any class, and the numbers of all classes, float32."""
-    return np.arange(-1, y_pred.shape[-1] - 1, dtype="float32")
 
 
 def _targets(y_true, shape):
