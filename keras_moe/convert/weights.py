@@ -7,8 +7,6 @@ from typing import NamedTuple
 import numpy as np
 from keras import ops
 
-from keras_moe._internal.plain_text import describe
-
 
 class Rule(NamedTuple):
     """One weight of another package, and the one or two of ours that it contains.
@@ -81,7 +79,7 @@ def tensor_reader(source):
         try:
             return _floats(get(name))
         except Exception as error:
-            raise ValueError(f"{rule} Received: {name!r} ({describe(error)}). {fix}") from error
+            raise ValueError(f"{rule} Received: {name!r} ({error}). {fix}") from error
 
     return read, names
 

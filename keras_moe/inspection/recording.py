@@ -9,7 +9,6 @@ from keras import ops
 
 from keras_moe._internal.checks import check_indices
 from keras_moe._internal.keras_internals import forget_compiled
-from keras_moe._internal.plain_text import describe
 from keras_moe.inspection.summaries import moe_layers
 from keras_moe.layers.gate import Observer
 from keras_moe.ops.routing import Routing
@@ -50,14 +49,14 @@ def record_routings(
 
 @contextlib.contextmanager
 def running(number, batch):
-    """Run a model on a batch; an error has the number, dtypes and shapes of the batch."""
+    """Run a model on a batch; another error before its own has the batch's number and shapes."""
     try:
         yield
     except Exception as error:
         arrays = [each for each in keras.tree.flatten(batch) if hasattr(each, "shape")]
         shapes = ", ".join(f"{each.dtype} {tuple(each.shape)}" for each in arrays)
-        received = f"batch {number} of {shapes} ({describe(error)})"
-        raise ValueError(f"The model must run on each batch. Received: {received}") from error
+        rule = "The model must run on each batch"
+        raise ValueError(f"{rule}. Received: batch {number} of {shapes}") from error
 
 
 def listening(listeners):

@@ -225,14 +225,12 @@ def pack_mixture(routing: Routing, expert_outputs: Tensor) -> Tensor:
     Returns:
         (batch, ..., K, 1 + D') float32 tensor.
     """
-    if not isinstance(routing, Routing):
-        raise TypeError(f"`routing` must be an `ops.Routing`. Received: {type(routing).__name__}")
-    expert_outputs = ops.convert_to_tensor(expert_outputs)
-    if expert_outputs.shape[-2] != routing.weights.shape[-1]:
+    weights, expert_outputs = routing.weights, ops.convert_to_tensor(expert_outputs)
+    if expert_outputs.shape[-2] != weights.shape[-1]:
         rule = "`expert_outputs` must have an output for each weight of the routing"
-        shapes = tuple(expert_outputs.shape), tuple(routing.weights.shape)
+        shapes = tuple(expert_outputs.shape), tuple(weights.shape)
         raise ValueError(f"{rule}. Received: shapes {shapes}")
-    weights = ops.reshape(routing.weights, (-1, *expert_outputs.shape[1:-1]))
+    weights = ops.reshape(weights, (-1, *expert_outputs.shape[1:-1]))
     logs = ops.log(ops.where(weights > 0, weights, 1.0))
     logs = ops.expand_dims(ops.where(weights > 0, logs, _LOG_ZERO), -1)
     return _PackMixture(dtype="float32")(expert_outputs, logs)
