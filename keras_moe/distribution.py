@@ -31,7 +31,7 @@ def expert_parallel(
         data: Integer. Number of such groups. None: as many as the devices allow.
         devices: On JAX, list of names of `keras.distribution.list_devices()`. None: all.
         layout_map: On JAX, `keras.distribution.LayoutMap` for other weights, else whole on every
-            device. Its mesh begins with the axes "data" and "expert", and sets all else.
+            device. Its mesh begins with the axes "data" and "expert", and sets the numbers.
         process_group: On PyTorch, the `torch.distributed` group of the processes that share the
             experts with this one, all of one size. None makes new ones, of neighbours.
 
@@ -80,7 +80,7 @@ class ExpertParallel(keras.distribution.ModelParallel):
         super().__init__(layout_map=layout_map, batch_dim_name="data")
         # Stacked weights by the ends of their paths: a variable is placed when it is made.
         self._stacked: set = set()
-        # A layout of Keras names one axis for the batch: this mesh has both as one.
+        # Keras splits a batch along one axis of a mesh: here the first two are one.
         sizes = (mesh.shape[0] * mesh.shape[1], *mesh.shape[2:])
         names = ("batch", *mesh.axis_names[2:])
         self._data_mesh = keras.distribution.DeviceMesh(sizes, names, mesh.devices)

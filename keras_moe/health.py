@@ -15,20 +15,20 @@ __dir__ = __all__.copy
 
 PROBLEM, HINT = "problem", "hint"
 
-# Between all tokens on the same K experts, 0, and an even load, 1.
+# `spread` below this is a collapse.
 COLLAPSED = 0.1
 # `metrics.load_imbalance`.
 IMBALANCED = 1.0
 DROPPED = 0.05
 # `ExpertHealth` warns above this share only, as early batches are uneven.
 MAX_DROPPED = 0.5
-# Entropy of the probabilities of a token, 1 for a router without a preference.
+# Router entropy over `log E`: no preference; no doubt.
 INDIFFERENT = 0.995
 CERTAIN = 0.05
-# exp(30) is as far as float32 keeps a second choice apart from nothing.
+# The probability of an expert whose logit is this much lower is below 1e-13.
 EXPLODED_LOGIT = 30.0
-# Weights of a balancing loss as multiples of its usual weight: too weak to matter; too large to be
-# raised further, a little below ten, as layers keep weights in float32; and heavy.
+# Weights of a balancing loss, in multiples of its usual weight: too weak to matter, too large to be
+# raised further, and heavy. Not exactly ten, as layers store weights in float32.
 WEAK_WEIGHT, LARGE_WEIGHT, HEAVY_WEIGHT = 1e-3, 9.99, 10.01
 # What a heavy loss adds to its value at an even load, as a share of the rest of the loss.
 HEAVY_SHARE = 0.1

@@ -98,8 +98,8 @@ def specialization(
     """Which expert serves which kind of token: each row is a label, each column an expert.
 
     Colours are the share of the label's assignments. The title gives the mutual information of
-    label and expert in bits, 0 if all labels have the same experts, and its upper bound, over all
-    labels. The first 30 are drawn: integers in their order, strings the most frequent first.
+    label and expert in bits, which is 0 if all labels have the same experts, and its upper bound.
+    The first 30 labels are drawn: integers in their order, strings the most frequent first.
 
     Args:
         routings: As in `coactivation`.

@@ -16,7 +16,7 @@ from keras_moe.metrics import is_dead
 _RECOVERY = 0.02
 # A dead expert is reported after more checks than a collapse.
 _DEAD_PATIENCE = 3
-# A kernel that was initialized this large has not exploded: it must also have grown so much.
+# A large kernel has exploded only if it has also grown by this factor since the training began.
 _GROWTH = 3.0
 
 
@@ -26,17 +26,19 @@ class ExpertHealth(ExpertCallback):
     Checks every MoE layer for
 
     - a collapse: nearly all work goes to the same few experts, and it does not get better;
-    - dead experts (`metrics.dead_experts`), in three times as many checks or the training's last;
+    - experts that are dead (`metrics.dead_experts`) in three times `patience` checks in a row;
     - a capacity that drops more than half of the assignments;
     - a router with weights that are NaN, or so large that each choice is absolute;
     - a balancing loss with a `usual_weight`, as `losses.LoadBalance`, far too weak or too heavy.
 
-    At the end of the training one check of 5 assignments per expert is enough. Each warning is
-    given once a layer, and kept in `findings`, a list of `(step, layer name, health.Finding)`. It
-    repeats when more experts die, and once more if `rebalance` did not help.
+    At the end of the training, one check of 5 assignments per expert is enough for a collapse, and
+    `patience` checks for dead experts. Each warning is given once a layer, again when more experts
+    die, and once more if `rebalance` did not help. `findings` keeps them, a list of `(step, layer
+    name, health.Finding)`.
 
     Args:
-        every: Integer. Training batches between checks, more until experts average 20 assignments.
+        every: Integer. Training batches between checks. A check waits until experts average 20
+            assignments.
         patience: Integer. Checks that a problem must last before it is reported.
         stop: Boolean. Whether a problem ends the training, one batch after the check.
         rebalance: Boolean. Whether a collapse or a dead expert makes the layer's balancing losses
@@ -77,7 +79,7 @@ class ExpertHealth(ExpertCallback):
                 self._report(name, "weak loss", health.weak_loss(loss, weight))
 
     def on_epoch_begin(self, epoch, logs=None):
-        # Counts or weights from between the epochs are no part of this one.
+        # Leave out what was counted or loaded between epochs.
         for _, watch in self._watched():
             watch.seen = watch.epoch_began = watch.layer.read_counts()
 
@@ -158,7 +160,7 @@ class ExpertHealth(ExpertCallback):
 
 
 class _Watch:
-    """The state of one layer between two checks."""
+    """The checks of one layer, and what they remember."""
 
     def __init__(self, layer, patience):
         self.layer = layer

@@ -26,16 +26,17 @@ class ExpertMonitor(ExpertCallback):
     """Logs the load of the experts after each epoch.
 
     The logs get a few numbers over all `MixtureOfExperts` layers: `load_imbalance` and
-    `val_load_imbalance` of the least even layer, `dead_experts`, with a capacity the largest
-    `dropped_fraction`, and with router losses `router_loss`, what a call adds to `loss` on average,
-    summed over layers. Callbacks that read the logs, such as
+    `val_load_imbalance` of the least even layer; `dead_experts`, their total; `dropped_fraction`,
+    the largest, if a layer has a capacity; and `router_loss`, which a call adds to `loss` on
+    average, summed over layers, if a layer has router losses. Callbacks that read the logs, such as
     `EarlyStopping("val_load_imbalance", mode="min")` and `TensorBoard`, come after this one.
     `model.evaluate` prints the first three but does not return them.
 
     `history`, a dict of lists by epoch as in `keras.callbacks.History`, has the numbers of each
-    layer, as `moe_load_imbalance` and in validation `val_moe_load_imbalance`: also `load_entropy`,
-    `router_entropy`, each router loss before its weight, such as `load_balance_loss`, and each of
-    `metrics` by the name of the function. The page on seeing experts explains them.
+    layer, such as `moe_load_imbalance`, and `val_moe_load_imbalance` in validation. Besides those
+    above they are `load_entropy`, `router_entropy`, each router loss before its weight, such as
+    `load_balance_loss`, and each of `metrics` by the name of the function. The page on seeing
+    experts explains them.
 
     `shares` and `validation_shares`, for `visualization.shares_over_time`, are dicts from layers to
     lists with the shares (E,) of each epoch, NaN for an epoch without the monitor or validation.
@@ -47,8 +48,8 @@ class ExpertMonitor(ExpertCallback):
         per_layer: Boolean. Whether the logs also get all numbers of each layer.
 
     Raises:
-        ValueError: If `metrics` are not functions of different names, or `fit` and an evaluation
-            within it share the monitor.
+        ValueError: If `metrics` are not functions of different names, or the monitor is in `fit`
+            and in an evaluation within it, or twice in its callbacks.
 
     Example:
 

@@ -20,8 +20,8 @@ def moe_layers(model: keras.Model) -> dict[str, Gate]:
     """The MoE layers of a Keras model by name, a dict in the order of the model.
 
     These are each `layers.MixtureOfExperts`, and the gate of each task of a
-    `layers.MultiGateMixtureOfExperts`. Where two have the same name, it is their path, without what
-    all paths begin with, or a number. Raises a ValueError if the model has none.
+    `layers.MultiGateMixtureOfExperts`. If two have the same name, all get their paths, without the
+    common beginning, or numbers. Raises a ValueError if the model has none.
 
     Example:
 
@@ -78,10 +78,10 @@ class LayerSummary(NamedTuple):
     - `parameters`, `active_parameters`: all that are trained, and those that work on one token, on
       which `router.mean_top_k` experts work. Experts that differ in size count with their mean.
     - `shared_parameters`: those among `parameters` that other MoE layers of the model have as well.
-    - `flops`: of one token, forward, at two for each active parameter; where whole samples are
-      tokens, at two for each place of a sample where it is used, such as those of a convolution.
-    - `counts`: assignments per expert, or sums of their weights where all serve each token, in all
-      of the training; of a layer without training, in evaluations that were counted.
+    - `flops`: of one token in a forward pass, two for each active parameter. Where whole samples
+      are tokens, a parameter counts for each position that it is applied to, as in a convolution.
+    - `counts`: assignments per expert, or sums of their weights where all serve each token, over
+      the whole training; of a layer that was not trained, over counted evaluations.
     - `router`, `experts`: names of their classes.
     - `dtype`: of the experts, "int8" or "int4" if any is quantized, else the compute dtype.
     """
@@ -202,7 +202,7 @@ def _parts(layer):
 
 
 def _active_shares(layers):
-    """By part of the banks of layers, which may share them: how much of it works on a token."""
+    """How much of each part of the layers' banks, which they may share, works on a token."""
     shares: dict = {}
     for layer in layers:
         parts = [part for bank in layer.banks for part in bank._flatten_layers()]
@@ -220,7 +220,7 @@ def _idle_parameters(active_shares):
 
 
 def _repeated_parameters(layer):
-    """Active parameters, counted for each place of a sample where they are used but the first."""
+    """Active parameters, counted for each further position of a sample they are applied to."""
     shares = _active_shares([layer])
     return round(
         sum(
@@ -231,7 +231,7 @@ def _repeated_parameters(layer):
 
 
 def _num_places(part):
-    """The number of places of a sample for which a layer uses its weights."""
+    """The number of positions of a sample that a layer applies its weights to."""
     shape = built_shape(part)
     if hasattr(part, "strides"):  # a convolution
         shape = part.compute_output_shape(shape)

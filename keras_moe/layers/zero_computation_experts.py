@@ -17,12 +17,13 @@ from keras_moe.ops.plans import ExpertChoicePlan, GroupedPlan
 
 @register
 class ZeroComputationExperts(ExpertBank):
-    """A bank of experts, followed by experts that do next to nothing.
+    """A bank of experts, followed by experts that compute next to nothing.
 
     The output of a zero expert is zero, of an identity expert the token, and of a constant expert
-    `a x + b v` with a learned vector v and `a, b = softmax(x W)`. A capacity, whose E counts all
-    experts, limits those that compute only. Use a router that does not divide weights by their sum,
-    such as `TopKRouter(num_experts, renormalize=False)`, or the weight of a zero expert counts too.
+    `a x + b v` with a learned vector v and `a, b = softmax(x W)`. A capacity is computed for all
+    experts, and limits only those that compute. Use a router that does not divide weights by their
+    sum, such as `TopKRouter(num_experts, renormalize=False)`, or the weight of a zero expert counts
+    too.
 
     Args:
         experts: Bank of experts that compute.

@@ -35,7 +35,7 @@ class RouterLoss(Configured):
     A loss with state implements `state_shapes` as well. Class attributes describe it:
 
     - `balances`: whether it evens out the load. Advice about the layer then names it.
-    - `needs_smooth_load`: whether it is constant unless the router `has_smooth_load`.
+    - `needs_smooth_load`: whether it has a gradient only if the router `has_smooth_load`.
     - `scope`: "sequence" if `compute` has an argument `sequence_length` as well.
     - `usual_weight`, `value_at_balance`: a weight that works or None, and the loss at an even load,
       from which `callbacks.ExpertHealth` judges the present weight.

@@ -29,7 +29,7 @@ def report(
         tokens: Strings to show, for each document a list or a text that is split at blanks, or
             None, which shows integer data as they are. Layers that see different tokens take a dict
             of `tokens` or `labels` by the name of the layer.
-        path: String or path. File to write, which is whole or not there.
+        path: String or path. File to write. If that fails, an existing file stays as it was.
 
     A ValueError is raised if the model has no MoE layer, or `data`, `labels` or `tokens` do not
     fit, an ImportError if matplotlib is missing.

@@ -101,7 +101,7 @@ def _for_each_layer(argument, values, layers, num_documents):
 def token_texts(tokens, arrays, positions, num_documents):
     """One string for each token of a layer, documents one after the other.
 
-    `positions` is how many a layer has in each document; 0 if its tokens are not laid out so.
+    `positions` is how many a layer has in each document, 0 if documents differ.
     """
     if not positions:
         return []
@@ -136,7 +136,7 @@ def _study(layer, summary, routing, labels, texts):
         *health.judge_drops(float(routing.dropped)),
         *_judge_router(layer.router, routing, entropy),
     ]
-    information, labels = None, labels if texts else None  # Else documents have no places.
+    information, labels = None, labels if texts else None  # Without texts, tokens have no document.
     if labels is not None:
         labels = labels_of_tokens(labels, len(routing.mask))
         information = mutual_bits(label_table(routing, labels)[0])
@@ -243,7 +243,7 @@ def _plots(layers):
         if 0 < 2 * len(set(real)) <= len(real):  # They repeat often enough.
             by_row.append(("token, most frequent first", layer, np.array(layer.texts)))
     routings = {layer.summary.name: layer.routing for layer in layers}
-    # The page says in words that a router computes no numbers.
+    # About NaN the page has a verdict.
     sure = {name: r for name, r in routings.items() if np.isfinite(r.probs[r.mask]).all()}
     several = {name: r for name, r in routings.items() if r.indices.shape[1] > 1}
     with matplotlib.rc_context(_STYLE):
