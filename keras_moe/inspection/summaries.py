@@ -117,20 +117,31 @@ def summarize(model: keras.Model) -> list[LayerSummary]:
     number_of = collections.Counter(part for each in layers.values() for part in _parts(each))
     for name, layer in layers.items():
         router, bank = layer.router, layer.banks[0]
-        parameters = sum(map(_count_own, _parts(layer)))
-        shared = sum(_count_own(part) for part in _parts(layer) if number_of[part] > 1)
-        active = parameters - _idle_parameters(_active_shares([layer]))
+        sizes = {part: _count_own(part) for part in _parts(layer)}
+        shares = _active_shares([layer])
+        active = {part: shares.get(part, 1.0) * size for part, size in sizes.items()}
+        multiplied = active
+        if getattr(layer, "token_axes", None) is not None:
+            multiplied = {part: size * _num_positions(part) for part, size in active.items()}
         counts = layer.read_counts().assignments
         if not counts.any():
             counts = layer.read_counts(evaluation=True).assignments
-        flops = 2 * active
-        if getattr(layer, "token_axes", None) is not None:
-            flops += 2 * _repeated_parameters(layer)
-        sizes = (router.num_experts, router.max_top_k, parameters, active, flops)
         modes = [part.quantization_mode for part in bank._flatten_layers()]
-        dtype = next(filter(None, modes), bank.compute_dtype)
-        kinds = (type(router).__name__, type(bank).__name__, dtype)
-        summaries.append(LayerSummary(name, *sizes, counts.tolist(), *kinds, shared))
+        summaries.append(
+            LayerSummary(
+                name,
+                num_experts=router.num_experts,
+                top_k=router.max_top_k,
+                parameters=sum(sizes.values()),
+                active_parameters=round(sum(active.values())),
+                flops=2 * round(sum(multiplied.values())),
+                counts=counts.tolist(),
+                router=type(router).__name__,
+                experts=type(bank).__name__,
+                dtype=next(filter(None, modes), bank.compute_dtype),
+                shared_parameters=sum(sizes[part] for part in sizes if number_of[part] > 1),
+            )
+        )
     return summaries
 
 
@@ -193,8 +204,8 @@ def count_parameters(model: keras.Model) -> tuple[int, int]:
         if part.quantization_mode is not None:  # Two parameters of four bits are stored as one.
             stored = [*part._trainable_variables, *part._non_trainable_variables]
             total += _count_own(part) - sum(math.prod(weight.shape) for weight in stored)
-    idle = _idle_parameters(shares) + sum(math.prod(weight.shape) for weight in counters)
-    return total, total - idle
+    idle = sum((1 - share) * _count_own(part) for part, share in shares.items())
+    return total, total - round(idle) - sum(math.prod(weight.shape) for weight in counters)
 
 
 def _parts(layer):
@@ -215,22 +226,7 @@ def _active_shares(layers):
     return shares
 
 
-def _idle_parameters(active_shares):
-    return round(sum((1 - share) * _count_own(part) for part, share in active_shares.items()))
-
-
-def _repeated_parameters(layer):
-    """Active parameters, counted for each further position of a sample they are applied to."""
-    shares = _active_shares([layer])
-    return round(
-        sum(
-            shares.get(part, 1.0) * _count_own(part) * (_num_places(part) - 1)
-            for part in _parts(layer)
-        )
-    )
-
-
-def _num_places(part):
+def _num_positions(part):
     """The number of positions of a sample that a layer applies its weights to."""
     shape = built_shape(part)
     if hasattr(part, "strides"):  # a convolution
