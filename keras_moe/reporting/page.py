@@ -45,8 +45,6 @@ class LayerStudy(NamedTuple):
     routing: Any
     texts: list
     labels: Any
-    entropy: float
-    information: float | None
     findings: list
 
 
@@ -70,7 +68,11 @@ def study(model, data, labels, tokens):
     for name, routing in by_layer(called).items():
         positions, rest = divmod(len(routing.mask), num_documents)
         texts = token_texts(tokens[name], arrays, 0 if rest else positions, num_documents)
-        studies.append(_study(layers[name], summaries[name], routing, labels[name], texts))
+        of_tokens = None
+        if texts and labels[name] is not None:  # Without texts, tokens have no document.
+            of_tokens = labels_of_tokens(labels[name], len(routing.mask))
+        findings = _judge(layers[name], routing)
+        studies.append(LayerStudy(summaries[name], routing, texts, of_tokens, findings))
     return num_documents, studies
 
 
@@ -129,28 +131,18 @@ def _as_text(token):
     return text if text.strip(" ") else "␣" * len(text)
 
 
-def _study(layer, summary, routing, labels, texts):
-    entropy = float(metrics.router_entropy(routing))
-    findings = [
-        *health.judge_load(routing.counts, layer.router.min_top_k, health.balance_advice(layer)),
-        *health.judge_drops(float(routing.dropped)),
-        *_judge_router(layer.router, routing, entropy),
-    ]
-    information, labels = None, labels if texts else None  # Without texts, tokens have no document.
-    if labels is not None:
-        labels = labels_of_tokens(labels, len(routing.mask))
-        information = mutual_bits(label_table(routing, labels)[0])
-    return LayerStudy(summary, routing, texts, labels, entropy, information, findings)
-
-
-def _judge_router(router, routing, entropy):
+def _judge(layer, routing):
+    router, advice = layer.router, health.balance_advice(layer)
+    findings = health.judge_load(routing.counts, router.min_top_k, advice)
+    findings += health.judge_drops(float(routing.dropped))
     logits = routing.logits[routing.mask]
-    if not router.has_logits or not len(logits):
-        return []  # A fixed router has no confidence to report.
-    found = health.judge_router(entropy, health.logit_sizes(logits, router).max(initial=0))
-    # Sigmoids are close to each other, however decided the router is: hints are about entropy.
-    with_hints = router.shift_invariant
-    return [each for each in found if with_hints or each.level == health.PROBLEM]
+    if router.has_logits and len(logits):  # A fixed router has no confidence to report.
+        largest = health.logit_sizes(logits, router).max(initial=0)
+        found = health.judge_router(float(metrics.router_entropy(routing)), largest)
+        # Hints are about entropy, but sigmoids are close to each other, however decided the router.
+        with_hints = router.shift_invariant
+        findings += [each for each in found if with_hints or each.level == health.PROBLEM]
+    return findings
 
 
 def render(model_name, num_documents, layers):
@@ -205,15 +197,17 @@ def _table(layers):
 
 
 def _row(layer):
-    counts, shared = layer.routing.counts, layer.information
+    counts, bits = layer.routing.counts, "–"
+    if layer.labels is not None:
+        bits = f"{mutual_bits(label_table(layer.routing, layer.labels)[0]):.2f}"
     row = table_row(layer.summary._replace(counts=counts.tolist()))
     del row["FLOPs a token"], row["dtype"]
     return {
         **{name: _escape(cell) for name, cell in row.items()},
         "shares": _bars(counts),
         "dropped": f"{float(layer.routing.dropped):.1%}",
-        "router entropy / log E": f"{layer.entropy:.2f}",
-        "mutual information with labels, bits": "–" if shared is None else f"{shared:.2f}",
+        "router entropy / log E": f"{float(metrics.router_entropy(layer.routing)):.2f}",
+        "mutual information with labels, bits": bits,
     }
 
 
