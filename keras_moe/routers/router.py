@@ -90,7 +90,7 @@ class Router(BaseLayer):
         if getattr(dtype, "name", dtype) not in (None, "float32"):
             raise ValueError(f"A router always computes in float32. Received: dtype={dtype}")
         super().__init__(dtype="float32", **kwargs)
-        self.num_experts = None
+        self.num_experts: Any = None
         if num_experts is not None:
             self.num_experts = check_integer("num_experts", num_experts)
         self.supports_masking = True
