@@ -46,6 +46,8 @@ class BaseLayer(KeepsLosses, keras.layers.Layer):
 
     # Arguments of a parent's constructor that the constructor of the class sets itself.
     fixed_arguments: tuple[str, ...] = ()
+    # Arguments that a layer is built from: of a built layer they cannot be set.
+    fixed_when_built: tuple[str, ...] = ()
 
     def __init__(self, **kwargs: Any):
         name = next((name for name in kwargs if name in _KEYWORDS), None)
@@ -56,6 +58,12 @@ class BaseLayer(KeepsLosses, keras.layers.Layer):
             )
         super().__init__(**kwargs)
         backend.devices.separate_losses(self)
+
+    def __setattr__(self, name, value):
+        if name in self.fixed_when_built and vars(self).get("built"):
+            rule = f"`{name}` of a built `{type(self).__name__}` is fixed: make a new layer"
+            raise AttributeError(f"{rule}. Received: {name}={shortened(value)}")
+        super().__setattr__(name, value)
 
     def quantized_call(self, *args, **kwargs):
         # Keras calls this in place of `call` where the dtype policy is quantized.

@@ -6,7 +6,6 @@ Values of tensors are checked only if they are on the host.
 import math
 import numbers
 import operator
-from typing import Any
 
 import keras
 import numpy as np
@@ -60,23 +59,6 @@ def fixed(instead):
         return property(read, refuse)
 
     return decorate
-
-
-def settled(name) -> Any:
-    """A property for an argument that a layer is built from, and that cannot be set afterwards."""
-
-    def read(layer):
-        if name not in vars(layer):
-            raise AttributeError(f"`{type(layer).__name__}` has no `{name}`")
-        return vars(layer)[name]
-
-    def write(layer, value):
-        if vars(layer).get("built"):
-            rule = f"`{name}` of a built `{type(layer).__name__}` is fixed: make a new layer"
-            raise AttributeError(f"{rule}. Received: {name}={shortened(value)}")
-        vars(layer)[name] = value
-
-    return property(read, write)
 
 
 def check_tensors(sizes=None, **tensors):

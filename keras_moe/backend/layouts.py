@@ -16,14 +16,18 @@ from keras_moe.backend import padded
 class Parts:
     """Abstract: a layout of `parts`, one after the other; a buffer is a list of their rows.
 
-    `gather(tokens)` makes a buffer of a copy for each row. The gradient of a trained tensor (E,
-    ...) starts as `empty(tensor)`, perhaps a list of E; each part's `gradient(field, left, right,
-    total)` adds its share and returns it.
+    `gather(tokens)` makes a buffer of a copy for each row. `maps_of_parts(maps)` has the maps of
+    each part's experts. The gradient of a trained tensor (E, ...) starts as `empty(tensor)`,
+    perhaps a list of E; each part's `gradient(field, left, right, total)` adds its share and
+    returns it.
     """
 
     parts: Any
     gather: Any
     empty: Any
+
+    def maps_of_parts(self, maps):
+        return [maps] * len(self.parts)
 
     def run(self, function, maps, by_token, by_row, widths, trained):
         """Buffers of what a function returns for each part, and the gradients of trained tensors.
@@ -31,7 +35,7 @@ class Parts:
         Args:
             function: `function(part, maps, *rows)` returns a list of rows (n, W), and {name: (left,
                 right)}, factors of the gradients of `trained`.
-            maps: {name: `LinearMap`} of all experts. A part may pass the maps of one expert.
+            maps: {name: `LinearMap`} of all experts.
             by_token: tensors (T, D). The function gets the token of each of the part's rows.
             by_row: buffers. The function gets the part's rows.
             widths: W of each buffer that is returned.
@@ -43,8 +47,9 @@ class Parts:
         }
         results = []
         # Each part's gradients are in place before the next part's are computed.
-        for part, *rows in zip(self.parts, *map(self.gather, by_token), *by_row):
-            outputs, factors = function(part, maps, *rows)
+        of_parts = self.maps_of_parts(maps), *map(self.gather, by_token), *by_row
+        for part, own_maps, *rows in zip(self.parts, *of_parts):
+            outputs, factors = function(part, own_maps, *rows)
             results.append(outputs)
             for name, fields in d_maps.items():
                 for field, total in fields.items():

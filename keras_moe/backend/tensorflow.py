@@ -2,10 +2,10 @@
 
 import contextlib
 import itertools
-import operator
 import threading
 
 import keras
+import optree
 import tensorflow as tf
 
 # No public name leads to these operations; Keras imports them from here as well.
@@ -230,16 +230,11 @@ class _Groups(Parts):
             if tf.is_tensor(size) or size
         ]
 
-    def run(self, function, maps, *args, **kwargs):
+    def maps_of_parts(self, maps):
         # One operation for all experts, which copies nothing. A slice for each takes five to trace.
-        stacks = {name: linear_map.entry(tf.unstack) for name, linear_map in maps.items()}
-
-        def function_of_expert(part, _, *rows):
-            take = operator.itemgetter(part.expert)
-            own = {name: linear_map.entry(take) for name, linear_map in stacks.items()}
-            return function(part, own, *rows)
-
-        return super().run(function_of_expert, maps, *args, **kwargs)
+        stacks, structure = optree.tree_flatten(maps)
+        of_experts = list(map(structure.unflatten, zip(*map(tf.unstack, stacks))))
+        return [of_experts[part.expert] for part in self.parts]
 
     def gather(self, tokens):
         return self.split(tf.gather(tokens, self.token_of_row))
@@ -329,12 +324,7 @@ class _LossesOfThread(threading.local):
 
     def __init__(self):
         self._losses = []
-
-    def extend(self, losses):
-        self._losses.extend(losses)
-
-    def clear(self):
-        self._losses.clear()
+        self.extend, self.clear = self._losses.extend, self._losses.clear
 
     def __getitem__(self, index):
         return self._losses[index]

@@ -1,9 +1,10 @@
 """PyTorch primitives."""
 
 import contextlib
-import itertools
+import functools
 import math
 
+import optree
 import torch
 from keras import ops
 
@@ -57,12 +58,12 @@ class TorchBackend(Backend):
         reference = reference or (lambda inputs, context: forward(inputs, context, save=False)[0])
         if _is_transformed():
             return reference(inputs, context)
-        tensors = _leaves(inputs)
+        tensors, structure = _flatten(inputs)
         # In the function gradients are always off, and `needs_input_grad` does not ask whether.
         save = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
         if self.is_exporting() or not save:
             return forward(inputs, context, save=False)[0]
-        return _Differentiable.apply(forward, backward, reference, inputs, context, *tensors)
+        return _Differentiable.apply(forward, backward, reference, structure, context, *tensors)
 
     def attach_gradient(self, value, inputs, transpose):
         return _Attached.apply(transpose, value, inputs)
@@ -71,7 +72,7 @@ class TorchBackend(Backend):
         with torch.enable_grad():
             inputs = [tensor.detach().requires_grad_() for tensor in inputs]
             output, others = function(*inputs)
-        others = _with_leaves(others, map(torch.Tensor.detach, _leaves(others)))
+        others = optree.tree_map(torch.Tensor.detach, others)
 
         def pullback(cotangent):
             if not output.requires_grad:  # a network of vectors and constants
@@ -171,43 +172,25 @@ def _is_transformed():
     )
 
 
-# On PyTorch `keras.tree` takes several times as long, and sorts dictionaries by their keys.
-
-
-def _leaves(structure):
-    """Return the leaves of nested tuples, lists and dictionaries, None among them, in order."""
-    if isinstance(structure, dict):
-        structure = structure.values()
-    elif not isinstance(structure, (tuple, list)):
-        return [structure]
-    return [leaf for each in structure for leaf in _leaves(each)]
-
-
-def _with_leaves(structure, leaves):
-    """Return the structure with other leaves, from an iterator."""
-    if isinstance(structure, dict):
-        return {key: _with_leaves(each, leaves) for key, each in structure.items()}
-    if isinstance(structure, (tuple, list)):
-        return [_with_leaves(each, leaves) for each in structure]
-    return next(leaves)
+# On PyTorch `keras.tree` takes several times as long. A gradient may be None.
+_flatten = functools.partial(optree.tree_flatten, none_is_leaf=True)
 
 
 class _Differentiable(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, forward, backward, reference, inputs, context, *tensors):
-        ctx.structure = _with_leaves(inputs, itertools.repeat(None))
-        output, saved = forward(_with_leaves(inputs, iter(tensors)), context, save=True)
+    def forward(ctx, forward, backward, reference, structure, context, *tensors):
+        output, saved = forward(structure.unflatten(tensors), context, save=True)
         ctx.run_backward, ctx.reference = backward, reference
-        ctx.context, ctx.was_traced = context, is_traced()
+        ctx.structure, ctx.context, ctx.was_traced = structure, context, is_traced()
         # All tensors in the list that PyTorch frees, and may offload or compute again.
-        ctx.structure_of_saved = _with_leaves(saved, itertools.repeat(None))
-        ctx.save_for_backward(*tensors, *_leaves(saved))
+        saved, ctx.structure_of_saved = _flatten(saved)
+        ctx.save_for_backward(*tensors, *saved)
         return output
 
     @staticmethod
     def backward(ctx, upstream):
         tensors = ctx.saved_tensors  # once: each access unpacks, and may compute again
-        num_inputs = len(_leaves(ctx.structure))
+        num_inputs = ctx.structure.num_leaves
         tensors, saved = tensors[:num_inputs], tensors[num_inputs:]
         create_graph = torch.is_grad_enabled() and not torch.compiler.is_compiling()
         # Dynamo may trace one of the two passes only, and rows then lie in other parts.
@@ -220,14 +203,14 @@ class _Differentiable(torch.autograd.Function):
                 for each in tensors
             ]
             with torch.enable_grad():
-                output = ctx.reference(_with_leaves(ctx.structure, iter(tensors)), ctx.context)
+                output = ctx.reference(ctx.structure.unflatten(tensors), ctx.context)
             gradients = torch.autograd.grad(
                 output, tensors, upstream, create_graph=create_graph, allow_unused=True
             )
         else:
-            inputs = _with_leaves(ctx.structure, iter(tensors))
-            saved = _with_leaves(ctx.structure_of_saved, iter(saved))
-            gradients = _leaves(ctx.run_backward(inputs, ctx.context, saved, upstream))
+            inputs = ctx.structure.unflatten(tensors)
+            saved = ctx.structure_of_saved.unflatten(saved)
+            gradients, _ = _flatten(ctx.run_backward(inputs, ctx.context, saved, upstream))
         return None, None, None, None, None, *gradients
 
 

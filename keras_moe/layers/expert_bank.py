@@ -8,7 +8,7 @@ from keras import ops
 
 from keras_moe._internal import Tensor
 from keras_moe._internal.base_layer import BaseLayer
-from keras_moe._internal.checks import check_integer, settled
+from keras_moe._internal.checks import check_integer
 from keras_moe._internal.serialization import resolve
 from keras_moe.ops.plans import GroupedPlan
 from keras_moe.ops.soft import SoftPlan
@@ -36,7 +36,7 @@ class ExpertBank(BaseLayer):
         (T, D'): the weighted sum of each token's expert outputs, zero where no expert serves it.
     """
 
-    num_experts = settled("num_experts")
+    fixed_when_built: tuple[str, ...] = ("num_experts",)
 
     def __init__(self, num_experts: int, **kwargs: Any):
         # Keras would cast the float32 weights of the plan to the compute dtype.

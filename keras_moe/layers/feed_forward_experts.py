@@ -9,7 +9,7 @@ from keras import ops
 
 from keras_moe._internal import Tensor
 from keras_moe._internal.base_layer import BaseLayer
-from keras_moe._internal.checks import check_integer, check_number, settled
+from keras_moe._internal.checks import check_integer, check_number
 from keras_moe._internal.serialization import register
 from keras_moe.backend import backend
 from keras_moe.layers.stacked_experts import StackedExperts
@@ -73,7 +73,7 @@ class FeedForwardExperts(StackedExperts):
     Reference: Shazeer et al. 2017 (arXiv:1701.06538), section 2.
     """
 
-    hidden_dim, output_dim = settled("hidden_dim"), settled("output_dim")
+    fixed_when_built = (*StackedExperts.fixed_when_built, *("hidden_dim", "output_dim", "dropout"))
 
     def __init__(
         self,
@@ -129,7 +129,7 @@ class GatedExperts(StackedExperts):
     OpenAI 2025 (arXiv:2508.10925), section 2, for the limit and the shift.
     """
 
-    hidden_dim, output_dim = settled("hidden_dim"), settled("output_dim")
+    fixed_when_built = (*FeedForwardExperts.fixed_when_built, "clip", "up_shift")
 
     def __init__(
         self,

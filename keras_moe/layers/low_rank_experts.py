@@ -141,20 +141,17 @@ class LowRankExperts(StackedExperts):
         base = self.base._trace(features)
         names = (*base.saved, base.last)
         widths = tuple(self.base.widths(features)[name] for name in names)
-        self._factors = _FactorsOfExpert(base.function, names, widths, self.use_bias, self.scale)
+        factors = _FactorsOfExpert(base.function, names, widths, self.use_bias, self.scale)
         seen = features + sum(fan_out for _, fan_out in widths[:-1])
-        return network_of(self._factors, seen, self.widths(features))
-
-    @property
-    def network(self):
-        return self._factors
+        return network_of(factors, seen, self.widths(features))
 
     def call(self, tokens: Tensor, plan: GroupedPlan, training: bool | None = None) -> Tensor:
         maps = {
             name: each.entry(lambda stack: stack[0]) for name, each in self.base._maps().items()
         }
-        *first_maps, last = self._factors.names
-        width, fan_out = self._factors.widths[-1]
+        factors = self._network.function
+        *first_maps, last = factors.names
+        width, fan_out = factors.widths[-1]
         tokens = self._compute(tokens)
         first = [_multiply(tokens, maps[name]) for name in first_maps]
         sums = super().call(ops.concatenate([tokens, *first], axis=1), plan, training)

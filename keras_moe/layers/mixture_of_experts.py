@@ -14,7 +14,7 @@ import numpy as np
 from keras import ops
 
 from keras_moe._internal import Tensor
-from keras_moe._internal.checks import check_indices, check_integer, fixed, settled, shortened
+from keras_moe._internal.checks import check_indices, check_integer, fixed, shortened
 from keras_moe._internal.serialization import config_of, register, resolve
 from keras_moe.layers import expert_bank, sublayers
 from keras_moe.layers.capacity import Capacity
@@ -104,7 +104,7 @@ class MixtureOfExperts(Gate):
     References: Shazeer et al. 2017 (arXiv:1701.06538); Fedus et al. 2021 (arXiv:2101.03961).
     """
 
-    gated_shared_expert = settled("gated_shared_expert")
+    fixed_when_built = ("gated_shared_expert",)
     # The config holds a bank instead.
     fixed_arguments = ("num_experts", "hidden_dim", "activation", "output_dim")
 

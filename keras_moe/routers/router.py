@@ -8,7 +8,7 @@ from keras import ops
 
 from keras_moe._internal import Tensor
 from keras_moe._internal.base_layer import BaseLayer
-from keras_moe._internal.checks import check_indices, check_integer, check_tensors, settled
+from keras_moe._internal.checks import check_indices, check_integer, check_tensors
 from keras_moe.backend import backend
 from keras_moe.ops.routing import Routing, check_fields, complete, weighted_counts
 from keras_moe.ops.sorting import as_dtype
@@ -68,7 +68,7 @@ class Router(BaseLayer):
     (6, 2)
     """
 
-    num_experts = settled("num_experts")
+    fixed_when_built: tuple[str, ...] = ("num_experts",)
     _top_k: Any = None
     causal = True  # whether a token's experts depend on no other token
     default_losses: tuple = ("load_balance", "router_z")  # of a layer that is given none
@@ -90,7 +90,7 @@ class Router(BaseLayer):
         if getattr(dtype, "name", dtype) not in (None, "float32"):
             raise ValueError(f"A router always computes in float32. Received: dtype={dtype}")
         super().__init__(dtype="float32", **kwargs)
-        self.num_experts = None
+        self.num_experts: Any = None
         if num_experts is not None:
             self.num_experts = check_integer("num_experts", num_experts)
         self.supports_masking = True

@@ -13,7 +13,6 @@ from keras_moe._internal.checks import (
     check_integer,
     check_number,
     check_tensors,
-    settled,
 )
 from keras_moe._internal.serialization import register
 from keras_moe.backend import backend
@@ -66,7 +65,7 @@ class TopKRouter(LogitRouter):
 
     replays_indices = True
     surgeries: tuple = ("cut", "merge", "copy")
-    balancer = settled("balancer")
+    fixed_when_built = ("num_experts", "balancer")
 
     def __init__(
         self,
