@@ -172,6 +172,13 @@ def own_bank(widths, **parts):
     return own_part(layers.StackedExperts, E, **parts)
 
 
+class WithoutBias(layers.FeedForwardExperts):
+    """A bank that fixes an argument."""
+
+    def __init__(self, num_experts, hidden_dim, **kwargs):
+        super().__init__(num_experts, hidden_dim, use_bias=False, **kwargs)
+
+
 def logits(router, tokens, mask, training, **context):
     return kops.zeros((T, E))
 
@@ -395,6 +402,7 @@ REFUSED = [
     ("likelihood(t(6, 3, 3), (6, 2))", "`y_pred` must have"),
     ("losses.MixtureNegativeLogLikelihood().mean(t(6, 2))", "`y_pred` must have"),
     ("losses.pack_mixture(routing(), t(2, 6, 2))", "each weight"),
+    ("losses.pack_mixture(t(6, 2, 2), routing())", "`routing` must be"),
     # Parts of a user, where their results come in.
     (
         "moe(router=own_part(routers.Router, E, top_k=2, route=logits))(t())",
@@ -403,6 +411,7 @@ REFUSED = [
     ("moe(own_bank({'up': (D, D), 'activation': (D,)}))(t())", "Received: ['activation']"),
     ("moe(own_bank({'up': (D, D), 'network': (D,)}))(t())", "Received: ['network']"),
     ("moe(own_bank({'up': (D, D), 'up_bias': (D,)}))(t())", "Received: ['up_bias']"),
+    ("moe(WithoutBias(E, 16)).get_config()", "`WithoutBias.get_config` must leave out"),
     ("own(top_k=1)", "`indices` must have"),
     ("own(indices=t(T, 2))", "`indices` must have a dtype"),
     ("own(counts=ints(1, E))", "`counts` must have the shape"),
