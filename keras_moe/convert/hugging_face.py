@@ -92,8 +92,14 @@ def to_hugging_face(mixture: MixtureOfExperts, layer: int, family: str) -> dict:
 
 def arrays_of(mixture, layer, family, but=()):
     """As `to_hugging_face`, without a part such as the shared expert."""
+    layer = check_integer("layer", layer, minimum=0)
+    prefix, rules = IN_FILES[check_choice("family", family, IN_FILES)].layouts[0]
+    prefix = prefix.format(layer=layer)
+    if "shared_expert" in but:
+        rules = tuple(rule for rule in rules if not rule.theirs.startswith("shared_expert"))
+    check_plain(mixture, but=mixture.experts)
     but = ("scaling_factor", *but)
-    prefix, rules, variables = layout_of(mixture, layer, family, 0, but)
+    variables = _placed(mixture, rules, config_like(mixture, family), but)
     # Without a place in the family's config, the factor of the router goes into the kernels.
     has_place = "scaling_factor" in IN_FILES[family].router(config_like(mixture, family))
     scale = 1.0 if has_place else getattr(mixture.router, "scaling_factor", 1.0)
@@ -156,17 +162,6 @@ def _layout_in(names, family, layer, experts):
         missing.append(absent[0])
     rule = f"A MoE block of {family!r} with {len(experts)} experts must have all its weights"
     raise ValueError(f"{rule}. Received: layer={layer} without {' or '.join(map(repr, missing))}")
-
-
-def layout_of(mixture, layer, family, number, but=()):
-    """The prefix and the rules of a layout of a family, and the variables of a layer by name."""
-    layer = check_integer("layer", layer, minimum=0)
-    prefix, rules = IN_FILES[check_choice("family", family, IN_FILES)].layouts[number]
-    check_plain(mixture, but=mixture.experts)
-    if "shared_expert" in but:
-        rules = [rule for rule in rules if not rule.theirs.startswith("shared_expert")]
-    variables = _placed(mixture, rules, config_like(mixture, family), but)
-    return prefix.format(layer=layer), rules, variables
 
 
 def config_like(mixture, family):

@@ -53,12 +53,12 @@ def check_plain(layer, but=None):
             raise ValueError(f"{rule}. Received: {part.path!r} with such kernels")
 
 
-def read_config(source, name="config.json"):
+def read_config(source):
     if hasattr(source, "keys"):
         raise ValueError("Weights by name must come with a `config`. Received: config=None")
     path = pathlib.Path(source)
     folder = path.parent if path.suffix == ".safetensors" else path
-    return json.loads((folder / name).read_text(encoding="utf-8"))
+    return json.loads((folder / "config.json").read_text(encoding="utf-8"))
 
 
 def tensor_reader(source):
