@@ -468,10 +468,6 @@ REFUSED = [
     ("surgery.prune_experts(usual())", "must be measured on `data`"),
     ("surgery.prune_experts(usual(), data=None)", "`data` must be a list of batches"),
     ("surgery.prune_experts(built(moe(router='expert_choice')))", "logits do not choose"),
-    (
-        "surgery.apply_selection(usual(), surgery.Surgery({'moe': [[0]]}, num_experts={'moe': 5}))",
-        "for 5",
-    ),
     ("surgery.merge_experts(lora(moe()), data=[normal()])", "LoRA"),
     ("surgery.merge_experts(built(moe(two_activations())))", "layers, activations"),
     ("surgery.set_top_k(built(ids_layer()), 1)", "by their scores"),

@@ -3,11 +3,9 @@
 Axes: E experts, D features, H hidden width.
 """
 
-import warnings
 from typing import Any
 
 import numpy as np
-from keras import ops
 
 from keras_moe._internal.keras_internals import float_array, names_beside
 from keras_moe.inspection.summaries import architecture
@@ -116,18 +114,6 @@ def _take_weights(old, new, experts, noise):
                     value = value + noise(value)
         mine.assign(value)
         mine.trainable = theirs.trainable
-
-
-def copy_slots(old, new):
-    """Give an optimizer the state of one that was built before experts were copied."""
-    if [each.path for each in old.variables] != [each.path for each in new.variables]:
-        warnings.warn("The optimizer starts again: other weights trained before.", stacklevel=4)
-        return
-    for theirs, mine in zip(old.variables, new.variables):
-        value = ops.convert_to_numpy(theirs)
-        for axis, (before, after) in enumerate(zip(theirs.shape, mine.shape)):
-            value = np.repeat(value, after // before, axis)
-        mine.assign(value)
 
 
 def groups_of(usage, similarity, number):
