@@ -295,7 +295,7 @@ REFUSED = [
     ("decoder(True)(X, context=t(2, 3, D), context_mask=true(2, 5))", "`context_mask` must"),
     ("decode(length=5, position=1)", "must fit into the cache"),
     ("decode(position=1.7)", "`position` must be an integer"),
-    ("decode(num_rows=1)", "as many sequences"),
+    ("decode(num_rows=1)", "with B=2"),
     ("decoder()(t(2, 1, D), position=3)", "passed together"),
     ("decode(context=t(2, 3, D))", "must be left out"),
     ("decoder(True).make_cache(2, 5, t(3, 3, D))", "`context` must have"),

@@ -3,14 +3,11 @@
 Axes: B batch, L length, M cached length, D features, N heads, F features of a head.
 """
 
-import inspect
-import operator
 import threading
 import warnings
 from typing import Any
 
 import keras
-import numpy as np
 from keras import ops
 
 from keras_moe._internal import Tensor
@@ -46,8 +43,8 @@ class TransformerDecoderBlock(TransformerBlock):
         context: (batch, context length, C) float tensor, with cross-attention and without cache.
         context_mask: (batch, context length) bool tensor. Default: the Keras mask of the context.
         cache: Dict that `make_cache` or an earlier call returned.
-        position: Integer or integer tensor, with a cache: the position of the first input. One in a
-            tensor is not checked, but moved to the nearest position where the inputs fit.
+        position: Integer or integer tensor, with a cache: the position of the first input. A tensor
+            is not checked: it is moved to the nearest position where the inputs fit.
 
     Other arguments, errors and call arguments: as for `TransformerEncoderBlock`.
 
@@ -101,12 +98,6 @@ class TransformerDecoderBlock(TransformerBlock):
             )
             self._context_attention.prefix = "context_"
         self._build_feed_forward(inputs_shape)
-
-    def __call__(self, *args, **kwargs):
-        # Keras makes a tensor of an array, whose value is not looked at.
-        if isinstance(kwargs.get("position"), (np.ndarray, np.generic)):
-            kwargs["position"] = operator.index(kwargs["position"])
-        return super().__call__(*args, **kwargs)
 
     def call(
         self,
@@ -166,13 +157,10 @@ class TransformerDecoderBlock(TransformerBlock):
         if context is not None or context_mask is not None:
             rule = "`context` and its mask must be left out with a `cache`, which has them"
             raise ValueError(f"{rule}. Received: one of them in a call")
-        dtype = "int" if isinstance(position, int) else ops.convert_to_tensor(position).dtype
-        if "int" not in str(dtype):
+        if "int" not in str(getattr(position, "dtype", type(position))):
             raise TypeError(f"`position` must be an integer. Received: position={position}")
         (batch_size, room), length = cache["mask"].shape, inputs.shape[1]
-        if None not in (batch_size, inputs.shape[0]) and batch_size != inputs.shape[0]:
-            rule = "`cache` must be of as many sequences as `inputs`"
-            raise ValueError(f"{rule}. Received: {batch_size}, not {inputs.shape[0]}")
+        check_tensors({"B": batch_size}, inputs=(inputs, "BLD"))
         known = all(isinstance(size, int) for size in (position, length, room))
         if known and not 0 <= position <= room - length:
             received = f"position={position}, {length} tokens and a cache for {room}"
@@ -222,12 +210,19 @@ class TransformerDecoderBlock(TransformerBlock):
         context, mask = self._without_padding(context, mask, "context_mask")
         return self._context_attention.keys_and_values(context, mask)
 
-    def compute_output_spec(self, *args, **kwargs):
-        given = inspect.signature(self.call).bind(*args, **kwargs).arguments
-        names = ("inputs", "context", "context_mask", "cache", "position")
-        inputs, *_, cache, _ = arguments = [given.get(name) for name in names]
-        self._check_call(*arguments)
-        outputs = super().compute_output_spec(inputs, given.get("mask"))
+    def compute_output_spec(
+        self,
+        inputs,
+        mask=None,
+        context=None,
+        context_mask=None,
+        training=None,
+        cache=None,
+        position=None,
+        token_ids=None,
+    ):
+        self._check_call(inputs, context, context_mask, cache, position)
+        outputs = super().compute_output_spec(inputs, mask)
         if cache is None:
             return outputs
         return outputs, {k: keras.KerasTensor(v.shape, v.dtype) for k, v in cache.items()}
