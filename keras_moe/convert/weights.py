@@ -86,7 +86,7 @@ def tensor_reader(source):
 
 def _floats(tensor):
     tensor = tensor if hasattr(tensor, "dtype") else np.asarray(tensor)
-    # Fewer bits have scales beside them.
+    # Weights of fewer bits are quantized, with scales in other tensors.
     if not any(f"float{bits}" in str(tensor.dtype) for bits in (16, 32, 64)):
         raise TypeError(f"its dtype is {tensor.dtype}")
     if hasattr(tensor, "detach"):  # PyTorch

@@ -46,7 +46,7 @@ class _Replacement:
         self._done: dict[int, keras.Layer] = {}
 
     def of(self, layer):
-        """The layer in the place of a layer of the model; mostly itself."""
+        """What replaces a layer of the model: another layer, or mostly the layer itself."""
         if layer in self.replacements:
             # The surrounding layer still calls the removed one.
             nothing = keras.layers.Identity(name=layer.name, dtype=layer.dtype_policy.name)
@@ -84,7 +84,7 @@ class _Replacement:
             made = keras.Sequential([inputs, *layers], name=model.name)
         else:
             made = keras.models.clone_model(
-                # Of a compiled model Keras would copy losses and metrics too, which not all can be.
+                # Not compiled: Keras would copy losses and metrics too, and cannot copy all.
                 keras.Model(model.input, model.output, name=model.name),
                 # Operations such as `+` are no layers, and stay as they are.
                 clone_function=lambda layer: layer if is_removed(layer) else new.get(layer, layer),

@@ -76,7 +76,7 @@ def call_part(name, layer, inputs, shape, **arguments):
         # Keras would warn of a `Sequential` of layers that do not support it.
         layer.supports_masking = True
     outputs = layer(inputs, **arguments)
-    # Of another shape than it was built for, the sum with it would broadcast.
+    # The sum with outputs of another shape would broadcast.
     axes = "ABCDEFGHIJ"[: len(shape)]
     check_tensors(dict(zip(axes, shape)), **{f"{name}(inputs)": (outputs, axes, "float")})
     return outputs

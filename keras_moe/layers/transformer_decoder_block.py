@@ -328,9 +328,6 @@ class Decoding:
 
     def cache_of(self, block, inputs):
         """The cache of a block that is called: of the earlier pass, or an empty one."""
-        if block.cross_attention:
-            rule = "`generate` needs blocks without `cross_attention`: with it, use `make_cache`"
-            raise ValueError(f"{rule}. Received: `{block.name}` with it")
         if self._earlier is None:
             return block.make_cache(ops.shape(inputs)[0], self.length)
         return self._earlier[len(self.caches)]

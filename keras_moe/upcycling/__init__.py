@@ -206,11 +206,11 @@ def merge_lora(model: keras.Model) -> None:
 
 @register
 class Ones(keras.layers.Layer):
-    """The factor of a gate that has become the whole network."""
+    """Takes the place of a layer whose outputs a KerasHub block multiplies with the mixture's."""
 
     def __init__(self, **kwargs):
         super().__init__(**kwargs)
-        self.built = True  # `quantize` asks, of a model that has not run yet
+        self.built = True  # `quantize` needs built layers, also before the model has run.
 
     def call(self, inputs):
         return ops.ones_like(inputs)

@@ -105,21 +105,25 @@ def _chain(up, following):
 
 def left_dense(model, found):
     """Why each other `Dense` layer from D to H > D features beside one back to D stays dense."""
+    layers = model._flatten_layers()
+    mixtures = [layer for layer in layers if isinstance(layer, MixtureOfExperts)]
     known = {id(dense) for feed_forward in found for dense in feed_forward.denses}
-    reasons: dict[int, str] = {}
-    for owner in _owners(model):
+    known |= {id(part) for mixture in mixtures for part in mixture._flatten_layers()}
+    reasons = []
+    for owner in layers:
         denses = list(filter(_is_dense, own_layers(owner)))
         for up in denses:
             features, width = up.kernel.shape
             back = any(tuple(down.kernel.shape) == (width, features) for down in denses)
             if back and width > features and id(up) not in known:
+                known.add(id(up))
                 reason = f"which the code of `{owner.name}` calls"
                 if is_graph(owner):
                     _, *chain = _chain(up, _following_layers(owner))
                     inside = f"which is inside `{owner.name}`, and nothing else can take its place"
                     reason = _obstacle(up, *chain) or inside
-                reasons.setdefault(id(up), f"`{up.name}`, {reason}")
-    return list(reasons.values())
+                reasons.append(f"`{up.name}`, {reason}")
+    return reasons
 
 
 def _obstacle(up, activations, after):
@@ -133,13 +137,6 @@ def _obstacle(up, activations, after):
     if len(activations) != 1:
         return f"which has {len(activations)} activations"  # experts have one
     return None
-
-
-def _owners(layer):
-    yield layer
-    for sublayer in own_layers(layer):
-        if not isinstance(sublayer, MixtureOfExperts):
-            yield from _owners(sublayer)
 
 
 def _following_layers(model):
