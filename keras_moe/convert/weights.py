@@ -74,11 +74,10 @@ def tensor_reader(source):
         files = {name: file for file in opened for name in file.keys()}
         get, names = lambda name: files[name].get_tensor(name), set(files)
 
-    rule = "Weights must be floats of at least 16 bits, of a model that is not quantized."
-    fix = "Dequantize the model first, for example by `model.float()` and `save_pretrained`."
+    rule = "A block must have all its weights, as floats of at least 16 bits: dequantize others."
 
     def read(name):
-        with stating(rule, repr(name), fix):
+        with stating(rule, repr(name)):
             return _floats(get(name))
 
     return read, names

@@ -3,8 +3,6 @@
 Axes: E experts, D features, H hidden width.
 """
 
-from typing import Any
-
 import numpy as np
 
 from keras_moe._internal.keras_internals import float_array, names_beside
@@ -87,19 +85,15 @@ def _other_parts(layer, experts, noise):
             router.selection_bias.assign(router.selection_bias / copies)
     axes = layer.input_spec.axes  # of a token, counted from the end
     tokens_shape = (None, *(axes[axis] for axis in sorted(axes)))
-    if isinstance(bank, LayerExperts):
-        own = [bank.layers[index] for index in experts]
-        weights = [(weight, weight.trainable) for each in own for weight in each.weights]
-        other: Any = LayerExperts(**{**bank.get_config(), "layers": own})
-    else:
-        other = type(bank).from_config({**bank.get_config(), **kept})
+    own = [bank.layers[index] for index in experts] if isinstance(bank, LayerExperts) else []
+    weights = [(weight, weight.trainable) for each in own for weight in each.weights]
+    other = type(bank).from_config({**bank.get_config(), **({"layers": own} if own else kept)})
     with names_beside(bank):
         other.build(tokens_shape)
-    if isinstance(bank, LayerExperts):
-        for weight, trainable in weights:  # The constructor of a frozen bank freezes all.
-            weight.trainable = trainable
-    else:
+    if not own:
         _take_weights(bank, other, experts, noise)
+    for weight, trainable in weights:  # The constructor of a frozen bank froze all its layers.
+        weight.trainable = trainable
     return {old_router: router, bank: other}
 
 
