@@ -141,7 +141,7 @@ class SearchSpace:
 
 
 def _values(name, values, check=lambda name, value: value):
-    if isinstance(values, str) or not isinstance(values, (Sequence, np.ndarray)) or not len(values):
+    if np.ndim(values) != 1 or not len(values):
         received = f"{name}={shortened(values)}"
         raise ValueError(f"`{name}` must be a list of values to choose from. Received: {received}")
     return [check(name, value) for value in values]
