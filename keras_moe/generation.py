@@ -62,6 +62,8 @@ def generate(
     temperature = check_number("temperature", temperature)
     top_k = None if top_k is None else check_integer("top_k", top_k)
     top_p = None if top_p is None else check_number("top_p", top_p, above=0)
+    if top_p is not None and top_p > 1:
+        raise ValueError(f"`top_p` must be at most 1. Received: top_p={top_p}")
     is_limited = top_k is not None or top_p is not None
     if is_limited and not temperature:
         raise ValueError("`top_k` and `top_p` need a `temperature` above 0. Received: 0")

@@ -61,8 +61,7 @@ def _search(layer, name, is_fixed):
             yield from _search(sublayer, sublayer.name, is_fixed)
         return
     # The graph of a functional model would still hold the old layers.
-    is_function = isinstance(layer, keras.Function)
-    in_attributes = set() if is_function else {sublayer for _, sublayer in sublayers(layer)}
+    in_attributes = [] if isinstance(layer, keras.Function) else list(sublayers(layer).values())
     yield from _in_attributes(layer)
     for sublayer in own_layers(layer):
         yield from _search(sublayer, layer.name, sublayer not in in_attributes)
