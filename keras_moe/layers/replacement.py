@@ -29,19 +29,19 @@ def replace(model, replacements):
             # The surrounding layer still calls the removed one.
             nothing = keras.layers.Identity(name=layer.name, dtype=layer.dtype_policy.name)
             return replacements[layer] or nothing
-        if layer not in done:
+        if layer not in done and is_graph(layer):
+            found = {part: new(part) for part in layer.layers}
+            is_same = all(part is other for part, other in found.items())
+            done[layer] = layer if is_same else _rebuilt(layer, found, removed)
+        elif layer not in done:
             attributes = sublayers(layer)
             found = {part: new(part) for part in (*own_layers(layer), *attributes.values())}
-            done[layer] = layer
-            if is_graph(layer):
-                if any(found[part] is not part for part in layer.layers):
-                    done[layer] = _rebuilt(layer, found, removed)
-                return done[layer]
             names = [name for name, part in attributes.items() if found[part] is not part]
             for name in names:
                 set_state(layer, name, found[attributes[name]])
             if names and not isinstance(layer, TransformerBlock):  # whose config has its sublayer
                 changes.append((layer, names))
+            done[layer] = layer
         return done[layer]
 
     return new(model), changes
