@@ -16,7 +16,7 @@ from keras_moe._internal.serialization import register
 from keras_moe.layers.mixture_of_experts import MixtureOfExperts
 from keras_moe.layers.transformer_block import TransformerBlock
 
-_of_thread = threading.local()
+_of_thread = threading.local()  # Its `decoding` is the context that a thread is in.
 
 
 @register
@@ -110,7 +110,7 @@ class TransformerDecoderBlock(TransformerBlock):
         position: int | Tensor | None = None,
         token_ids: Tensor | None = None,
     ) -> Tensor | tuple:
-        decoding = Decoding.current() if cache is None else None
+        decoding = getattr(_of_thread, "decoding", None) if cache is None else None
         if decoding is not None:
             cache, position = decoding.cache_of(self, inputs), decoding.position
             mask = decoding.mask
@@ -320,11 +320,6 @@ class Decoding:
 
     def __exit__(self, *error):
         _of_thread.decoding = None
-
-    @staticmethod
-    def current() -> "Decoding | None":
-        """The context that this thread is in, or None."""
-        return getattr(_of_thread, "decoding", None)
 
     def cache_of(self, block, inputs):
         """The cache of a block that is called: of the earlier pass, or an empty one."""
