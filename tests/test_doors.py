@@ -297,7 +297,7 @@ REFUSED = [
     ("decode(position=1.7)", "`position` must be an integer"),
     ("decode(num_rows=1)", "with B=2"),
     ("decoder()(t(2, 1, D), position=3)", "passed together"),
-    ("decode(context=t(2, 3, D))", "must be left out"),
+    ("decode(context=t(2, 3, D))", "takes a `context` if and only if"),
     ("decoder(True).make_cache(2, 5, t(3, 3, D))", "`context` must have"),
     ("layers.TransformerDecoderBlock(2, dense()).make_cache(2, 5)", "must be built"),
     ("of_task_banks((T, D), (T, D))", "one for each task"),

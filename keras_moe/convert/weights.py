@@ -27,8 +27,7 @@ class Rule(NamedTuple):
         theirs, number = np.swapaxes(theirs, -1, -2) if self.transposed else theirs, len(self.ours)
         if self.interleaved:
             return [theirs[..., place::number] for place in range(number)]
-        width = theirs.shape[-1] // number
-        return [theirs[..., place * width : (place + 1) * width] for place in range(number)]
+        return np.split(theirs, number, axis=-1)
 
     def join(self, ours):
         joined = np.concatenate(ours, axis=-1)

@@ -83,7 +83,7 @@ class TransformerDecoderBlock(TransformerBlock):
                     warnings.warn(reason, stacklevel=2)
 
     def build(self, inputs_shape, context_shape=None):
-        self._check_context(context_shape is not None)
+        self._check_context(context_shape)
         self._attention_norm = self._build_norm("attention_norm", inputs_shape)
         shapes = (inputs_shape, inputs_shape)
         self._attention = self._build_attention(CachedAttention, "attention", *shapes)
@@ -151,12 +151,9 @@ class TransformerDecoderBlock(TransformerBlock):
         if (cache is None) != (position is None):
             rule = "`cache` and `position` must be passed together"
             raise ValueError(f"{rule}. Received: {position=}, cache: {cache is not None}")
+        self._check_context(context, context_mask, cache)
         if cache is None:
-            self._check_context(context is not None, context_mask is not None)
             return
-        if context is not None or context_mask is not None:
-            rule = "`context` and its mask must be left out with a `cache`, which has them"
-            raise ValueError(f"{rule}. Received: one of them in a call")
         if "int" not in str(getattr(position, "dtype", type(position))):
             raise TypeError(f"`position` must be an integer. Received: position={position}")
         (batch_size, room), length = cache["mask"].shape, inputs.shape[1]
@@ -166,10 +163,13 @@ class TransformerDecoderBlock(TransformerBlock):
             received = f"position={position}, {length} tokens and a cache for {room}"
             raise ValueError(f"The inputs must fit into the cache. Received: {received}")
 
-    def _check_context(self, given, mask_given=False):
-        if given != self.cross_attention or mask_given > given:
-            rule = "A block takes a `context` if and only if it has `cross_attention=True`"
-            received = f"context {'given' if given else 'missing'}{', a mask' * mask_given}"
+    def _check_context(self, context, mask=None, cache=None):
+        wanted, given = self.cross_attention and cache is None, context is not None
+        if given != wanted or (mask is not None and not given):
+            rule = (
+                "A block takes a `context` if and only if it has `cross_attention` and no `cache`"
+            )
+            received = f"context {'given' if given else 'missing'}{', a mask' * (mask is not None)}"
             raise ValueError(f"{rule}, and a `context_mask` with it. Received: {received}")
 
     def make_cache(
@@ -195,7 +195,7 @@ class TransformerDecoderBlock(TransformerBlock):
         if not self.built:
             rule = "A block must be built before it makes a cache"
             raise ValueError(f"{rule}. Received: `{self.name}`, not built")
-        self._check_context(context is not None, context_mask is not None)
+        self._check_context(context, context_mask)
         if context is not None:
             context = ops.convert_to_tensor(context)
             check_tensors({"B": batch_size}, context=(context, "BSC", "float"))
