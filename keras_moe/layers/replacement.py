@@ -63,7 +63,7 @@ def sublayers(layer):
 
 
 def _rebuilt(model, new, removed):
-    """A functional or sequential model with new layers, a dict by the old ones, but `removed`."""
+    """A model of `new[layer]` in the place of each layer of a graph, without `removed` layers."""
     if isinstance(model, keras.Sequential):
         (x,) = model.inputs
         inputs = keras.Input(batch_shape=x.shape, dtype=x.dtype, name=x.name)
@@ -96,9 +96,9 @@ def record_changes(model, changes):
     Changes are pairs of a layer and names of attributes, whose values are saved.
     """
     for holder in [*backbones(model), model]:
-        paths = {id(layer): path for path, layer in _walk(holder)}
-        own = [(paths[id(layer)], tuple(names)) for layer, names in changes if id(layer) in paths]
-        changes = [(layer, names) for layer, names in changes if id(layer) not in paths]
+        paths = {layer: path for path, layer in _walk(holder)}
+        own = [(paths[layer], tuple(names)) for layer, names in changes if layer in paths]
+        changes = [(layer, names) for layer, names in changes if layer not in paths]
         if own:
             _set_record(holder, [*recorded(holder)[0], *own], recorded(holder)[1])
 

@@ -29,10 +29,10 @@ __dir__ = __all__.copy
 
 
 class Surgery(NamedTuple):
-    """The changes to a model; dicts are by the names of layers.
+    """Changes to the experts of a model.
 
-    - `experts`: dict of lists with, for each expert now, the numbers of the experts it comes from;
-      merged ones have several, first the most used.
+    - `experts`: dict from the name of a layer to a list with, for each of its experts now, the
+      numbers of the experts that it comes from; merged ones have several, first the most used.
     - `loss_before`, `loss_after`: on the data, None without targets or if it is not compiled.
     """
 
