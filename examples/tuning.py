@@ -7,8 +7,8 @@ loss with KerasTuner, under a budget of what a token may cost.
 
 In a clone of the repository of keras_moe; with `tensorflow` or `torch` in place of `jax`, set
 `KERAS_BACKEND` to that name. The data, handwritten digits of 8 by 8 pixels, come with scikit-learn.
-A run on PyTorch, 55 seconds of processor time, found a validation loss of 0.0835, where the layer
-picked by hand had 0.0938.
+A run on PyTorch, 49 seconds of processor time, found a validation loss of 0.0982, where the layer
+picked by hand had 0.1138.
 """
 
 import os
@@ -79,40 +79,42 @@ def build(hp):
 ## The search
 
 The budget is the cost of the layer picked by hand and a tenth, in floating-point operations of one
-token. `CostMonitor` measures what a trial costs. `DefaultsFirst` begins with what was picked by
-hand, so that the best trial is never worse.
+token. `CostMonitor` measures what a trial costs. The layer picked by hand is trained like a trial.
 """
 
-
-class Oracle(tuner.DefaultsFirst, keras_tuner.oracles.RandomSearchOracle):
-    pass
-
-
-by_hand = inspection.summarize(build(keras_tuner.HyperParameters()))[0].flops
-objective = tuner.WithinBudget(1.1 * by_hand)
+fit = {
+    "x": x[train],
+    "y": y[train],
+    "batch_size": BATCH_SIZE,
+    "epochs": EPOCHS,
+    "validation_data": (x[validation], y[validation]),
+    "verbose": 0,
+}
+keras.utils.set_random_seed(0)
+by_hand = build(keras_tuner.HyperParameters())
+by_hand_loss = min(by_hand.fit(**fit).history["val_loss"])
+objective = tuner.WithinBudget(1.1 * inspection.summarize(by_hand)[0].flops)
 with tempfile.TemporaryDirectory() as folder:  # keep it to resume an interrupted search
-    keras.utils.set_random_seed(0)
-    oracle = Oracle(objective, max_trials=NUM_TRIALS, seed=0)
+    oracle = keras_tuner.oracles.RandomSearchOracle(objective, max_trials=NUM_TRIALS, seed=0)
     search = keras_tuner.Tuner(oracle, build, directory=folder)
-    search.search(
-        x[train],
-        y[train],
-        batch_size=BATCH_SIZE,
-        epochs=EPOCHS,
-        validation_data=(x[validation], y[validation]),
-        callbacks=[tuner.CostMonitor()],
-        verbose=0,
-    )
+    search.search(**fit, callbacks=[tuner.CostMonitor()])
     best = search.get_best_models()[0]
 
 """
 ## What a lower loss costs
 
-One line a trial, the cheapest first. A star marks trials that no other beats in both cost and loss.
-The test images had no part in the choice.
+One line a trial, the cheapest first. The test images had no part in the choice.
 """
 
+columns = ("num_experts", "top_k", "active_width", "load_balance_weight")
+rows = []
+for trial in oracle.trials.values():
+    row = map(trial.metrics.get_best_value, ("active_flops", "val_loss"))
+    rows.append([*row, *(trial.hyperparameters.values[f"moe/{name}"] for name in columns)])
 print(f"budget: {objective.budget:,.0f} operations a token")
-print(tuner.format_table(tuner.pareto_table(search)))
+print("cost, validation loss", *columns, sep=", ")
+for cost, loss, *values in sorted(rows):
+    print(f"{cost:,.0f}", f"{loss:.4f}", *values, sep=", ")
+print(f"picked by hand: validation loss {by_hand_loss:.4f}")
 loss, accuracy = best.evaluate(x[test], y[test], batch_size=num_test, verbose=0)
 print(f"best within the budget: test loss {loss:.4f}, test accuracy {accuracy:.1%}")

@@ -76,14 +76,9 @@ def generate(
     if not any(isinstance(part, TransformerDecoderBlock) for part in model._flatten_layers()):
         rule = "`model` must have `layers.TransformerDecoderBlock`s"
         raise ValueError(f"{rule}. Received: {model.name!r} without")
-    shape = getattr(model, "input_shape", None)  # which a `Sequential` does not check
-    is_fixed = isinstance(shape, tuple) and None not in shape[1:]
-    if is_fixed and not isinstance(model, keras.Sequential):
-        rule = '`model` must take texts of any length: `keras.Input((None,), dtype="int32")`'
-        raise ValueError(f"{rule}. Received: a model of inputs {shape}")
     ids = np.concatenate(prompts)  # The ids in `text` are cut to 32 bits.
     if getattr(model, "output_shape", None):
-        _check_ids(ids, model.output_shape[-1])
+        _check_ids("prompts", ids, model.output_shape[-1])
     start = max(map(len, prompts))
     text: np.ndarray = np.zeros((len(prompts), start + num_tokens), "int32")
     real: np.ndarray = np.zeros(text.shape, bool)
@@ -92,17 +87,15 @@ def generate(
         text[row, start - len(prompt) : start] = prompt
         real[row, start - len(prompt) :] = True
 
-    writer = vars(model).get("_text_writer", lambda: None)()  # It keeps what is compiled.
-    if writer is None or writer.model is not model:  # of a model that was copied
+    writer = vars(model).get("_text_writer", lambda: None)()  # It holds the compiled functions.
+    if writer is None or writer.model is not model:  # A copied model has the writer of the first.
         writer = _Writer(model)
         # In a function: Keras would save and load an attribute that is a layer.
         vars(model)["_text_writer"] = lambda: writer
     state = writer.predict_on_batch({"ids": text[:, :start], "real": real[:, :start], "room": text})
     num_words = state["logits"].shape[-1]
-    if stop_token >= num_words:
-        rule = f"`stop_token` must be an id from 0 to {num_words - 1}, as the model has scores"
-        raise ValueError(f"{rule}. Received: stop_token={stop_token}")
-    _check_ids(ids, num_words)
+    _check_ids("prompts", ids, num_words)
+    _check_ids("stop_token", np.array(max(stop_token, 0)), num_words)
     sums = np.sum(state["logits"], axis=-1)
     if temperature and np.all(state["logits"] >= 0) and np.allclose(sums, 1, atol=1e-3):
         raise ValueError("`model` must return logits. Received: probabilities, as of a softmax")
@@ -134,9 +127,9 @@ def generate(
     return texts
 
 
-def _check_ids(ids, num_words):
+def _check_ids(name, ids, num_words):
     if ids.min() < 0 or ids.max() >= num_words:
-        rule = f"`prompts` must have ids from 0 to {num_words - 1}, as the model has scores"
+        rule = f"`{name}` must have ids from 0 to {num_words - 1}, as the model has scores"
         raise ValueError(f"{rule}. Received: ids from {ids.min()} to {ids.max()}")
 
 

@@ -6,10 +6,9 @@ Needs KerasTuner: `pip install "keras-tuner[bayesian]" six`.
 import itertools
 import math
 import time
-import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import keras
 import numpy as np
@@ -22,17 +21,9 @@ except ImportError as error:
 
 from keras_moe import layers, losses, routers
 from keras_moe._internal.checks import check_choice, check_integer, check_number, shortened
-from keras_moe._internal.plain_text import table
 from keras_moe.inspection import summarize
 
-__all__ = [
-    "CostMonitor",
-    "DefaultsFirst",
-    "SearchSpace",
-    "WithinBudget",
-    "format_table",
-    "pareto_table",
-]
+__all__ = ["CostMonitor", "SearchSpace", "WithinBudget"]
 __dir__ = __all__.copy
 
 # Routers whose tokens all have K experts, so that the active size is known before the search.
@@ -89,11 +80,11 @@ class SearchSpace:
         for loss, weights in loss_weights.items():
             check_choice("loss_weights", loss, losses.IDENTIFIERS)
             self.loss_weights[loss] = _values("loss_weights", weights, check_number)
-        capacity_factors = _values("capacity_factors", capacity_factors)
-        for factor in capacity_factors:
-            layers.Capacity.get(factor)
         # By names, as KerasTuner knows neither None nor objects.
-        self.capacities = {str(factor): factor for factor in capacity_factors}
+        self.capacities = {
+            str(factor): layers.Capacity.get(factor)
+            for factor in _values("capacity_factors", capacity_factors)
+        }
         self.name = name
         choices = (self.routers, self.num_experts, self.top_k, self.active_width)
         for *router, width in itertools.product(*choices):
@@ -133,30 +124,27 @@ class SearchSpace:
                 losses.IDENTIFIERS[loss](self._choose(hp, f"{loss}_weight", weights))
                 for loss, weights in self.loss_weights.items()
             ]
-        bank = experts(num_experts, hidden_dim)
-        added = [*searched, *router_losses]
-        return layers.MixtureOfExperts(bank, router, added, capacity_factor=capacity, **kwargs)
+        bank, all_losses = experts(num_experts, hidden_dim), [*searched, *router_losses]
+        return layers.MixtureOfExperts(bank, router, all_losses, capacity_factor=capacity, **kwargs)
 
     def _choose(self, hp, name, values):
         if len(values) == 1:
             choice = hp.Fixed(name, values[0])
         else:
             choice = hp.Choice(name, sorted(values), default=values[0])
-        # A hyperparameter that is there already keeps its values. Other scopes end alike.
-        alike = [each for each in hp.space if each.name.endswith(f"{self.name}/{name}")]
-        if not any(set(each.values) <= set(values) for each in alike):
+        if choice not in values:  # KerasTuner returns the choice of an earlier space of this name.
             rule = "Spaces of one search with other values must have different names"
-            received = f"two spaces {self.name!r} with other values of `{name}`"
-            raise ValueError(f"{rule}. Received: {received}")
+            raise ValueError(
+                f"{rule}. Received: {name}={choice!r} for a second space {self.name!r}"
+            )
         return choice
 
 
-def _values(name, values, check=None):
-    if isinstance(values, str) or not isinstance(values, (Sequence, np.ndarray)) or not len(values):
+def _values(name, values, check=lambda name, value: value):
+    if np.ndim(values) != 1 or not len(values):
         received = f"{name}={shortened(values)}"
         raise ValueError(f"`{name}` must be a list of values to choose from. Received: {received}")
-    values = [value.item() if hasattr(value, "item") else value for value in values]
-    return values if check is None else [check(name, value) for value in values]
+    return [check(name, value) for value in values]
 
 
 def _router(name, num_experts, top_k):
@@ -164,36 +152,8 @@ def _router(name, num_experts, top_k):
     return routers.get(name, num_experts, **given)
 
 
-class DefaultsFirst(keras_tuner.Oracle):
-    """Abstract: a mixin before an oracle, else a TypeError is raised; its first trial has defaults.
-
-    Example:
-
-    >>> import keras_tuner
-    >>> class Oracle(keras_moe.tuner.DefaultsFirst, keras_tuner.oracles.RandomSearchOracle):
-    ...     pass
-    """
-
-    def __init__(self, *args: Any, **kwargs: Any):
-        super().__init__(*args, **kwargs)
-        if super().populate_space.__func__ is keras_tuner.Oracle.populate_space:
-            bases = ", ".join(base.__name__ for base in type(self).__bases__)
-            rule = "`DefaultsFirst` must come before an oracle among the bases of a class"
-            raise TypeError(f"{rule}. Received: {bases}")
-
-    def populate_space(self, trial_id):
-        answer = super().populate_space(trial_id)
-        if self.trials or answer["status"] != "RUNNING":
-            return answer
-        first = keras_tuner.HyperParameters()
-        first.merge(self.get_space())
-        # Hyperband stores its own state among the hyperparameters.
-        own = {key: value for key, value in answer["values"].items() if key.startswith("tuner/")}
-        return {**answer, "values": {**first.values, **own}}
-
-
 class CostMonitor(keras.callbacks.Callback):
-    """Adds what a model costs to the logs of each epoch, for `WithinBudget` and `pareto_table`.
+    """Adds what a model costs to the logs of each epoch, for `WithinBudget`.
 
     - `active_flops`: of one token in all MoE layers, forward, as in `inspection.LayerSummary`.
     - `parameters`: number of trained parameters of the whole model.
@@ -251,62 +211,3 @@ class WithinBudget(keras_tuner.Objective):
         cost, loss = float(logs[self.cost]), float(logs[self.loss])
         score = (1 + loss / (1 + abs(loss))) / 2
         return score if cost <= self.budget else score + cost / self.budget
-
-
-class ParetoRow(NamedTuple):
-    """A row of `pareto_table`."""
-
-    trial: str
-    cost: float
-    loss: float
-    efficient: bool
-    values: dict
-
-
-def pareto_table(
-    search: Any, cost: str = "active_flops", loss: str = "val_loss"
-) -> list[ParetoRow]:
-    """Return all finished trials by cost, the cheapest first; warn if all are above the budget.
-
-    Each is a named tuple of its `trial`, `cost`, `loss` and `values`, the hyperparameters by name,
-    and whether it is `efficient`: no other has a loss as low at a cost as low.
-
-    Args:
-        search: `keras_tuner.Tuner` after `search`, whose callbacks had a `CostMonitor`.
-        cost, loss: Strings. Names in the logs of every trial, else a ValueError is raised.
-    """
-    oracle = search.oracle
-    if hasattr(oracle, "trials"):
-        trials = [trial for trial in oracle.trials.values() if trial.status == "COMPLETED"]
-    else:  # A worker of a distributed search asks its chief, by a message of 32 bits.
-        trials = oracle.get_best_trials(oracle.max_trials or 2**31 - 1)
-    rows, least = [], math.inf
-    for trial in trials:
-        spent, value = (float(trial.metrics.get_best_value(name)) for name in (cost, loss))
-        values = dict(trial.hyperparameters.values)
-        rows.append(ParetoRow(trial.trial_id, spent, value, False, values))
-    rows.sort(key=lambda row: (row.cost, row.loss))
-    objective: Any = getattr(oracle, "objective", None)
-    has_budget = isinstance(objective, WithinBudget) and objective.cost == cost
-    if has_budget and rows and rows[0].cost > objective.budget:
-        warnings.warn(
-            f"No trial is within the budget of {objective.budget:,.6g} {cost}: the cheapest has "
-            f"{rows[0].cost:,.6g}. Raise the budget, or search smaller layers.",
-            stacklevel=2,
-        )
-    for place, row in enumerate(rows):
-        rows[place] = row._replace(efficient=row.loss < least)
-        least = min(least, row.loss)
-    return rows
-
-
-def format_table(rows: Sequence[ParetoRow]) -> str:
-    """Return a `pareto_table` as text, one line a trial; `*` marks the efficient ones."""
-    names = list(dict.fromkeys(name for row in rows for name in row.values))
-    lines = [["", "trial", "cost", "loss", *names]]
-    for row in rows:
-        values = [row.values.get(name, "-") for name in names]
-        texts = [f"{each:.4g}" if isinstance(each, float) else str(each) for each in values]
-        mark = "*" if row.efficient else ""
-        lines.append([mark, row.trial, f"{row.cost:,.6g}", f"{row.loss:.4f}", *texts])
-    return "\n".join(table(lines))

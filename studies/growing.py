@@ -4,10 +4,10 @@
     KERAS_BACKEND=jax python studies/growing.py --models "8 to 32 experts" --seeds 3 4
 
 A mixture of 32 experts from the start, one of 8, and one of 8 whose experts are copied to 32 after
-half of the training, with the state of the optimizer. All train for as much processor time: steps
-times the time of a step, measured before training in turns with the other models. Model, data and
-learning rate come from the study `sparsity.py`, in smaller batches. Losses are of the test split.
-The report has the models and seeds of the last command.
+half of the training. There the optimizer starts again, but not its learning rate schedule. All
+train for as much processor time: steps times the time of a step, measured before training in turns
+with the other models. Model, data and learning rate come from the study `sparsity.py`, in smaller
+batches. Losses are of the test split. The report has the models and seeds of the last command.
 """
 
 import functools
@@ -89,7 +89,9 @@ class Study(typing.NamedTuple):
             half = fit(data=(self.first, self.test), folder=progress / "first")["val_loss"]
             then = half[-1]
             if after > before:
+                step = keras.ops.convert_to_numpy(model.optimizer.iterations)
                 surgery.add_experts(model, factor=after // before, noise=NOISE, seed=seed)
+                model.optimizer.iterations.assign(step)
                 then = language_model.evaluate(model, self.test, BATCH_SIZE)
             rest = fit(data=(self.second, self.test), folder=progress / "second")["val_loss"]
             losses = {"losses": [*half, *rest], "half": half[-1], "then": then, "loss": rest[-1]}

@@ -8,7 +8,6 @@ adds trials.
 """
 
 import pathlib
-import types
 
 import keras
 import keras_tuner
@@ -41,8 +40,16 @@ BATCH_SIZE = 64
 BUDGET = 1.1
 
 
-class Oracle(tuner.DefaultsFirst, keras_tuner.oracles.BayesianOptimizationOracle):
-    pass
+class Oracle(keras_tuner.oracles.BayesianOptimizationOracle):
+    """The first trial has the first value of everything."""
+
+    def populate_space(self, trial_id):
+        answer = super().populate_space(trial_id)
+        if self.trials:
+            return answer
+        first = keras_tuner.HyperParameters()
+        first.merge(self.get_space())
+        return {**answer, "values": first.values}
 
 
 class Search(keras_tuner.Tuner):
@@ -118,26 +125,30 @@ def open_search(build, objective, options):
 
 def compare(search, ids, labels):
     """All trials, and how the one picked by hand and the best do on test documents."""
-    rows = {row.trial: row for row in tuner.pareto_table(search)}
+    rows = {}
+    for trial in search.oracle.trials.values():
+        if trial.status == "COMPLETED":
+            cost, loss = map(trial.metrics.get_best_value, ("active_flops", "val_loss"))
+            row = {"trial": trial.trial_id, "cost": cost, "loss": loss}
+            rows[trial.trial_id] = {**row, "values": trial.hyperparameters.values}
     default, budget = search.oracle.start_order[0], search.oracle.objective.budget
     # By their mean losses: the score of a trial is the mean of its runs' scores.
-    best = min((row for row in rows.values() if row.cost <= budget), key=lambda row: row.loss)
+    within = [row for row in rows.values() if row["cost"] <= budget]
+    best = min(within, key=lambda row: row["loss"])["trial"]
     results = {}
-    for name, trial_id in {"picked by hand": default, "best within budget": best.trial}.items():
+    for name, trial_id in {"picked by hand": default, "best within budget": best}.items():
         model = search.load_model(search.oracle.get_trial(trial_id))
         loss, accuracy = model.evaluate(ids, labels, batch_size=BATCH_SIZE, verbose=0)
         test = {"test_loss": float(loss), "test_accuracy": float(accuracy)}
-        results[name] = {**rows[trial_id]._asdict(), **test}
-    return {
-        "budget": budget,
-        "results": results,
-        "trials": [row._asdict() for row in rows.values()],
-    }
+        results[name] = {**rows[trial_id], **test}
+    trials = sorted(rows.values(), key=lambda row: (row["cost"], row["loss"]))
+    return {"budget": budget, "results": results, "trials": trials}
 
 
 def print_report(report):
-    print("\nTrials by active FLOPs a token; * has the least validation loss at its cost")
-    print(tuner.format_table([types.SimpleNamespace(**trial) for trial in report["trials"]]))
+    print("\nTrials by active FLOPs a token, with their validation loss")
+    for trial in report["trials"]:
+        print(f"{trial['trial']}  {trial['cost']:,.0f}  {trial['loss']:.4f}  {trial['values']}")
     columns = {
         "active FLOPs": ("{:,.0f}", "cost"),
         "validation loss": ("{:.4f}", "loss"),

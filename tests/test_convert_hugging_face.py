@@ -1,7 +1,6 @@
 """Layers from Hugging Face's models compute the same as their blocks, and go back unchanged."""
 
 import json
-import re
 
 import keras
 import numpy as np
@@ -197,91 +196,6 @@ def test_lora_is_converted(tmp_path):
     assert_close(array(again(TOKENS)), array(layer(TOKENS)))
     with pytest.raises(ValueError, match="before it is quantized or has LoRA"):
         convert.from_hugging_face(tmp_path, 0, into=layer)
-
-
-def layer_of(model):
-    return convert.from_hugging_face(model.state_dict(), 0, model.config.to_dict())
-
-
-@on_one_backend
-@pytest.mark.parametrize("family", ["mixtral", "gpt_oss", "lfm2_moe"])
-@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # PEFT asks for it.
-# PEFT looks for patterns among modules only, and applies them to parameters as well.
-@pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys:RuntimeWarning")
-def test_an_adapter_of_peft_goes_both_ways(family, tmp_path):
-    import peft
-
-    layer = layer_of(model_of(family))
-    with pytest.raises(ValueError, match="must have LoRA"):
-        convert.to_peft(layer, 0, family)
-    layer.experts.enable_lora(3, lora_alpha=5, b_initializer="normal")
-    arrays, config = convert.to_peft(layer, 0, family)
-    save_adapter(tmp_path, arrays, config)
-    expected = array(layer(TOKENS))
-    adapted = layer_of(model_of(family))
-    assert convert.from_peft(tmp_path, adapted, 0, family) is adapted
-    assert_close(array(adapted(TOKENS)), expected)
-    # Gate and up kernels of one A need no more than its rank.
-    again, config_again = convert.to_peft(adapted, 0, family)
-    assert config_again == config
-    for name, value in arrays.items():
-        np.testing.assert_array_equal(again[name], value)
-    model = peft.PeftModel.from_pretrained(model_of(family), tmp_path)
-    assert_close(outputs_of(model.base_model.model), expected)
-    targets = config["target_parameters"]
-    first, second = (re.escape(target) for target in targets)
-    by_pattern = {"rank_pattern": {first: 4}, "alpha_pattern": {f"layers.0.*{second}": 7}}
-    for settings in ({"use_rslora": True}, by_pattern):
-        settings = peft.LoraConfig(
-            r=2, target_parameters=targets, init_lora_weights=False, **settings
-        )
-        model = peft.get_peft_model(model_of(family), settings)
-        model.save_pretrained(tmp_path / "theirs")
-        adapted = convert.from_peft(tmp_path / "theirs", layer_of(model_of(family)), 0, family)
-        expected = outputs_of(model.base_model.model)
-        assert_close(array(adapted(TOKENS)), expected)
-        save_adapter(tmp_path, *convert.to_peft(adapted, 0, family))
-        model = peft.PeftModel.from_pretrained(model_of(family), tmp_path)
-        assert_close(array(adapted(TOKENS)), outputs_of(model.base_model.model))
-
-
-@on_one_backend
-def test_an_adapter_of_single_experts_is_read(tmp_path):
-    weights, draw = convert.to_hugging_face(mixtral(), 0, "mixtral"), np.random.default_rng(0)
-    arrays, merged = {}, dict(weights)
-    for expert, name, rank in ((0, "w1", 2), (0, "w2", 2), (2, "w3", 3)):
-        layer = f"model.layers.0.block_sparse_moe.experts.{expert}.{name}"
-        width, fan_in = weights[f"{layer}.weight"].shape
-        a, b = draw.normal(size=(rank, fan_in)), draw.normal(size=(width, rank))
-        alpha = 5 if name == "w2" else 4
-        merged[f"{layer}.weight"] = (weights[f"{layer}.weight"] + alpha / rank * b @ a).astype("f4")
-        for letter, factor in (("A", a), ("B", b)):
-            start = f"base_model.model.{layer}.lora_{letter}.weight"
-            arrays[start] = np.ascontiguousarray(factor, "float32")
-    patterns = {"rank_pattern": {"2.w3": 3}, "alpha_pattern": {r"^model.*\.w2": 5}}
-    save_adapter(tmp_path, arrays, {"r": 2, "lora_alpha": 4, **patterns})
-    adapted = convert.from_hugging_face(weights, 0, MIXTRAL)
-    convert.from_peft(tmp_path, adapted, 0, "mixtral")
-    expected = convert.from_hugging_face(merged, 0, MIXTRAL)
-    assert_close(array(adapted(TOKENS)), array(expected(TOKENS)))
-
-
-def save_adapter(folder, arrays, config):
-    safetensors_numpy.save_file(arrays, folder / "adapter_model.safetensors")
-    (folder / "adapter_config.json").write_text(json.dumps(config))
-
-
-@on_one_backend
-def test_adapters_of_other_things_than_experts_are_refused(tmp_path):
-    layer = mixtral()
-    layer.experts.enable_lora(2)
-    arrays, config = convert.to_peft(layer, 0, "mixtral")
-    gate = "base_model.model.model.layers.0.mlp.gate.lora_A.weight"
-    changes = [({gate: np.zeros((2, D))}, {}, 0), ({}, {"use_dora": True}, 0), ({}, {}, 1)]
-    for more_arrays, more_config, number in changes:
-        save_adapter(tmp_path, {**arrays, **more_arrays}, {**config, **more_config})
-        with pytest.raises(ValueError, match="An adapter must be of experts"):
-            convert.from_peft(tmp_path, mixtral(), number, "mixtral")
 
 
 OTHERS = [

@@ -2,17 +2,14 @@
 
 from keras_moe.convert.hugging_face import from_hugging_face, to_hugging_face
 from keras_moe.convert.keras_hub import layout_map, restore, use_sparse_experts
-from keras_moe.convert.peft import from_peft, to_peft
 from keras_moe.convert.transformers_format import save_to_transformers
 
 __all__ = [
     "from_hugging_face",
-    "from_peft",
     "layout_map",
     "restore",
     "save_to_transformers",
     "to_hugging_face",
-    "to_peft",
     "use_sparse_experts",
 ]
 

@@ -46,8 +46,8 @@ class Family(NamedTuple):
     - `layouts`: pairs of a prefix with `{layer}` and rules, of files and, if other, in memory.
     - `shared`: from a `Config` to the width of the shared expert; `gated_shared`: it has a gate.
     - `block`: its block in KerasHub.
-    - `model`, `backbones`: what Transformers calls its models, and the backbones of KerasHub that
-      become one with mixtures.
+    - `model`, `backbones`: name of its models in Transformers, and the KerasHub backbones that are
+      exported as such a model.
     """
 
     router: Callable
@@ -246,7 +246,7 @@ FAMILIES = {
     ),
 }
 
-# Families with the block of another one.
+# Families whose block is that of another family.
 _ALIKE = {
     "mixtral": "minimax",
     "qwen2_moe": "qwen3_next",

@@ -1,6 +1,6 @@
 """Conversion of MoE layers from and to the layouts of Hugging Face's model families."""
 
-import functools
+import operator
 import os
 from collections.abc import Mapping
 from typing import Any
@@ -10,7 +10,6 @@ import numpy as np
 
 from keras_moe import losses
 from keras_moe._internal.checks import check_choice, check_integer, shortened
-from keras_moe._internal.keras_internals import parameters_of
 from keras_moe.convert.families import IN_FILES, Config
 from keras_moe.convert.weights import check_plain, floats_of, read_config, tensor_reader
 from keras_moe.layers import GatedExperts, GatedFeedForward, MixtureOfExperts
@@ -55,7 +54,10 @@ def from_hugging_face(
     check_plain(mixture)
     read, names = tensor_reader(source)
     experts = range(mixture.experts.num_experts)
-    prefix, rules = _layout_in(names, config["model_type"], layer, experts)
+    for prefix, rules in reversed(IN_FILES[config["model_type"]].layouts):
+        prefix = prefix.format(layer=layer)
+        if prefix + rules[-1].theirs.format(expert=0) in names:  # Layouts differ in the experts.
+            break
     variables = _placed(mixture, rules, config)
     for rule in rules:
         if "{expert}" not in rule.theirs:
@@ -87,16 +89,20 @@ def to_hugging_face(mixture: MixtureOfExperts, layer: int, family: str) -> dict:
 
     >>> arrays = keras_moe.convert.to_hugging_face(mixture, 0, "mixtral")  # doctest: +SKIP
     """
-    return arrays_of(mixture, layer, family)
+    check_choice("family", family, IN_FILES)
+    return arrays_of(mixture, check_integer("layer", layer, minimum=0), family)
 
 
-def arrays_of(mixture, layer, family, but=()):
+def arrays_of(mixture, layer, family, without=()):
     """As `to_hugging_face`, without a part such as the shared expert."""
-    but = ("scaling_factor", *but)
-    prefix, rules, variables = layout_of(mixture, layer, family, 0, but)
-    # Without a place in the family's config, the factor of the router goes into the kernels.
-    has_place = "scaling_factor" in IN_FILES[family].router(config_like(mixture, family))
-    scale = 1.0 if has_place else getattr(mixture.router, "scaling_factor", 1.0)
+    check_plain(mixture, but=mixture.experts)
+    prefix, rules = IN_FILES[family].layouts[0]
+    prefix, config = prefix.format(layer=layer), config_like(mixture, family)
+    rules = tuple(rule for rule in rules if not rule.theirs.startswith(without))
+    variables = _placed(mixture, rules, config, ("scaling_factor", *without))
+    scale = getattr(mixture.router, "scaling_factor", 1.0)
+    if "scaling_factor" in IN_FILES[family].router(config):
+        scale = 1.0  # The config has it; other families have it in their kernels.
 
     def value(name):
         if not name.startswith("experts."):
@@ -131,7 +137,7 @@ def _parts_of(config, dtype=None):
     # All weights are assigned later; drawing them would take long.
     experts = {"activation": activation, "kernel_initializer": "zeros", **family.experts(config)}
     router = {"top_k": config["num_experts_per_tok"], **family.router(config)}
-    # Theirs is K at balance for all layers together, ours is 1 for each.
+    # At balance, Hugging Face's loss of all layers is K, and ours is 1 for each layer.
     weight = config.get("router_aux_loss_coef", 0) * config["num_experts_per_tok"]
     weight /= config.get("num_hidden_layers", 1)
     return {
@@ -142,31 +148,6 @@ def _parts_of(config, dtype=None):
         and GatedFeedForward(family.shared(config), activation, dtype=dtype),
         "gated_shared_expert": family.gated_shared,
     }
-
-
-def _layout_in(names, family, layer, experts):
-    """The prefix and the rules of the family's first layout without a missing weight."""
-    missing = []
-    for prefix, rules in IN_FILES[family].layouts:
-        prefix = prefix.format(layer=layer)
-        wanted = [prefix + rule.theirs.format(expert=e) for e in experts for rule in rules]
-        absent = [name for name in wanted if name not in names]
-        if not absent:
-            return prefix, rules
-        missing.append(absent[0])
-    rule = f"A MoE block of {family!r} with {len(experts)} experts must have all its weights"
-    raise ValueError(f"{rule}. Received: layer={layer} without {' or '.join(map(repr, missing))}")
-
-
-def layout_of(mixture, layer, family, number, but=()):
-    """The prefix and the rules of a layout of a family, and the variables of a layer by name."""
-    layer = check_integer("layer", layer, minimum=0)
-    prefix, rules = IN_FILES[check_choice("family", family, IN_FILES)].layouts[number]
-    check_plain(mixture, but=mixture.experts)
-    if "shared_expert" in but:
-        rules = [rule for rule in rules if not rule.theirs.startswith("shared_expert")]
-    variables = _placed(mixture, rules, config_like(mixture, family), but)
-    return prefix.format(layer=layer), rules, variables
 
 
 def config_like(mixture, family):
@@ -190,22 +171,17 @@ def config_like(mixture, family):
     )
 
 
-def _placed(mixture, rules, config, but=()):
+def _placed(mixture, rules, config, ignored=()):
     """The variables that rules name, of a layer that computes exactly the block of a config."""
-    wrong, placed = _differences(mixture, config, but), {}
+    wrong, placed = _differences(mixture, config, ignored), {}
     if not wrong:
         names = [name for rule in rules for name in rule.ours]
-        placed = {name: functools.reduce(getattr, name.split("."), mixture) for name in names}
+        placed = {name: operator.attrgetter(name)(mixture) for name in names}
         wrong += [f"no weight `{name}`" for name in names if placed[name] is None]
-        known = {id(variable) for variable in placed.values()}
-        checked = (mixture.router, mixture.experts) if "shared_expert" in but else (mixture,)
-        weights = [weight for part in checked for weight in parameters_of(part)]
         bias = getattr(mixture.router, "selection_bias", None)
-        if bias is not None and np.any(keras.ops.convert_to_numpy(bias)):  # Zeros change no choice.
-            weights.append(bias)
-        # The factors of LoRA are written with the kernels.
-        more = [each for each in weights if id(each) not in known and "_lora_" not in each.name]
-        wrong += [f"a weight {each.path!r} without a place" for each in more]
+        if bias is not None and "router.selection_bias" not in placed:
+            if np.any(keras.ops.convert_to_numpy(bias)):  # Zeros change no choice.
+                wrong.append("a `selection_bias`")
     if wrong:
         rule = f"The layer must be a block of {config['model_type']!r}"
         raise ValueError(f"{rule}. Received: {'; '.join(wrong)}")
@@ -217,10 +193,10 @@ _TRAINING = ("name", "trainable", "dtype", "seed", "balancer", "input_jitter", "
 _SUFFIXES = ("_initializer", "_regularizer", "lora_rank", "lora_alpha")
 
 
-def _differences(mixture, config, but):
-    """Why a layer computes something else than the block of a config, but for some arguments."""
+def _differences(mixture, config, ignored):
+    """What a layer computes differently from the block of a config, some arguments ignored."""
     found, parts = [], _parts_of(config)
-    for name in sorted({"router", "experts", "shared_expert"}.difference(but)):
+    for name in sorted({"router", "experts", "shared_expert"}.difference(ignored)):
         part, wanted = getattr(mixture, name), parts[name]
         methods = ("call", "route", "logits", "project", "select", "network")
         own, other = type(part), type(wanted)
@@ -234,13 +210,13 @@ def _differences(mixture, config, but):
             found += [
                 f"{key}={shortened(given.get(key))}, not {shortened(value)}"
                 for key, value in wanted.get_config().items()
-                if key not in (*_TRAINING, *but, "renormalize") and not key.endswith(_SUFFIXES)
+                if key not in (*_TRAINING, *ignored, "renormalize") and not key.endswith(_SUFFIXES)
                 if given.get(key) != value
             ]
     if not found and renormalizes(mixture.router) != renormalizes(parts["router"]):
         found.append(f"renormalize={mixture.router.renormalize}")
     is_gated = mixture.gated_shared_expert
-    if is_gated != parts["gated_shared_expert"] and "shared_expert" not in but:
+    if is_gated != parts["gated_shared_expert"] and "shared_expert" not in ignored:
         found.append(f"gated_shared_expert={is_gated}")
     if mixture.capacity is not None and mixture.capacity.evaluation_factor is not None:
         found.append(f"evaluation_factor={mixture.capacity.evaluation_factor}, not None")

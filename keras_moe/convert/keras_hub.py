@@ -3,6 +3,7 @@
 import gc
 import inspect
 import operator
+from typing import Any
 
 import keras
 from keras import ops
@@ -143,9 +144,8 @@ class SparseBlock:
     Its router and experts also have KerasHub's names, which files of weights use.
     """
 
-    def __init__(self, block, family, mixture):
+    def __init__(self, block, names, mixture):
         keras.Layer.__init__(self, name=block.name, dtype=block.dtype_policy)
-        names = family.block
         self._returns_weights = names.returns_weights
         holder, (*holders, router) = self, names.router.split(".")
         for name in holders:
@@ -188,7 +188,7 @@ def token_mask(attention_mask, leading):
 class RelaidExperts(GatedExperts):
     """Gated experts whose files have the layout of another bank."""
 
-    fixed_arguments = ("rules", "run_mixture")  # that no config of a file has
+    fixed_arguments = ("rules", "run_mixture")  # These are not in saved configs.
 
     def __init__(self, num_experts, *args, rules, **kwargs):
         super().__init__(num_experts, *args, **kwargs)
@@ -216,7 +216,7 @@ class RelaidExperts(GatedExperts):
 
 
 class SparseRouter(keras.Layer):
-    """A router that a decoder calls before its experts; it returns the inputs of its mixture's."""
+    """The router that a decoder calls; it returns the inputs of the router of the mixture."""
 
     def __init__(self, router, mixture):
         super().__init__(name=router.name, dtype=router.dtype_policy)
@@ -274,29 +274,30 @@ class BareMixture(MixtureOfExperts):
 
 def sparse_layers(owner, block, family):
     """A dict from KerasHub layers, a block or its parts, to the layers that replace them."""
-    layer = block if family.block.is_decoder else owner
-    mixture = _mixture_like(block, family, name=f"{layer.name}_mixture")
+    theirs, features = family.block, block.hidden_dim
+    holder = block if theirs.is_decoder else owner
+    mixture = _mixture_like(block, family, name=f"{holder.name}_mixture")
     with names_below(block.path):
-        mixture.build((None, None, block.hidden_dim))
-    if not family.block.is_decoder:
+        mixture.build((None, None, features))
+    if not theirs.is_decoder:
         cls = type(block)
         # Under the old name: files of weights use it for layers in a list.
         sparse_class = type(cls.__name__, (SparseBlock, cls), {"__module__": __name__})
-        sparse = sparse_class(block, family, mixture)
-        theirs = family.block
-        names = (theirs.router, theirs.experts, theirs.shared, theirs.shared_gate)
-        way_back = _exchange(block, sparse, block.hidden_dim, list(filter(None, names)))
-        sparse.make_dense = lambda: {sparse: way_back(sparse, mixture)}
+        sparse = sparse_class(block, theirs, mixture)
+        names = [theirs.router, theirs.experts]
+        names += [theirs.shared, theirs.shared_gate] if theirs.shared else []
+        dense_like = _exchange(block, sparse, features, names)
+        sparse.make_dense = lambda: {sparse: dense_like(sparse, mixture)}
         return {block: sparse}
-    # A function, where Keras would save an attribute that is a layer.
+    # A function, as Keras would save an attribute that is a layer.
     mixture.experts.run_mixture = lambda tokens, seen: mixture(tokens, router_inputs=seen)
     router, experts = block.moe_router, block.moe_expert_bank
     sparse = SparseRouter(router, mixture)
-    of_router = _exchange(router, sparse, block.hidden_dim, ["rms_norm", "proj"])
-    of_experts = _exchange(experts, mixture.experts, block.hidden_dim)
+    router_like = _exchange(router, sparse, features, ["rms_norm", "proj"])
+    experts_like = _exchange(experts, mixture.experts, features)
     sparse.make_dense = lambda: {
-        sparse: of_router(sparse, mixture),
-        mixture.experts: of_experts(mixture.experts, mixture),
+        sparse: router_like(sparse, mixture),
+        mixture.experts: experts_like(mixture.experts, mixture),
     }
     return {router: sparse, experts: mixture.experts}
 
@@ -313,14 +314,14 @@ _ATTRIBUTES = {
 
 
 def _exchange(dense, sparse, features, names=()):
-    """Give a sparse layer the weights of a dense one, and return a function for the way back."""
+    """Give a sparse layer the weights of a dense one; return a function that makes that again."""
     _give_weights(dense, sparse, names)
     cls, folder = type(dense), dense.path.rpartition("/")[0]
     arguments = {"name": dense.name, "dtype": dense.dtype_policy}
     for name in inspect.getfullargspec(cls.__init__).args[1:]:  # Configs lack some.
         arguments[name] = getattr(dense, name if hasattr(dense, name) else _ATTRIBUTES[name])
 
-    def way_back(sparse, mixture):
+    def dense_like(sparse, mixture):
         num_experts, top_k = mixture.experts.num_experts, mixture.router.top_k
         numbers = dict(num_experts=num_experts, top_k=top_k, num_experts_per_token=top_k)
         made = cls(**{name: numbers.get(name, value) for name, value in arguments.items()})
@@ -329,7 +330,7 @@ def _exchange(dense, sparse, features, names=()):
         _give_weights(sparse, made, names)
         return made
 
-    return way_back
+    return dense_like
 
 
 def _give_weights(source, target, names):
@@ -340,7 +341,7 @@ def _give_weights(source, target, names):
         weights: dict = {}
         each.save_own_variables(weights)
         other.load_own_variables(weights)
-        if other.trainable != each.trainable:  # It is handed to all sublayers.
+        if other.trainable != each.trainable:  # Setting it sets all sublayers.
             other.trainable = each.trainable
 
 
@@ -354,15 +355,13 @@ def _mixture_like(block, family, name):
     width = getattr(getattr(block, theirs.experts), down).shape[1]
     top_k = block.num_experts_per_token if theirs.is_decoder else block.top_k
     # All weights are assigned later; drawing them would take long.
-    arguments: dict = {"kernel_initializer": "zeros", **family.experts(config)}
-    experts = (CalledExperts if theirs.is_decoder else RelaidExperts)(
-        block.num_experts, width, rules=theirs.weights, name="experts", dtype=dtype, **arguments
-    )
-    arguments = {"kernel_initializer": "zeros", **family.router(config)}
+    zeros: Any = {"kernel_initializer": "zeros"}
+    bank = CalledExperts if theirs.is_decoder else RelaidExperts
+    named = {"rules": theirs.weights, "name": "experts", "dtype": dtype}
     coefficients = ("router_aux_loss_coef", "router_aux_loss_coefficient")
     return BareMixture(
-        experts,
-        BareRouter(block.num_experts, top_k, name="router", **arguments),
+        bank(block.num_experts, width, **named, **zeros, **family.experts(config)),
+        BareRouter(block.num_experts, top_k, name="router", **zeros, **family.router(config)),
         [losses.LoadBalance(getattr(block, each)) for each in coefficients if hasattr(block, each)],
         shared_expert=getattr(block, theirs.shared) if theirs.shared else None,
         gated_shared_expert=theirs.shared_gate is not None,

@@ -79,14 +79,15 @@ def save_to_transformers(model: keras.Model, folder: str | os.PathLike) -> None:
     config = _config(backbone, mixtures)
     arrays: dict = {}
     in_mixtures: set = set()
-    for number, mixture in ((number, each) for number, own in enumerate(mixtures) for each in own):
-        # The shared expert is KerasHub's, and one of the other layers.
-        arrays |= arrays_of(mixture, number, config["model_type"], but=("shared_expert",))
-        parts = [*mixture.router._flatten_layers(), *mixture.experts._flatten_layers()]
-        in_mixtures |= {id(layer) for layer in [mixture, *parts]}
+    for number, own in enumerate(mixtures):
+        for mixture in own:
+            # The shared expert is KerasHub's, and one of the other layers.
+            arrays |= arrays_of(mixture, number, config["model_type"], without=("shared_expert",))
+            parts = [*mixture.router._flatten_layers(), *mixture.experts._flatten_layers()]
+            in_mixtures |= {id(layer) for layer in [mixture, *parts]}
     for layer in backbone._flatten_layers():
         if id(layer) not in in_mixtures and own_variables(layer):
-            arrays |= _arrays_of(layer)
+            arrays |= _arrays_outside(layer)
     folder = pathlib.Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     arrays = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
@@ -94,8 +95,8 @@ def save_to_transformers(model: keras.Model, folder: str | os.PathLike) -> None:
     (folder / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
 
 
-def _arrays_of(layer):
-    """The weights of a layer outside of experts, under the names and in the shapes of files."""
+def _arrays_outside(layer):
+    """The weights of a layer outside mixtures, under the names and in the shapes of files."""
     folder, _, name = layer.path.rpartition("/")
     block = re.search(r"transformer_layer_(\d+)", layer.path)
     theirs = (_IN_BLOCKS if block else _OUTSIDE).get(name)

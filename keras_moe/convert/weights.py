@@ -25,8 +25,7 @@ class Rule(NamedTuple):
         theirs, number = np.swapaxes(theirs, -1, -2) if self.transposed else theirs, len(self.ours)
         if self.interleaved:
             return [theirs[..., place::number] for place in range(number)]
-        width = theirs.shape[-1] // number
-        return [theirs[..., place * width : (place + 1) * width] for place in range(number)]
+        return np.split(theirs, number, axis=-1)
 
     def join(self, ours):
         joined = np.concatenate(ours, axis=-1)
@@ -51,12 +50,12 @@ def check_plain(layer, but=None):
             raise ValueError(f"{rule}. Received: {part.path!r} with such kernels")
 
 
-def read_config(source, name="config.json"):
+def read_config(source):
     if hasattr(source, "keys"):
         raise ValueError("Weights by name must come with a `config`. Received: config=None")
     path = pathlib.Path(source)
     folder = path.parent if path.suffix == ".safetensors" else path
-    return json.loads((folder / name).read_text(encoding="utf-8"))
+    return json.loads((folder / "config.json").read_text(encoding="utf-8"))
 
 
 def tensor_reader(source):
@@ -72,21 +71,20 @@ def tensor_reader(source):
         files = {name: file for file in opened for name in file.keys()}
         get, names = lambda name: files[name].get_tensor(name), set(files)
 
-    rule = "Weights must be floats of at least 16 bits, of a model that is not quantized."
-    fix = "Dequantize the model first, for example by `model.float()` and `save_pretrained`."
+    rule = "A block must have all its weights, as floats of at least 16 bits: dequantize others."
 
     def read(name):
         try:
             return _floats(get(name))
         except Exception as error:
-            raise ValueError(f"{rule} Received: {name!r} ({error}). {fix}") from error
+            raise ValueError(f"{rule} Received: {name!r} ({error}).") from error
 
     return read, names
 
 
 def _floats(tensor):
     tensor = tensor if hasattr(tensor, "dtype") else np.asarray(tensor)
-    # Fewer bits have scales beside them.
+    # Weights of fewer bits are quantized, with scales in other tensors.
     if not any(f"float{bits}" in str(tensor.dtype) for bits in (16, 32, 64)):
         raise TypeError(f"its dtype is {tensor.dtype}")
     if hasattr(tensor, "detach"):  # PyTorch

@@ -19,8 +19,32 @@ def replace(model, replacements):
     layer whose config lacks a new sublayer, and names of its attributes. Call `forget_old_weights`
     on the model afterwards.
     """
-    replacement = _Replacement(replacements)
-    return replacement.of(model), replacement.changes
+    changes: list = []
+    done: dict = {}
+    removed = {layer for layer, new in replacements.items() if new is None}
+
+    def new(layer):
+        """What replaces a layer of the model: another layer, or mostly the layer itself."""
+        if layer in replacements:
+            # The surrounding layer still calls the removed one.
+            nothing = keras.layers.Identity(name=layer.name, dtype=layer.dtype_policy.name)
+            return replacements[layer] or nothing
+        if layer not in done and is_graph(layer):
+            found = {part: new(part) for part in layer.layers}
+            is_same = all(part is other for part, other in found.items())
+            done[layer] = layer if is_same else _rebuilt(layer, found, removed)
+        elif layer not in done:
+            attributes = sublayers(layer)
+            found = {part: new(part) for part in (*own_layers(layer), *attributes.values())}
+            names = [name for name, part in attributes.items() if found[part] is not part]
+            for name in names:
+                set_state(layer, name, found[attributes[name]])
+            if names and not isinstance(layer, TransformerBlock):  # whose config has its sublayer
+                changes.append((layer, names))
+            done[layer] = layer
+        return done[layer]
+
+    return new(model), changes
 
 
 def is_graph(layer):
@@ -30,70 +54,33 @@ def is_graph(layer):
 
 
 def sublayers(layer):
-    """Pairs of a name and a Keras layer, for all attributes that are layers."""
+    """The attributes of a layer that are Keras layers, a dict by name."""
     # PyTorch keeps modules apart from other attributes.
-    names = [*vars(layer), *vars(layer).get("_modules", ())]
-    pairs = [(name, getattr(layer, name)) for name in names]
-    return [(name, value) for name, value in pairs if isinstance(value, keras.Layer)]
+    values = {
+        name: getattr(layer, name) for name in (*vars(layer), *vars(layer).get("_modules", ()))
+    }
+    return {name: value for name, value in values.items() if isinstance(value, keras.Layer)}
 
 
-class _Replacement:
-    """Replaces layers of a model, from the inside out."""
-
-    def __init__(self, replacements):
-        self.replacements = replacements
-        self.changes: list = []
-        self._done: dict[int, keras.Layer] = {}
-
-    def of(self, layer):
-        """The layer in the place of a layer of the model; mostly itself."""
-        if layer in self.replacements:
-            # The surrounding layer still calls the removed one.
-            nothing = keras.layers.Identity(name=layer.name, dtype=layer.dtype_policy.name)
-            return self.replacements[layer] or nothing
-        if id(layer) not in self._done:
-            replace_in = self._graph if is_graph(layer) else self._attributes
-            self._done[id(layer)] = replace_in(layer)
-        return self._done[id(layer)]
-
-    def _attributes(self, layer):
-        names = []
-        for name, sublayer in sublayers(layer):
-            new = self.of(sublayer)
-            if new is not sublayer:
-                set_state(layer, name, new)
-                names.append(name)
-        for sublayer in own_layers(layer):
-            self.of(sublayer)
-        if names and not isinstance(layer, TransformerBlock):  # whose config has its sublayer
-            self.changes.append((layer, names))
-        return layer
-
-    def _graph(self, model):
-        new = {layer: self.of(layer) for layer in model.layers}
-        if all(layer is other for layer, other in new.items()):
-            return model
-
-        def is_removed(layer):
-            return layer in new and self.replacements.get(layer, layer) is None
-
-        if isinstance(model, keras.Sequential):
-            (x,) = model.inputs
-            inputs = keras.Input(batch_shape=x.shape, dtype=x.dtype, name=x.name)
-            layers = [new[layer] for layer in model.layers if not is_removed(layer)]
-            made = keras.Sequential([inputs, *layers], name=model.name)
-        else:
-            made = keras.models.clone_model(
-                # Of a compiled model Keras would copy losses and metrics too, which not all can be.
-                keras.Model(model.input, model.output, name=model.name),
-                # Operations such as `+` are no layers, and stay as they are.
-                clone_function=lambda layer: layer if is_removed(layer) else new.get(layer, layer),
-                call_function=lambda layer, *args, **kwargs: (
-                    args[0] if is_removed(layer) else layer(*args, **kwargs)
-                ),
-            )
-        compile_like(made, model)
-        return made
+def _rebuilt(model, new, removed):
+    """A model of `new[layer]` in the place of each layer of a graph, without `removed` layers."""
+    if isinstance(model, keras.Sequential):
+        (x,) = model.inputs
+        inputs = keras.Input(batch_shape=x.shape, dtype=x.dtype, name=x.name)
+        layers = [new[layer] for layer in model.layers if layer not in removed]
+        made = keras.Sequential([inputs, *layers], name=model.name)
+    else:
+        made = keras.models.clone_model(
+            # Not compiled: Keras would copy losses and metrics too, and cannot copy all.
+            keras.Model(model.input, model.output, name=model.name),
+            # Operations such as `+` are no layers, and stay as they are.
+            clone_function=lambda layer: layer if layer in removed else new.get(layer, layer),
+            call_function=lambda layer, *args, **kwargs: (
+                args[0] if layer in removed else layer(*args, **kwargs)
+            ),
+        )
+    compile_like(made, model)
+    return made
 
 
 def backbones(model):
@@ -109,9 +96,9 @@ def record_changes(model, changes):
     Changes are pairs of a layer and names of attributes, whose values are saved.
     """
     for holder in [*backbones(model), model]:
-        paths = {id(layer): path for path, layer in _walk(holder)}
-        own = [(paths[id(layer)], tuple(names)) for layer, names in changes if id(layer) in paths]
-        changes = [(layer, names) for layer, names in changes if id(layer) not in paths]
+        paths = {layer: path for path, layer in _walk(holder)}
+        own = [(paths[layer], tuple(names)) for layer, names in changes if layer in paths]
+        changes = [(layer, names) for layer, names in changes if layer not in paths]
         if own:
             _set_record(holder, [*recorded(holder)[0], *own], recorded(holder)[1])
 

@@ -45,40 +45,22 @@ def build_and_measure(name, layer, inputs_shape, num_kept=None):
         raise TypeError(
             f"`{name}` must not be a bank: use `MixtureOfExperts(bank)`. Received: {layer!r}"
         )
-    is_spelled_out = all(
-        getattr(type(layer), method) is not getattr(keras.Layer, method)
-        for method in ("build", "compute_output_shape")
-    )
-    if is_spelled_out:
-        if not layer.built:
-            layer.build(inputs_shape)
-        shape = layer.compute_output_shape(inputs_shape)
-    else:
-        # A layer of `__init__` and `call` only: a symbolic call builds and measures it.
-        outputs = _try(layer, inputs_shape)
-        shape = getattr(outputs, "shape", None)
+    shape = getattr(_symbolic_outputs(layer, inputs_shape), "shape", ())  # () of several outputs
     leading = tuple(inputs_shape)[: -1 if num_kept is None else num_kept]
-    # Several outputs have a list of shapes, or a dict.
-    try:
-        shape = tuple(shape)
-        has_rank = len(shape) == len(inputs_shape) or (num_kept is not None and len(shape) > 1)
-        fits = has_rank and all(size is None or int(size) >= 0 for size in shape)
-    except TypeError:
-        fits = False
-    if not fits or any(None not in pair and pair[0] != pair[1] for pair in zip(shape, leading)):
+    has_rank = len(shape) == len(inputs_shape) or (num_kept is not None and len(shape) > 1)
+    if not has_rank or any(None not in pair and pair[0] != pair[1] for pair in zip(shape, leading)):
         raise ValueError(
             f"`{name}` must keep the axes {leading} of its inputs. Received: layer "
             f"`{layer.name}`, which makes {shape} of {tuple(inputs_shape)}"
         )
-    return shape
+    return tuple(shape)
 
 
-def _try(layer, inputs_shape):
-    """The output of a layer for symbolic inputs; for zeros, if it is a module of PyTorch."""
+def _symbolic_outputs(layer, inputs_shape):
     inputs = keras.KerasTensor(inputs_shape, layer.compute_dtype)
     try:
         return layer(inputs)
-    except NotImplementedError:
+    except NotImplementedError:  # A module of PyTorch takes values only.
         sizes = [1 if size is None else size for size in inputs_shape]
         zeros = keras.ops.zeros(sizes, layer.compute_dtype)
         shape = layer(zeros, training=False).shape
@@ -94,45 +76,42 @@ def call_part(name, layer, inputs, shape, **arguments):
         # Keras would warn of a `Sequential` of layers that do not support it.
         layer.supports_masking = True
     outputs = layer(inputs, **arguments)
-    # Of another shape than it was built for, the sum with it would broadcast.
+    # The sum with outputs of another shape would broadcast.
     axes = "ABCDEFGHIJ"[: len(shape)]
     check_tensors(dict(zip(axes, shape)), **{f"{name}(inputs)": (outputs, axes, "float")})
     return outputs
 
 
-def warn_of_repetition(layer, inputs):
-    """Warn if symbolic inputs were computed by the layer itself, as where a loop repeats it."""
-    tensors, seen = [inputs], set()
+def _ancestors(tensor, is_end=lambda tensor: False):
+    """A symbolic tensor and those it was computed from, back to each that `is_end`."""
+    tensors, seen = [tensor], set()
     while tensors:
         tensor = tensors.pop()
-        if id(tensor) in seen:
-            continue
-        seen.add(id(tensor))
-        if operation_of(tensor) is layer:
-            warnings.warn(
-                f"`{layer.name}` receives what it has computed itself: it is in several places, "
-                "which share its weights. If that is not meant, make one for each.",
-                stacklevel=3,
-            )
-            return
-        tensors += sources_of(tensor)
+        if id(tensor) not in seen:
+            seen.add(id(tensor))
+            yield tensor
+            tensors += [] if is_end(tensor) else sources_of(tensor)
+
+
+def warn_of_repetition(layer, inputs):
+    """Warn if symbolic inputs were computed by the layer itself, as where a loop repeats it."""
+    if any(operation_of(tensor) is layer for tensor in _ancestors(inputs)):
+        warnings.warn(
+            f"`{layer.name}` receives what it has computed itself: it is in several places, "
+            "which share its weights. If that is not meant, make one for each.",
+            stacklevel=3,
+        )
 
 
 def warn_of_lost_mask(layer, inputs):
     """Warn if symbolic inputs (batch, ..., D) had a mask that an operation such as `+` dropped."""
-    tensors = [inputs]
     is_slice = type(operation_of(inputs)).__name__ == "GetItem"
-    seen: set[int] = set()
-    while tensors:
-        tensor = tensors.pop()
+    for tensor in _ancestors(inputs, lambda tensor: get_keras_mask(tensor) is not None):
         mask = get_keras_mask(tensor)
-        if mask is None:
-            tensors += [each for each in sources_of(tensor) if id(each) not in seen]
-            seen.update(map(id, tensors))
-        elif tensor is not inputs and (
-            tuple(mask.shape) == tuple(inputs.shape[:-1])
-            or (is_slice and len(mask.shape) == len(inputs.shape) - 1)
-        ):
+        if mask is None or tensor is inputs:
+            continue
+        is_like_inputs = tuple(mask.shape) == tuple(inputs.shape[:-1])
+        if is_like_inputs or (is_slice and len(mask.shape) == len(inputs.shape) - 1):
             warnings.warn(
                 f"The mask of `{tensor.name}` is lost before `{layer.name}`, which counts and "
                 "computes padding: `+`, slices and other operations pass no mask on. Pass `mask=` "

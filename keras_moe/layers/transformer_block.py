@@ -31,9 +31,9 @@ class TransformerBlock(Recomputable):
         dropout: float = 0.0,
         **kwargs: Any,
     ):
-        # `feedforward` has a default so that a call without it ends here.
         super().__init__(**kwargs)
         self.num_heads = check_integer("num_heads", num_heads)
+        # It has a default so that this message shows where it is missing.
         example = "`MixtureOfExperts(num_experts=8, hidden_dim=256)`"
         self.feedforward = resolve("feedforward", feedforward, keras.Layer, example=example)
         self.dropout = check_number("dropout", dropout, below=1)

@@ -3,14 +3,11 @@
 Axes: B batch, L length, M cached length, D features, N heads, F features of a head.
 """
 
-import inspect
-import operator
 import threading
 import warnings
 from typing import Any
 
 import keras
-import numpy as np
 from keras import ops
 
 from keras_moe._internal import Tensor
@@ -19,7 +16,7 @@ from keras_moe._internal.serialization import register
 from keras_moe.layers.mixture_of_experts import MixtureOfExperts
 from keras_moe.layers.transformer_block import TransformerBlock
 
-_of_thread = threading.local()
+_of_thread = threading.local()  # Its `decoding` is the context that a thread is in.
 
 
 @register
@@ -46,8 +43,8 @@ class TransformerDecoderBlock(TransformerBlock):
         context: (batch, context length, C) float tensor, with cross-attention and without cache.
         context_mask: (batch, context length) bool tensor. Default: the Keras mask of the context.
         cache: Dict that `make_cache` or an earlier call returned.
-        position: Integer or integer tensor, with a cache: the position of the first input. One in a
-            tensor is not checked, but moved to the nearest position where the inputs fit.
+        position: Integer or integer tensor, with a cache: the position of the first input. A tensor
+            is not checked: it is moved to the nearest position where the inputs fit.
 
     Other arguments, errors and call arguments: as for `TransformerEncoderBlock`.
 
@@ -86,7 +83,7 @@ class TransformerDecoderBlock(TransformerBlock):
                     warnings.warn(reason, stacklevel=2)
 
     def build(self, inputs_shape, context_shape=None):
-        self._check_context(context_shape is not None)
+        self._check_context(context_shape)
         self._attention_norm = self._build_norm("attention_norm", inputs_shape)
         shapes = (inputs_shape, inputs_shape)
         self._attention = self._build_attention(CachedAttention, "attention", *shapes)
@@ -102,12 +99,6 @@ class TransformerDecoderBlock(TransformerBlock):
             self._context_attention.prefix = "context_"
         self._build_feed_forward(inputs_shape)
 
-    def __call__(self, *args, **kwargs):
-        # Keras makes a tensor of an array, whose value is not looked at.
-        if isinstance(kwargs.get("position"), (np.ndarray, np.generic)):
-            kwargs["position"] = operator.index(kwargs["position"])
-        return super().__call__(*args, **kwargs)
-
     def call(
         self,
         inputs: Tensor,
@@ -119,7 +110,7 @@ class TransformerDecoderBlock(TransformerBlock):
         position: int | Tensor | None = None,
         token_ids: Tensor | None = None,
     ) -> Tensor | tuple:
-        decoding = Decoding.current() if cache is None else None
+        decoding = getattr(_of_thread, "decoding", None) if cache is None else None
         if decoding is not None:
             cache, position = decoding.cache_of(self, inputs), decoding.position
             mask = decoding.mask
@@ -160,28 +151,25 @@ class TransformerDecoderBlock(TransformerBlock):
         if (cache is None) != (position is None):
             rule = "`cache` and `position` must be passed together"
             raise ValueError(f"{rule}. Received: {position=}, cache: {cache is not None}")
+        self._check_context(context, context_mask, cache)
         if cache is None:
-            self._check_context(context is not None, context_mask is not None)
             return
-        if context is not None or context_mask is not None:
-            rule = "`context` and its mask must be left out with a `cache`, which has them"
-            raise ValueError(f"{rule}. Received: one of them in a call")
-        dtype = "int" if isinstance(position, int) else ops.convert_to_tensor(position).dtype
-        if "int" not in str(dtype):
+        if "int" not in str(getattr(position, "dtype", type(position))):
             raise TypeError(f"`position` must be an integer. Received: position={position}")
         (batch_size, room), length = cache["mask"].shape, inputs.shape[1]
-        if None not in (batch_size, inputs.shape[0]) and batch_size != inputs.shape[0]:
-            rule = "`cache` must be of as many sequences as `inputs`"
-            raise ValueError(f"{rule}. Received: {batch_size}, not {inputs.shape[0]}")
+        check_tensors({"B": batch_size}, inputs=(inputs, "BLD"))
         known = all(isinstance(size, int) for size in (position, length, room))
         if known and not 0 <= position <= room - length:
             received = f"position={position}, {length} tokens and a cache for {room}"
             raise ValueError(f"The inputs must fit into the cache. Received: {received}")
 
-    def _check_context(self, given, mask_given=False):
-        if given != self.cross_attention or mask_given > given:
-            rule = "A block takes a `context` if and only if it has `cross_attention=True`"
-            received = f"context {'given' if given else 'missing'}{', a mask' * mask_given}"
+    def _check_context(self, context, mask=None, cache=None):
+        wanted, given = self.cross_attention and cache is None, context is not None
+        if given != wanted or (mask is not None and not given):
+            rule = (
+                "A block takes a `context` if and only if it has `cross_attention` and no `cache`"
+            )
+            received = f"context {'given' if given else 'missing'}{', a mask' * (mask is not None)}"
             raise ValueError(f"{rule}, and a `context_mask` with it. Received: {received}")
 
     def make_cache(
@@ -207,7 +195,7 @@ class TransformerDecoderBlock(TransformerBlock):
         if not self.built:
             rule = "A block must be built before it makes a cache"
             raise ValueError(f"{rule}. Received: `{self.name}`, not built")
-        self._check_context(context is not None, context_mask is not None)
+        self._check_context(context, context_mask)
         if context is not None:
             context = ops.convert_to_tensor(context)
             check_tensors({"B": batch_size}, context=(context, "BSC", "float"))
@@ -222,12 +210,19 @@ class TransformerDecoderBlock(TransformerBlock):
         context, mask = self._without_padding(context, mask, "context_mask")
         return self._context_attention.keys_and_values(context, mask)
 
-    def compute_output_spec(self, *args, **kwargs):
-        given = inspect.signature(self.call).bind(*args, **kwargs).arguments
-        names = ("inputs", "context", "context_mask", "cache", "position")
-        inputs, *_, cache, _ = arguments = [given.get(name) for name in names]
-        self._check_call(*arguments)
-        outputs = super().compute_output_spec(inputs, given.get("mask"))
+    def compute_output_spec(
+        self,
+        inputs,
+        mask=None,
+        context=None,
+        context_mask=None,
+        training=None,
+        cache=None,
+        position=None,
+        token_ids=None,
+    ):
+        self._check_call(inputs, context, context_mask, cache, position)
+        outputs = super().compute_output_spec(inputs, mask)
         if cache is None:
             return outputs
         return outputs, {k: keras.KerasTensor(v.shape, v.dtype) for k, v in cache.items()}
@@ -326,16 +321,8 @@ class Decoding:
     def __exit__(self, *error):
         _of_thread.decoding = None
 
-    @staticmethod
-    def current() -> "Decoding | None":
-        """The context that this thread is in, or None."""
-        return getattr(_of_thread, "decoding", None)
-
     def cache_of(self, block, inputs):
         """The cache of a block that is called: of the earlier pass, or an empty one."""
-        if block.cross_attention:
-            rule = "`generate` needs blocks without `cross_attention`: with it, use `make_cache`"
-            raise ValueError(f"{rule}. Received: `{block.name}` with it")
         if self._earlier is None:
             return block.make_cache(ops.shape(inputs)[0], self.length)
         return self._earlier[len(self.caches)]

@@ -1,10 +1,7 @@
 """Fewer or more experts, or fewer for each token, in a trained model."""
 
-import json
 import math
 import operator
-import os
-import pathlib
 import random
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -23,7 +20,6 @@ from keras_moe.surgery import cutting, measuring
 __all__ = [
     "Surgery",
     "add_experts",
-    "apply_selection",
     "merge_experts",
     "prune_experts",
     "set_top_k",
@@ -32,26 +28,16 @@ __dir__ = __all__.copy
 
 
 class Surgery(NamedTuple):
-    """The changes to a model; dicts are by the names of layers.
+    """Changes to the experts of a model.
 
-    - `experts`: dict of lists with, for each expert now, the numbers of the experts it comes from;
-      merged ones have several, first the most used.
+    - `experts`: dict from the name of a layer to a list with, for each of its experts now, the
+      numbers of the experts that it comes from; merged ones have several, first the most used.
     - `loss_before`, `loss_after`: on the data, None without targets or if it is not compiled.
-    - `usage`: of merged experts, dict of what each expert served.
-    - `num_experts`: dict of the number of experts before.
     """
 
     experts: dict
     loss_before: Any = None
     loss_after: Any = None
-    usage: dict | None = None
-    num_experts: dict | None = None
-
-    def save(self, path: str | os.PathLike) -> None:
-        """Write the choice of experts to a JSON file, for `surgery.apply_selection`."""
-        names = ("experts", "usage", "num_experts")
-        text = json.dumps({name: getattr(self, name) for name in names})
-        pathlib.Path(path).write_text(text, encoding="utf-8")
 
 
 def prune_experts(
@@ -131,8 +117,8 @@ def add_experts(
 
     Expert e becomes the experts `factor * e` to `factor * e + factor - 1`, with copies of its
     column of the router. A token still goes to K experts: if K is 1, outputs stay the same without
-    noise. A compiled model trains on, with copies of optimizer slots such as the moments of Adam;
-    its optimizer starts again, with a warning, if other weights trained when it was built.
+    noise. A compiled model trains on with an optimizer that starts again, its learning rate
+    schedule included.
 
     Args:
         model: Keras model. A built model with MoE layers of stacked experts, or one such layer.
@@ -142,7 +128,7 @@ def add_experts(
         data: List of batches, for the losses: each inputs, targets and weights.
         seed: Integer or None. None draws one from Keras's, see `keras.utils.set_random_seed`.
 
-    Returns and raises: as `prune_experts`; `surgery.apply_selection` does not take the result.
+    Returns and raises: as `prune_experts`.
 
     Example:
 
@@ -157,19 +143,15 @@ def add_experts(
     noise = check_number("noise", noise)
     rng = np.random.default_rng(random.randrange(2**32) if seed is None else seed)
     layers, numbers, data = _plan(model, factor, data, "copy")
-    optimizer = getattr(model, "optimizer", None)
     groups = {}
     for name, layer in layers.items():
         had = _num_experts(layer)
-        groups[name] = [[expert] for expert in range(had) for _ in range(numbers[name] // had)]
+        groups[name] = np.arange(had).repeat(numbers[name] // had)[:, None].tolist()
 
     def noise_like(value):
         return noise * value.std() * rng.normal(size=value.shape)
 
-    surgery = _operate(model, layers, groups, data, noise=noise_like)
-    if optimizer is not None and optimizer.built:
-        cutting.copy_slots(optimizer, model.optimizer)
-    return surgery
+    return _operate(model, layers, groups, data, noise=noise_like)
 
 
 def set_top_k(model: keras.Layer, top_k: int | dict) -> None:
@@ -218,60 +200,19 @@ def set_top_k(model: keras.Layer, top_k: int | dict) -> None:
     forget_compiled(model)
 
 
-def apply_selection(model: keras.Layer, source: Surgery | str | os.PathLike) -> Surgery:
-    """Repeat a choice of experts in another model, in place, and return a `Surgery` without losses.
-
-    Args:
-        model: Keras model. As in `prune_experts`, with layers of the same names and experts, else a
-            ValueError is raised.
-        source: `Surgery`, or path of a file that `Surgery.save` wrote.
-
-    Example:
-
-    >>> experts = keras_moe.layers.FeedForwardExperts(8, 32)
-    >>> layer = keras_moe.layers.MixtureOfExperts(experts, name="moe")
-    >>> layer.build((None, 16))
-    >>> _ = keras_moe.surgery.apply_selection(layer, keras_moe.surgery.Surgery({"moe": [[1], [6]]}))
-    >>> layer.experts.num_experts
-    2
-    """
-    if not isinstance(source, Surgery):
-        saved = json.loads(pathlib.Path(source).read_text(encoding="utf-8"))
-        if not isinstance(saved, dict) or saved.keys() != {"experts", "usage", "num_experts"}:
-            rule = "`source` must be a file that `Surgery.save` wrote"
-            raise ValueError(f"{rule}. Received: {str(source)!r} with {shortened(saved)}")
-        source = Surgery(**saved)
-    found = moe_layers(model)
-    for name, groups in source.experts.items():
-        number = _num_experts(found[name]) if name in found else 0
-        chosen: list = sum(groups, [])
-        fits = len(set(chosen)) == len(chosen) and set(chosen) <= set(range(number))
-        meant = (source.num_experts or {}).get(name, number)
-        if not fits or meant != number:
-            rule = "`source` must be a choice among the experts of the model, each at most once"
-            received = f"{shortened(groups)} of {number} experts in {name!r}, made for {meant}"
-            raise ValueError(f"{rule}. Received: {received}")
-    numbers = {name: len(groups) for name, groups in source.experts.items()}
-    layers, _, _ = _plan(model, numbers, [], "merge" if source.usage else "cut")
-    used = source.usage and {name: np.array(each) for name, each in source.usage.items()}
-    return _operate(model, layers, source.experts, used=used)
-
-
 _num_experts = operator.attrgetter("experts.num_experts")
 
 
-def _operate(model, layers, groups, data=(), used=None, noise=None):
+def _operate(model, layers, groups, data, used=None, noise=None):
     """Keep the first expert of each group, merged with the others by usage if that is given."""
     before = measuring.loss_on(model, data)
-    had = {name: _num_experts(layer) for name, layer in layers.items()}
     for name in used or ():
         cutting.merge(layers[name].experts, groups[name], used[name])
-    chosen = {name: np.array([group[0] for group in groups[name]]) for name in layers}
-    cutting.take(model, {layers[name]: experts for name, experts in chosen.items()}, noise)
+    chosen = {layers[name]: np.array([group[0] for group in groups[name]]) for name in layers}
+    cutting.take(model, chosen, noise)
     _write_to_backbones(model, layers, _num_experts, "num_experts")
     forget_old_weights(model)
-    usage = used and {name: used[name].tolist() for name in layers}
-    return Surgery(groups, before, measuring.loss_on(model, data), usage, had)
+    return Surgery(groups, before, measuring.loss_on(model, data))
 
 
 def _plan(model, given, data, operation="cut"):

@@ -3,11 +3,7 @@
 Axes: E experts, D features, H hidden width.
 """
 
-import warnings
-from typing import Any
-
 import numpy as np
-from keras import ops
 
 from keras_moe._internal.keras_internals import float_array, names_beside
 from keras_moe.inspection.summaries import architecture
@@ -89,19 +85,15 @@ def _other_parts(layer, experts, noise):
             router.selection_bias.assign(router.selection_bias / copies)
     axes = layer.input_spec.axes  # of a token, counted from the end
     tokens_shape = (None, *(axes[axis] for axis in sorted(axes)))
-    if isinstance(bank, LayerExperts):
-        own = [bank.layers[index] for index in experts]
-        weights = [(weight, weight.trainable) for each in own for weight in each.weights]
-        other: Any = LayerExperts(**{**bank.get_config(), "layers": own})
-    else:
-        other = type(bank).from_config({**bank.get_config(), **kept})
+    own = [bank.layers[index] for index in experts] if isinstance(bank, LayerExperts) else []
+    weights = [(weight, weight.trainable) for each in own for weight in each.weights]
+    other = type(bank).from_config({**bank.get_config(), **({"layers": own} if own else kept)})
     with names_beside(bank):
         other.build(tokens_shape)
-    if isinstance(bank, LayerExperts):
-        for weight, trainable in weights:  # The constructor of a frozen bank freezes all.
-            weight.trainable = trainable
-    else:
+    if not own:
         _take_weights(bank, other, experts, noise)
+    for weight, trainable in weights:  # The constructor of a frozen bank froze all its layers.
+        weight.trainable = trainable
     return {old_router: router, bank: other}
 
 
@@ -116,18 +108,6 @@ def _take_weights(old, new, experts, noise):
                     value = value + noise(value)
         mine.assign(value)
         mine.trainable = theirs.trainable
-
-
-def copy_slots(old, new):
-    """Give an optimizer the state of one that was built before experts were copied."""
-    if [each.path for each in old.variables] != [each.path for each in new.variables]:
-        warnings.warn("The optimizer starts again: other weights trained before.", stacklevel=4)
-        return
-    for theirs, mine in zip(old.variables, new.variables):
-        value = ops.convert_to_numpy(theirs)
-        for axis, (before, after) in enumerate(zip(theirs.shape, mine.shape)):
-            value = np.repeat(value, after // before, axis)
-        mine.assign(value)
 
 
 def groups_of(usage, similarity, number):

@@ -51,7 +51,7 @@ def importance(by, model, layers, data):
 def usage_and_similarity(model, layers, data):
     """The usage, and the correlation of the logits of two experts over the tokens, (E, E).
 
-    What all logits of a token share changes no softmax, and is taken out.
+    The mean logit of each token is subtracted, as it changes no softmax.
     """
     counts, products = _summed(model, layers, data, _counts, _products)
     norms = {name: np.sqrt(np.maximum(np.diag(each), 1e-12)) for name, each in products.items()}

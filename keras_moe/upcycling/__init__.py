@@ -206,11 +206,11 @@ def merge_lora(model: keras.Model) -> None:
 
 @register
 class Ones(keras.layers.Layer):
-    """The factor of a gate that has become the whole network."""
+    """Takes the place of a layer whose outputs a KerasHub block multiplies with the mixture's."""
 
     def __init__(self, **kwargs):
         super().__init__(**kwargs)
-        self.built = True  # `quantize` asks, of a model that has not run yet
+        self.built = True  # `quantize` needs built layers, also before the model has run.
 
     def call(self, inputs):
         return ops.ones_like(inputs)
@@ -272,24 +272,23 @@ def _obstacles(feed_forward, granularity):
     if any(dense.kernel_constraint or dense.bias_constraint for dense in denses):
         yield "a constraint"
     for kind in ("kernel", "bias"):
-        factors = _regularization(denses, kind)
-        if factors is None:
-            yield f"a `{kind}_regularizer` other than `L1`, `L2` or `L1L2`"
-        elif len(factors) > 1:
-            yield f"different `{kind}_regularizer`s"
-        elif kind == "bias" and granularity > 1 and any(map(any, factors)):
+        l1_l2 = _penalty(denses, kind)
+        if l1_l2 is None:
+            yield f"`{kind}_regularizer`s that differ, or are not `L1`, `L2` or `L1L2`"
+        elif kind == "bias" and granularity > 1 and any(l1_l2):
             # The squares of the parts' shares of the last bias do not add up to its square.
             yield f"a `bias_regularizer` with granularity={granularity}"
 
 
-def _regularization(denses, kind):
-    """The set of the (l1, l2) of dense layers, or None if they have other regularizers."""
+def _penalty(denses, kind):
+    """The (l1, l2) that dense layers share, or None if they differ or regularize otherwise."""
     denses = [dense for dense in denses if kind == "kernel" or dense.use_bias]
     regularizers = [getattr(dense, f"{kind}_regularizer") for dense in denses]
-    l1_l2 = (type(None), keras.regularizers.L1, keras.regularizers.L2, keras.regularizers.L1L2)
-    if not all(type(each) in l1_l2 for each in regularizers):
+    known = (type(None), keras.regularizers.L1, keras.regularizers.L2, keras.regularizers.L1L2)
+    found = {tuple(float(getattr(r, name, 0.0)) for name in ("l1", "l2")) for r in regularizers}
+    if len(found) > 1 or not all(type(each) in known for each in regularizers):
         return None
-    return {tuple(float(getattr(r, name, 0.0)) for name in ("l1", "l2")) for r in regularizers}
+    return found.pop() if found else (0.0, 0.0)
 
 
 def _mixture(feed_forward, num_experts, top_k, granularity, router_losses, rng, rank):
@@ -299,7 +298,7 @@ def _mixture(feed_forward, num_experts, top_k, granularity, router_losses, rng, 
     def regularizer(kind):
         """A regularizer of all copies that adds as much to the loss as the dense layers' own."""
         copies = num_experts // granularity
-        l1, l2 = next(iter(_regularization(denses, kind)), (0.0, 0.0))
+        l1, l2 = _penalty(denses, kind)
         return keras.regularizers.L1L2(l1 / copies, l2 / copies) if l1 or l2 else None
 
     experts = (FeedForwardExperts if feed_forward.gate is None else GatedExperts)(

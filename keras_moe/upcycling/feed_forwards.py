@@ -40,9 +40,9 @@ class FeedForward(NamedTuple):
 
 
 def feed_forwards(model):
-    found: dict[int, FeedForward] = {}
+    found: dict[keras.Layer, FeedForward] = {}
     for each in _search(model, name=None, is_fixed=False):
-        found.setdefault(id(each.up), each)
+        found.setdefault(each.up, each)
     return list(found.values())
 
 
@@ -60,12 +60,11 @@ def _search(layer, name, is_fixed):
         for sublayer in layer.layers:
             yield from _search(sublayer, sublayer.name, is_fixed)
         return
-    in_attributes = {id(sublayer) for _, sublayer in sublayers(layer)}
-    if isinstance(layer, keras.Function):
-        in_attributes = set()  # Its graph would still hold the old ones.
+    # The graph of a functional model would still hold the old layers.
+    in_attributes = [] if isinstance(layer, keras.Function) else list(sublayers(layer).values())
     yield from _in_attributes(layer)
     for sublayer in own_layers(layer):
-        yield from _search(sublayer, layer.name, id(sublayer) not in in_attributes)
+        yield from _search(sublayer, layer.name, sublayer not in in_attributes)
 
 
 def _in_attributes(layer):
@@ -95,31 +94,35 @@ def _in_graph(model):
 
 def _chain(up, following):
     """A `Dense` layer with dropout and activations after it, its activations, and what follows."""
-    layers, after = [up], following.get(id(up))
+    layers, after = [up], following.get(up)
     while isinstance(after, (keras.layers.Dropout, keras.layers.Activation)):
         layers.append(after)
-        after = following.get(id(after))
+        after = following.get(after)
     activations = [getattr(layer, "activation", keras.activations.linear) for layer in layers]
     return layers, [each for each in activations if each is not keras.activations.linear], after
 
 
 def left_dense(model, found):
     """Why each other `Dense` layer from D to H > D features beside one back to D stays dense."""
-    known = {id(dense) for feed_forward in found for dense in feed_forward.denses}
-    reasons: dict[int, str] = {}
-    for owner in _owners(model):
+    layers = model._flatten_layers()
+    mixtures = [layer for layer in layers if isinstance(layer, MixtureOfExperts)]
+    known = {dense for feed_forward in found for dense in feed_forward.denses}
+    known.update(part for mixture in mixtures for part in mixture._flatten_layers())
+    reasons = []
+    for owner in layers:
         denses = list(filter(_is_dense, own_layers(owner)))
         for up in denses:
             features, width = up.kernel.shape
             back = any(tuple(down.kernel.shape) == (width, features) for down in denses)
-            if back and width > features and id(up) not in known:
+            if back and width > features and up not in known:
+                known.add(up)
                 reason = f"which the code of `{owner.name}` calls"
                 if is_graph(owner):
                     _, *chain = _chain(up, _following_layers(owner))
                     inside = f"which is inside `{owner.name}`, and nothing else can take its place"
                     reason = _obstacle(up, *chain) or inside
-                reasons.setdefault(id(up), f"`{up.name}`, {reason}")
-    return list(reasons.values())
+                reasons.append(f"`{up.name}`, {reason}")
+    return reasons
 
 
 def _obstacle(up, activations, after):
@@ -135,28 +138,21 @@ def _obstacle(up, activations, after):
     return None
 
 
-def _owners(layer):
-    yield layer
-    for sublayer in own_layers(layer):
-        if not isinstance(sublayer, MixtureOfExperts):
-            yield from _owners(sublayer)
-
-
 def _following_layers(model):
-    """From the id of each layer to the layer that takes its outputs, if there is just one."""
+    """From each layer to the layer that takes its outputs, if there is just one."""
     if isinstance(model, keras.Sequential):
-        return {id(a): b for a, b in zip(model.layers, model.layers[1:])}
+        return dict(zip(model.layers, model.layers[1:]))
     calls = calls_of(model)
     following: dict = {}
-    times = collections.Counter(id(layer) for layer, *_ in calls)
+    times = collections.Counter(layer for layer, *_ in calls)
     users = collections.defaultdict(list, {id(tensor): [None, None] for tensor in model.outputs})
     for layer, inputs, _ in calls:
         for tensor in inputs:
             users[id(tensor)].append(layer)
     for layer, _, outputs in calls:
         mine = [user for tensor in outputs for user in users[id(tensor)]]
-        if len(mine) == 1 and times[id(layer)] == times[id(mine[0])] == 1:
-            following[id(layer)] = mine[0]
+        if len(mine) == 1 and times[layer] == times[mine[0]] == 1:
+            following[layer] = mine[0]
     return following
 
 
