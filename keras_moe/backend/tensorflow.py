@@ -323,7 +323,7 @@ class _LossesOfThread(threading.local):
     """A list of losses for each thread, with the methods that Keras calls."""
 
     def __init__(self):
-        self._losses = []
+        self._losses: list = []
         self.extend, self.clear = self._losses.extend, self._losses.clear
 
     def __getitem__(self, index):
