@@ -402,7 +402,6 @@ REFUSED = [
     ("likelihood(t(6, 3, 3), (6, 2))", "`y_pred` must have"),
     ("losses.MixtureNegativeLogLikelihood().mean(t(6, 2))", "`y_pred` must have"),
     ("losses.pack_mixture(routing(), t(2, 6, 2))", "each weight"),
-    ("losses.pack_mixture(t(6, 2, 2), routing())", "`routing` must be"),
     # Parts of a user, where their results come in.
     (
         "moe(router=own_part(routers.Router, E, top_k=2, route=logits))(t())",
