@@ -30,7 +30,7 @@ from keras_moe.layers.tokens import (
     token_shape,
     zero_padding,
 )
-from keras_moe.ops.plans import ExpertChoicePlan, GroupedPlan
+from keras_moe.ops.soft import SoftPlan
 from keras_moe.routers.router import Router
 
 
@@ -254,11 +254,11 @@ class MixtureOfExperts(Gate):
         routing, experts = self.choose(tokens, training, router_inputs, token_ids, indices)
 
         # Plan: the tokens of each expert become a group of rows.
-        plan = _plan(routing, experts)
+        plan = self.router.plan(routing, experts)
 
         # Compute and combine: each expert computes its tokens, whose outputs are summed by weight.
         if return_expert_outputs:
-            if routing.soft_plan:
+            if isinstance(plan, SoftPlan):
                 rule = "`return_expert_outputs` needs a router that assigns tokens to experts"
                 raise ValueError(f"{rule}. Received: a soft router, whose experts mix tokens")
             expert_outputs = self.experts.compute_each(tokens.values, plan)
@@ -343,16 +343,6 @@ def _bank_of(experts, **arguments):
     if given:
         return FeedForwardExperts(**{"num_experts": None, "hidden_dim": None, **given})
     return LayerExperts(experts) if isinstance(experts, (list, tuple)) else expert_bank.get(experts)
-
-
-def _plan(routing, experts):
-    """The plan of a routing, of whose assignments (T, K) these experts serve some, -1 for none."""
-    if routing.soft_plan:
-        return routing.soft_plan
-    if isinstance(routing.places, tuple):
-        return GroupedPlan.of(experts, routing.weights, routing.counts.shape[0])
-    num_rows = math.prod(ops.shape(routing.places))
-    return ExpertChoicePlan.of_choices(experts, routing.weights, num_rows)
 
 
 def _weighted_sum(expert_outputs, weights):

@@ -13,7 +13,7 @@ from keras_moe._internal import Tensor
 from keras_moe._internal.checks import check_integer, check_tensors
 from keras_moe.backend import backend
 from keras_moe.ops.plans import GroupedPlan
-from keras_moe.ops.routing import Routing, check_routing
+from keras_moe.ops.routing import Routing, convert_and_check
 from keras_moe.ops.selection import mask_invalid
 from keras_moe.ops.sorting import at_least, ceil_divide, position_in_expert
 
@@ -57,7 +57,8 @@ def plan_groups(
     >>> plan.dispatch(keras.random.normal((6, 16))).shape
     (12, 16)
     """
-    routing = check_routing(routing, "indices", "weights", "mask", "counts")
+    indices, weights, _, _, mask, counts, *_ = routing
+    routing = convert_and_check(Routing(indices, weights, None, None, mask, counts))
     num_tokens = routing.mask.shape[0]
     capacity = _check_size("capacity", capacity)
     if priority is not None:

@@ -19,7 +19,7 @@ def expert_choice_routing(logits, capacity_factor, mask, sequence_length=None):
     S counts real tokens only; all tokens are one sequence without a `sequence_length`. The score is
     a softmax over the experts, and also the weight. Zhou et al. 2022 (arXiv:2202.09368), section
     3.2. Returns a `Routing` whose K is E, with unused places wherever an expert did not choose the
-    token.
+    token. Its `details` have `places` (B, E, C), those in their sequence of each expert's tokens.
     """
     choice = _choose(logits, capacity_factor, mask, sequence_length)
     return Routing(logits=logits, mask=mask, **choice)
@@ -56,7 +56,7 @@ def _choose(logits, capacity_factor, mask, sequence_length):
         "weights": ops.where(taken, probs, 0.0),
         "probs": probs,
         "counts": ops.sum(ops.cast(taken, "int32"), axis=0),
-        "places": place,
+        "details": {"places": place},
     }
 
 

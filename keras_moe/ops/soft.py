@@ -25,6 +25,7 @@ def soft_routing(logits, num_experts, mask, sequence_length=None):
 
     Returns a `Routing` that names for each token the expert it takes most from, with K = 1 and that
     expert's share as weight; the logit of an expert is the logsumexp of the logits of its slots.
+    Its `details` are the fields of a `SoftPlan`.
     """
     num_tokens, num_slots = ops.shape(logits)[0], logits.shape[1]
     length = at_least(1, num_tokens) if sequence_length is None else sequence_length
@@ -45,7 +46,7 @@ def soft_routing(logits, num_experts, mask, sequence_length=None):
         logits=logits,
         mask=mask,
         counts=ops.zeros((num_experts,), "int32") + ops.shape(by_sequence)[0] * slots,
-        soft_plan=SoftPlan(to_slots, back),
+        details={"to_slots": to_slots, "back": back},
     )
 
 

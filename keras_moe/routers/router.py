@@ -10,7 +10,8 @@ from keras_moe._internal import Tensor
 from keras_moe._internal.base_layer import BaseLayer
 from keras_moe._internal.checks import check_indices, check_integer, check_tensors, settled
 from keras_moe.backend import backend
-from keras_moe.ops.routing import Routing, check_fields, complete, weighted_counts
+from keras_moe.ops.plans import GroupedPlan
+from keras_moe.ops.routing import Routing, check_routing, complete, weighted_counts
 from keras_moe.ops.sorting import as_dtype
 
 
@@ -171,7 +172,7 @@ class Router(BaseLayer):
                 "`ops.top_k_routing(logits, top_k, mask)` does. Received: an object of type "
                 f"{type(routing).__name__}"
             )
-        check_fields(routing, {"T": tokens.shape[0], "E": self.num_experts, "K": max_top_k})
+        check_routing(routing, {"T": tokens.shape[0], "E": self.num_experts, "K": max_top_k})
         if self.counted_by_weight and indices is None:
             counts = weighted_counts(routing.indices, routing.weights, real)
             routing = routing._replace(counts=counts)
@@ -186,6 +187,13 @@ class Router(BaseLayer):
     def route(self, tokens: Tensor, mask: Tensor, training: bool | None, **context: Any) -> Routing:
         """Return the routing of tokens (T, D), zeros where the mask (T,) is False."""
         raise NotImplementedError(f"`{type(self).__name__}` must implement `route`")
+
+    def plan(self, routing: Routing, experts: Tensor) -> Any:
+        """Return the plan of a routing, of whose assignments `experts` (T, K) serve some.
+
+        They are the `indices` of the routing, with -1 also where an expert has no slot.
+        """
+        return GroupedPlan.of(experts, routing.weights, self.num_experts)
 
     @property
     def updates_state(self) -> bool:

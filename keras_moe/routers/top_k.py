@@ -17,13 +17,12 @@ from keras_moe._internal.checks import (
 )
 from keras_moe._internal.serialization import register
 from keras_moe.backend import backend
-from keras_moe.ops.routing import select_and_weigh
+from keras_moe.ops.routing import weigh
 from keras_moe.ops.selection import (
     SCORES,
     chosen_experts,
     cosine_logits,
     l2_normalize,
-    mask_invalid,
     take_scores,
     top_k_indices,
 )
@@ -119,16 +118,15 @@ class TopKRouter(LogitRouter):
         return top_k_indices(scores, self.top_k)
 
     def route(self, tokens, mask, training, indices=None, **context):
-        def select(scores):
-            if indices is not None:
-                return mask_invalid(ops.cast(indices, "int32"), self.num_experts)
-            return self.select(scores if self.balancer is None else scores + self.selection_bias)
-
         logits = self.logits(tokens, training)
         if self.use_bias:
             logits = logits + self.bias
+        scores = SCORES[self.score](logits)
+        if indices is None:
+            biased = scores if self.selection_bias is None else scores + self.selection_bias
+            indices = self.select(ops.stop_gradient(biased))
         weighting = self.score, self.renormalize, self.scaling_factor
-        return select_and_weigh(logits, mask, select, self.top_k, *weighting)
+        return weigh(indices, scores, logits, mask, *weighting)
 
     def update(self, routing):
         if self.balancer is None or not self.updates_selection_bias:
