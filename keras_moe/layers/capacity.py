@@ -9,7 +9,7 @@ from keras_moe._internal import Tensor
 from keras_moe._internal.checks import check_choice, check_integer, check_number
 from keras_moe._internal.serialization import Configured, register
 from keras_moe.backend import backend
-from keras_moe.ops.capacity import MAX_CAPACITY, admit, slots_of_expert
+from keras_moe.ops.capacity import MAX_CAPACITY, drop_excess, slots_of_expert
 from keras_moe.ops.routing import Routing
 from keras_moe.ops.selection import take_scores, top_k_indices
 from keras_moe.ops.sorting import at_least, ceil_divide
@@ -87,7 +87,7 @@ class Capacity(Configured):
         """
         return self.priority == "position" and top_k == 1
 
-    def admit(
+    def drop_excess(
         self,
         routing: Routing,
         sequence_length: int | None,
@@ -95,7 +95,7 @@ class Capacity(Configured):
         seed: keras.random.SeedGenerator,
         num_capacity_limited: int | None = None,
     ) -> Tensor:
-        """Return the experts (T, K) of the assignments that find a slot, -1 for the others.
+        """Return the experts (T, K) of a routing, -1 for the assignments that find no slot.
 
         Args:
             routing: The `ops.Routing` of all assignments.
@@ -107,19 +107,21 @@ class Capacity(Configured):
         factor = self.factor if training else self.evaluation_factor
         if factor is None:
             return routing.indices
-        num_tokens, top_k = ops.shape(routing.indices)
+        length, top_k = ops.shape(routing.indices)
         shards = backend.devices.token_shards()
         if shards is not None:
-            num_tokens = ceil_divide(num_tokens, shards.number)
+            length = ceil_divide(length, shards.number)
         sequence_length = sequence_length if self.per_sequence else None
-        length = num_tokens if sequence_length is None else sequence_length
+        if sequence_length is not None:
+            length = sequence_length
         num_experts = routing.counts.shape[0]
         slots = slots_of_expert(length, num_experts, top_k, factor)
         slots = at_least(min(self.minimum, MAX_CAPACITY), slots)
         multiple_of = min(self.multiple_of, MAX_CAPACITY)
         slots = ceil_divide(slots, multiple_of) * multiple_of
-        limits = slots, self._priorities(routing, seed), sequence_length, num_capacity_limited
-        return admit(routing.indices, num_experts, *limits)
+        priority = self._priorities(routing, seed)
+        settings = num_experts, slots, sequence_length, num_capacity_limited
+        return drop_excess(routing.indices, priority, *settings)
 
     def _priorities(self, routing, seed):
         if self.priority == "probability":

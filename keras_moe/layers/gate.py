@@ -29,7 +29,7 @@ from keras_moe.layers.counters import Counters, Counts
 from keras_moe.layers.expert_bank import ExpertBank
 from keras_moe.layers.recomputation import Recomputable
 from keras_moe.layers.tokens import Tokens
-from keras_moe.ops.plans import dropped_fraction
+from keras_moe.ops.capacity import count_dropped
 from keras_moe.ops.routing import Routing
 from keras_moe.ops.sorting import as_dtype
 
@@ -160,36 +160,34 @@ class Gate(Recomputable):
         observers = [each() for each in self._observers if each() is not None]
         for observer in observers:
             indices = observer.indices if indices is None else indices
-        routing, experts = self._route(
-            tokens, training, router_inputs, token_ids=token_ids, indices=indices
-        )
+        length = tokens.sequence_length
+        context = {"mask": tokens.mask, "sequence_length": length}
+        context |= {"token_ids": token_ids, "indices": indices}
+        # Without None: Keras scans every argument.
+        given = {name: each for name, each in context.items() if each is not None}
+        vectors = tokens.vectors(router_inputs)
+        routing = self.router(vectors, training=training, is_padding_zero=True, **given)
+        experts, num_dropped = routing.indices, None
+        if self.capacity is not None:
+            limited = sum(bank.num_capacity_limited for bank in self.banks)
+            settings = length, training, self._capacity_seed, limited
+            experts = self.capacity.drop_excess(routing, *settings)
+            num_dropped, share = count_dropped(routing, experts)
+            routing = routing._replace(dropped=share)
         is_counted = any(observer.counts for observer in observers) and not in_symbolic_scope()
         if training or is_counted:
-            self._add_losses_and_count(routing, tokens.sequence_length, training)
+            self._add_losses_and_count(routing, num_dropped, length, training)
         routing = routing._replace(losses=())  # which are added
         for observer in observers:
             if observer.saw is not None:
                 observer.saw(routing, tokens.values)
         return routing, experts
 
-    def _route(self, tokens, training, router_inputs, **context):
-        """The routing of the router, and its experts, which serve no more than their capacity."""
-        length = tokens.sequence_length
-        context |= {"mask": tokens.mask, "sequence_length": length}
-        # Without None: Keras scans every argument.
-        given = {name: each for name, each in context.items() if each is not None}
-        routing = self.router(tokens.vectors(router_inputs), training=training, **given)
-        if self.capacity is None:
-            return routing, routing.indices
-        limited = sum(bank.num_capacity_limited for bank in self.banks)
-        experts = self.capacity.admit(routing, length, training, self._capacity_seed, limited)
-        return routing._replace(dropped=dropped_fraction(experts, routing.counts)), experts
-
-    def _add_losses_and_count(self, routing, sequence_length, training):
+    def _add_losses_and_count(self, routing, num_dropped, sequence_length, training):
         """Add the router losses in training, and count this call."""
         values = [
-            self._compute_loss(index, routing, sequence_length, training)
-            for index in range(len(self.router_losses))
+            self._compute_loss(loss, variables, routing, sequence_length, training)
+            for loss, variables in zip(self._router_losses, self.loss_states)
         ]
         added = list(routing.losses)  # by the router itself
         weights = ops.unstack(ops.convert_to_tensor(self.router_loss_weights)) if training else ()
@@ -204,10 +202,9 @@ class Gate(Recomputable):
                 stacklevel=2,
             )
         counters = self._training_counters if training else self._evaluation_counters
-        counters.add(routing, values, added, training, self.capacity is not None)
+        counters.add(routing, num_dropped, values, added, training)
 
-    def _compute_loss(self, index, routing, sequence_length, training):
-        loss, variables = self.router_losses[index], self.loss_states[index]
+    def _compute_loss(self, loss, variables, routing, sequence_length, training):
         extra = {"sequence_length": sequence_length} if loss.scope == "sequence" else {}
         if variables:
             # Copies: PyTorch assigns in place, and the gradient may need the old value.

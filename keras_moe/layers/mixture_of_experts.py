@@ -169,15 +169,15 @@ class MixtureOfExperts(Gate):
         axes = {axis - len(of_token): size for axis, size in enumerate(of_token)}
         self.input_spec = keras.layers.InputSpec(min_ndim=len(of_token) + 1, axes=axes)
         sublayers.warn_of_second_use(self, self.router, self.experts, self.shared_expert)
-        if not self.router.tokens_choose and num_token_axes(inputs_shape, self.token_axes) == 1:
+        num_axes = len(inputs_shape) - len(of_token)
+        if not self.router.tokens_choose and num_axes == 1:
             warnings.warn(
                 f"Experts choose among all samples of the batch with the "
                 f"`{type(self.router).__name__}` of `{self.name}`: outputs depend on the rest of "
                 "the batch, in `predict` too.",
                 stacklevel=2,
             )
-        seen = router_inputs_shape or inputs_shape
-        self._build_gate(math.prod(token_shape(seen, self.token_axes)))
+        self._build_gate(math.prod(token_shape(router_inputs_shape or inputs_shape, num_axes)))
         if not self.experts.built:
             self.experts.build((None, *of_token))
         if self.shared_expert is not None:
@@ -202,10 +202,6 @@ class MixtureOfExperts(Gate):
                 )
             if not self.shared_gate.built:
                 self.shared_gate.build(inputs_shape)
-
-    def tokens_of(self, inputs: Tensor, mask: Tensor | None = None, **others: Any) -> Tokens:
-        """The `Tokens` of inputs (batch, ..., D), after a check of all tensors of a call."""
-        return Tokens.of(inputs, mask, self.token_axes, **others)
 
     def __call__(self, *args, **kwargs):
         if args and args[0] is None:  # Keras would call `build` without a shape.
@@ -248,7 +244,7 @@ class MixtureOfExperts(Gate):
         return_expert_outputs: bool = False,
     ) -> Tensor | tuple:
         # Flatten: inputs (batch, ..., D) are T = batch * ... tokens. Padding becomes zero.
-        tokens = self.tokens_of(inputs, mask, router_inputs=router_inputs, token_ids=token_ids)
+        tokens = Tokens.of(inputs, mask, self.token_axes, router_inputs, token_ids)
 
         # Choose: the router picks K experts for each token. In training it is counted, too.
         routing, experts = self.choose(tokens, training, router_inputs, token_ids, indices)
@@ -297,10 +293,10 @@ class MixtureOfExperts(Gate):
         self, inputs, mask=None, token_ids=None, indices=None, router_inputs=None, **kwargs
     ):
         sublayers.warn_of_repetition(self, inputs)
-        if check_call(inputs, mask, self.token_axes, router_inputs, token_ids) is None:
+        num_axes = num_token_axes(inputs.shape, self.token_axes)
+        if check_call(inputs, mask, num_axes, router_inputs, token_ids) is None:
             sublayers.warn_of_lost_mask(self, inputs)
         shape = self.compute_output_shape(inputs.shape)
-        num_axes = num_token_axes(inputs.shape, self.token_axes)
         sizes = inputs.shape[:num_axes]
         tokens = keras.KerasTensor((None if None in sizes else math.prod(sizes), None))
         routing = self.router.compute_output_spec(tokens, token_ids=token_ids, indices=indices)

@@ -20,24 +20,23 @@ class Tokens(NamedTuple):
     - `values` (T, D): the tokens; a token that is no vector keeps its axes.
     - `mask` (T,) bool: False for padding. None without a mask.
     - `sizes`: sizes of the axes that count tokens, (batch, ...).
+    - `sequence_length`: tokens of a sequence, all axes but the first; None if there is one axis.
     """
 
     values: Any
     mask: Any
     sizes: tuple
+    sequence_length: Any
 
     @classmethod
     def of(cls, inputs, mask=None, token_axes=None, router_inputs=None, token_ids=None):
         """The tokens of the inputs of a call, whose tensors are checked."""
-        mask = check_call(inputs, mask, token_axes, router_inputs, token_ids)
-        flat = None if mask is None else ops.reshape(mask, (-1,))
         num_axes = num_token_axes(inputs.shape, token_axes)
-        return cls(_flatten(inputs, mask, num_axes), flat, ops.shape(inputs)[:num_axes])
-
-    @property
-    def sequence_length(self):
-        """Tokens of a sequence, all axes but the first; None if there is one axis."""
-        return at_least(1, math.prod(self.sizes[1:])) if len(self.sizes) > 1 else None
+        mask = check_call(inputs, mask, num_axes, router_inputs, token_ids)
+        flat = None if mask is None else ops.reshape(mask, (-1,))
+        sizes = ops.shape(inputs)[:num_axes]
+        length = at_least(1, math.prod(sizes[1:])) if num_axes > 1 else None
+        return cls(_flatten(inputs, mask, num_axes), flat, sizes, length)
 
     @property
     def mask_of_inputs(self):
@@ -93,9 +92,8 @@ def token_shape(shape, token_axes=None):
     return of_token
 
 
-def check_call(inputs, mask, token_axes=None, router_inputs=None, token_ids=None):
+def check_call(inputs, mask, num_axes, router_inputs=None, token_ids=None):
     """Check the shapes of a call, and return the mask as bools, or None."""
-    num_axes = len(inputs.shape) - len(token_shape(inputs.shape, token_axes))  # at least one
     # Keras passes a mask on by itself only if the inputs are the only tensor of a call.
     of_inputs = get_keras_mask(inputs)
     if of_inputs is not None:
@@ -106,7 +104,7 @@ def check_call(inputs, mask, token_axes=None, router_inputs=None, token_ids=None
     axes, sample = letters[:num_axes], letters[num_axes : len(inputs.shape)].upper()
     given = {"inputs": (inputs, axes + sample, "float")}
     if router_inputs is not None:
-        own = "RSTUVW"[: len(router_inputs.shape) - num_axes if token_axes else 1]
+        own = "RSTUVW"[: max(1, len(router_inputs.shape) - num_axes)]
         given["router_inputs"] = (router_inputs, axes + own, "float")
     if mask is not None:
         mask = ops.convert_to_tensor(mask)

@@ -76,24 +76,23 @@ def plan_groups(
     num_experts = routing.counts.shape[0]
     experts = mask_invalid(routing.indices, num_experts, routing.mask)
     if capacity is not None:
-        limits = capacity, priority, sequence_length, num_capacity_limited
-        experts = admit(experts, num_experts, *limits)
+        experts = drop_excess(
+            experts, priority, num_experts, capacity, sequence_length, num_capacity_limited
+        )
     return GroupedPlan.of(experts, routing.weights, num_experts)
 
 
-def admit(
-    experts, num_experts, capacity, priority=None, sequence_length=None, num_capacity_limited=None
-):
-    """Experts (T, K) of the assignments that find a slot, -1 for the others; see `plan_groups`."""
+def drop_excess(experts, priority, num_experts, capacity, *settings):
+    """Experts (T, K), -1 for the assignments that find no slot; see `plan_groups`."""
     if isinstance(capacity, int):
         capacity = min(capacity, MAX_CAPACITY)
-    limits = (num_experts, capacity, sequence_length, num_capacity_limited)
+    sequence_length, _ = settings
 
     def on_device(experts, priority):
-        return _admit(experts, priority, *limits)
+        return _drop_excess(experts, priority, num_experts, capacity, *settings)
 
     num_tokens, shards = ops.shape(experts)[0], backend.devices.token_shards()
-    # Devices admit alone where no sequence has tokens on two of them.
+    # Each device drops its own where no sequence has tokens on two of them.
     if shards is not None and (
         sequence_length is None or num_tokens % (shards.number * sequence_length) == 0
     ):
@@ -103,7 +102,7 @@ def admit(
 
 
 @backend.jit_when_eager
-def _admit(experts, priority, num_experts, capacity, sequence_length, num_capacity_limited):
+def _drop_excess(experts, priority, num_experts, capacity, sequence_length, num_capacity_limited):
     num_tokens, top_k = ops.shape(experts)
     expert = ops.reshape(ops.transpose(experts), (-1,))
     queue, num_queues = ops.where(expert >= 0, expert, num_experts), num_experts + 1
@@ -119,8 +118,16 @@ def _admit(experts, priority, num_experts, capacity, sequence_length, num_capaci
     has_slot = position_in_expert(queue, num_queues, order) < capacity
     if num_capacity_limited is not None:
         has_slot = has_slot | (expert >= num_capacity_limited)
-    admitted = ops.where(has_slot, expert, -1)
-    return ops.transpose(ops.reshape(admitted, (top_k, num_tokens)))
+    served = ops.where(has_slot, expert, -1)
+    return ops.transpose(ops.reshape(served, (top_k, num_tokens)))
+
+
+@backend.jit_when_eager
+def count_dropped(routing, experts):
+    """How many assignments of a routing have no expert in (T, K), () int32, and their share."""
+    dropped = ops.sum(ops.cast(ops.not_equal(routing.indices, experts), "int32"))
+    assigned = ops.cast(ops.sum(routing.counts), "float32")
+    return dropped, ops.cast(dropped, "float32") / ops.maximum(assigned, 1.0)
 
 
 def _check_size(name, size):

@@ -232,14 +232,6 @@ def _compact(experts, num_rows):
     return ops.sum(served, axis=1), order, ops.transpose(rows)
 
 
-@backend.jit_when_eager
-def dropped_fraction(experts, counts):
-    """Share of the assignments (E,) that have no expert in (T, K), float32; 0 without any."""
-    assigned = ops.cast(ops.sum(counts), "float32")
-    served = ops.sum(ops.cast(experts >= 0, "float32"))
-    return ops.maximum(assigned - served, 0.0) / ops.maximum(assigned, 1.0)
-
-
 def row_sums(left, right):
     """(N, 1) float32 sums of the products along the last axis."""
     products = ops.cast(left, "float32") * ops.cast(right, "float32")

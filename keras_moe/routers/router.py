@@ -50,6 +50,7 @@ class Router(BaseLayer):
         indices: (T, K) integer tensor of experts to replay: the router weighs them by its own
             scores, with their gradient, instead of choosing. -1 stands for no expert. Other
             numbers that name none count as -1 in a tensor, and are refused in an array.
+        is_padding_zero: Boolean. Whether padding is zero in `tokens`, as in a layer.
 
     Returns:
         An `ops.Routing`.
@@ -137,6 +138,7 @@ class Router(BaseLayer):
         sequence_length: int | None = None,
         token_ids: Tensor | None = None,
         indices: Tensor | None = None,
+        is_padding_zero: bool = False,
     ) -> Routing:
         # Arrays are tensors by now, and lists are not.
         mask, token_ids, indices = (
@@ -148,21 +150,20 @@ class Router(BaseLayer):
         if indices is not None and not self.replays_indices:
             rule = "`indices` can be replayed by routers with `replays_indices`"
             raise ValueError(f"{rule}. Received: indices for a `{type(self).__name__}`")
-        max_top_k = self.max_top_k
         tensors = {
             "tokens": (tokens, "TD", "float"),
             "mask": (mask, "T", "mask"),
             "token_ids": (token_ids, "T", "int"),
             "indices": (indices, "TK", "int"),
         }
-        given = {name: each for name, each in tensors.items() if each[0] is not None}
-        check_tensors({"K": max_top_k}, **given)
+        check_tensors(**{name: each for name, each in tensors.items() if each[0] is not None})
         if mask is None:
             real = ops.ones_like(tokens[:, 0], "bool")
         else:
             real = ops.cast(mask, "bool")
-            # Padding may hold anything, NaN included, and its gradient must be zero.
-            tokens = ops.where(ops.expand_dims(real, 1), tokens, 0.0)
+            if not is_padding_zero:
+                # It may hold anything, NaN included, and its gradient must be zero.
+                tokens = ops.where(ops.expand_dims(real, 1), tokens, 0.0)
         with backend.scope_of_call(self, tokens):
             context = {"sequence_length": sequence_length, "token_ids": token_ids}
             routing = self.route(tokens, real, training, indices=indices, **context)
@@ -172,7 +173,8 @@ class Router(BaseLayer):
                 "`ops.top_k_routing(logits, top_k, mask)` does. Received: an object of type "
                 f"{type(routing).__name__}"
             )
-        check_routing(routing, {"T": tokens.shape[0], "E": self.num_experts, "K": max_top_k})
+        sizes = {"T": tokens.shape[0], "E": self.num_experts, "K": self.max_top_k}
+        check_routing(routing, sizes)
         if self.counted_by_weight and indices is None:
             counts = weighted_counts(routing.indices, routing.weights, real)
             routing = routing._replace(counts=counts)
