@@ -149,7 +149,6 @@ class Gate(Recomputable):
         self,
         tokens: Tokens,
         training: bool | None,
-        router_inputs: Tensor | None = None,
         token_ids: Tensor | None = None,
         indices: Tensor | None = None,
     ) -> tuple[Routing, Tensor]:
@@ -165,8 +164,7 @@ class Gate(Recomputable):
         context |= {"token_ids": token_ids, "indices": indices}
         # Without None: Keras scans every argument.
         given = {name: each for name, each in context.items() if each is not None}
-        vectors = tokens.vectors(router_inputs)
-        routing = self.router(vectors, training=training, is_padding_zero=True, **given)
+        routing = self.router(tokens.vectors, training=training, is_padding_zero=True, **given)
         experts, num_dropped = routing.indices, None
         if self.capacity is not None:
             limited = sum(bank.num_capacity_limited for bank in self.banks)

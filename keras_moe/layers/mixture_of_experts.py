@@ -247,7 +247,7 @@ class MixtureOfExperts(Gate):
         tokens = Tokens.of(inputs, mask, self.token_axes, router_inputs, token_ids)
 
         # Choose: the router picks K experts for each token. In training it is counted, too.
-        routing, experts = self.choose(tokens, training, router_inputs, token_ids, indices)
+        routing, experts = self.choose(tokens, training, token_ids, indices)
 
         # Plan: the tokens of each expert become a group of rows.
         plan = self.router.plan(routing, experts)
@@ -274,7 +274,7 @@ class MixtureOfExperts(Gate):
 
     def _shared_outputs(self, tokens):
         """The outputs of the shared expert, times its gate; zero where tokens are padding."""
-        mask = tokens.mask_of_inputs
+        mask = None if tokens.mask is None else ops.reshape(tokens.mask, tokens.sizes)
         inputs = ops.reshape(tokens.values, (*tokens.sizes, *tokens.values.shape[1:]))
         shape, layer = self.compute_output_shape(inputs.shape), self.shared_expert
         outputs = sublayers.call_part("shared_expert", layer, inputs, shape, mask=mask)

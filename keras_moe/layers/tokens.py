@@ -18,12 +18,14 @@ class Tokens(NamedTuple):
     """Tokens of inputs (batch, ..., D), zero where they are padding.
 
     - `values` (T, D): the tokens; a token that is no vector keeps its axes.
+    - `vectors` (T, D''): what the router sees of each token.
     - `mask` (T,) bool: False for padding. None without a mask.
     - `sizes`: sizes of the axes that count tokens, (batch, ...).
     - `sequence_length`: tokens of a sequence, all axes but the first; None if there is one axis.
     """
 
     values: Any
+    vectors: Any
     mask: Any
     sizes: tuple
     sequence_length: Any
@@ -31,25 +33,16 @@ class Tokens(NamedTuple):
     @classmethod
     def of(cls, inputs, mask=None, token_axes=None, router_inputs=None, token_ids=None):
         """The tokens of the inputs of a call, whose tensors are checked."""
-        num_axes = num_token_axes(inputs.shape, token_axes)
+        num_axes = token_axes or len(inputs.shape) - 1
         mask = check_call(inputs, mask, num_axes, router_inputs, token_ids)
-        flat = None if mask is None else ops.reshape(mask, (-1,))
+        values = _flatten(inputs, mask, num_axes)
+        vectors = values if router_inputs is None else _flatten(router_inputs, mask, num_axes)
+        if len(vectors.shape) > 2:
+            vectors = ops.reshape(vectors, (-1, math.prod(vectors.shape[1:])))
         sizes = ops.shape(inputs)[:num_axes]
         length = at_least(1, math.prod(sizes[1:])) if num_axes > 1 else None
-        return cls(_flatten(inputs, mask, num_axes), flat, sizes, length)
-
-    @property
-    def mask_of_inputs(self):
-        """The mask in the shape of the inputs, (batch, ...), or None."""
-        return None if self.mask is None else ops.reshape(self.mask, self.sizes)
-
-    def vectors(self, inputs=None):
-        """Vectors (T, D) of the tokens, or of other inputs with the same leading axes."""
-        values = self.values
-        if inputs is not None:
-            values = _flatten(inputs, self.mask_of_inputs, len(self.sizes))
-        width = math.prod(values.shape[1:])
-        return values if len(values.shape) == 2 else ops.reshape(values, (-1, width))
+        mask = None if mask is None else ops.reshape(mask, (-1,))
+        return cls(values, vectors, mask, sizes, length)
 
     def unflatten(self, values, dtype):
         """Values (T, ...) with the leading axes of the inputs, in a dtype."""

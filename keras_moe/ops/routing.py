@@ -18,7 +18,6 @@ from keras_moe.ops.selection import (
     distribution,
     entropy,
     mask_invalid,
-    take_scores,
     top_k_indices,
     weights_of_experts,
 )
@@ -216,21 +215,17 @@ def top_k_routing(
     indices = ops.convert_to_tensor(select(ops.stop_gradient(scores)))
     sizes = {"T": logits.shape[0], "K": top_k}
     check_tensors(sizes, **{"select(scores)": (indices, "TK", "int")})
-    return complete(weigh(indices, scores, logits, mask, score, renormalize, scale))
-
-
-def weigh(indices, scores, logits, mask, score, renormalize=None, scale=1.0):
-    """The routing to chosen experts (T, K), weighted by their scores (T, E) of the kind `score`."""
-    renormalize = indices.shape[1] > 1 if renormalize is None else renormalize
-    weights, probs = _weights_and_probs(scores, indices, score == "softmax", renormalize, scale)
-    return Routing(indices, weights, probs, logits, mask)
+    weights, probs = weigh(indices, scores, score, renormalize, scale)
+    return complete(Routing(indices, weights, probs, logits, mask))
 
 
 @backend.jit_when_eager
-def _weights_and_probs(scores, indices, are_probs, renormalize, scale):
-    weights = take_scores(scores, indices)
-    weights = distribution(weights) if renormalize else weights
-    return weights * scale, scores if are_probs else distribution(scores)
+def weigh(indices, scores, score, renormalize=None, scale=1.0):
+    """Weights (T, K) of chosen experts by scores (T, E) of the kind `score`, and their `probs`."""
+    weights = backend.take_columns(scores, indices)
+    if indices.shape[1] > 1 if renormalize is None else renormalize:
+        weights = distribution(weights)
+    return weights * scale, scores if score == "softmax" else distribution(scores)
 
 
 def weighted_counts(indices, weights, mask):

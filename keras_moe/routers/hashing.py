@@ -94,4 +94,5 @@ class HashRouter(Router):
                 mask=mask,
             )
         logits = ops.matmul(tokens, self.kernel)
-        return weigh(indices, SCORES[self.score](logits), logits, mask, self.score)
+        weights, probs = weigh(indices, SCORES[self.score](logits), self.score)
+        return Routing(indices, weights, probs, logits, mask)

@@ -14,7 +14,7 @@ from keras_moe._internal.checks import check_integer, check_number
 from keras_moe._internal.serialization import register
 from keras_moe.ops.matching import balanced_assignment, expert_choice_routing, sinkhorn_plan
 from keras_moe.ops.plans import ExpertChoicePlan
-from keras_moe.ops.routing import weigh
+from keras_moe.ops.routing import Routing, weigh
 from keras_moe.ops.selection import SCORES, chosen_experts, top_k_indices
 from keras_moe.routers.logit_router import LogitRouter
 
@@ -31,7 +31,8 @@ class MatchingRouter(LogitRouter):
         scores = SCORES[score](logits)
         matched = self.match(ops.stop_gradient(logits), mask) if training else scores
         indices = top_k_indices(matched, self.top_k)
-        return weigh(indices, scores, logits, mask, score, renormalize=False)
+        weights, probs = weigh(indices, scores, score, renormalize=False)
+        return Routing(indices, weights, probs, logits, mask)
 
     def match(self, logits: Tensor, mask: Tensor) -> Tensor:
         """Return scores (T, E), whose best are the experts of a token."""

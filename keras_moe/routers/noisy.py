@@ -101,7 +101,9 @@ class NoisyTopKRouter(NoisyRouter):
         )
 
     def deviation(self, tokens):
-        return ops.softplus(ops.matmul(self.hidden_features(tokens), self.noise_kernel)) + 0.01
+        if self.hidden_dim:
+            tokens = self.hidden_features(tokens)
+        return ops.softplus(ops.matmul(tokens, self.noise_kernel)) + 0.01
 
 
 @register

@@ -17,7 +17,7 @@ from keras_moe._internal.checks import (
 )
 from keras_moe._internal.serialization import register
 from keras_moe.backend import backend
-from keras_moe.ops.routing import weigh
+from keras_moe.ops.routing import Routing, weigh
 from keras_moe.ops.selection import (
     SCORES,
     chosen_experts,
@@ -125,8 +125,8 @@ class TopKRouter(LogitRouter):
         if indices is None:
             biased = scores if self.selection_bias is None else scores + self.selection_bias
             indices = self.select(ops.stop_gradient(biased))
-        weighting = self.score, self.renormalize, self.scaling_factor
-        return weigh(indices, scores, logits, mask, *weighting)
+        weights, probs = weigh(indices, scores, self.score, self.renormalize, self.scaling_factor)
+        return Routing(indices, weights, probs, logits, mask)
 
     def update(self, routing):
         if self.balancer is None or not self.updates_selection_bias:
@@ -177,7 +177,6 @@ class CosineRouter(TopKRouter):
     Reference: Chi et al. 2022, X-MoE (arXiv:2204.09179), eq. 5 and 6; scale and cap as in Tutel.
     """
 
-    projects_by_times_kernel = True
     normalizes_kernel = True
 
     def __init__(self, num_experts: int | None = None, projection_dim: int = 256, **kwargs: Any):
@@ -201,7 +200,10 @@ class CosineRouter(TopKRouter):
     def project(self, tokens):
         scale = ops.exp(ops.minimum(self.log_scale, math.log(100.0)))
         directions = scale * l2_normalize(self.directions, axis=0)
-        return cosine_logits(self.times_kernel(tokens), directions)
+        return cosine_logits(super().project(tokens), directions)
+
+    def check_takes_lora(self):
+        """Accept LoRA: the kernel is used only in `project` of `LogitRouter`."""
 
 
 @register
