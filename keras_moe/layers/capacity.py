@@ -9,7 +9,7 @@ from keras_moe._internal import Tensor
 from keras_moe._internal.checks import check_choice, check_integer, check_number
 from keras_moe._internal.serialization import Configured, register
 from keras_moe.backend import backend
-from keras_moe.ops.capacity import MAX_CAPACITY, drop_excess, slots_of_expert
+from keras_moe.ops.capacity import drop_excess, slots_of_expert
 from keras_moe.ops.routing import Routing
 from keras_moe.ops.selection import take_scores, top_k_indices
 from keras_moe.ops.sorting import at_least, ceil_divide
@@ -93,16 +93,11 @@ class Capacity(Configured):
         sequence_length: int | None,
         training: bool | None,
         seed: keras.random.SeedGenerator,
-        num_capacity_limited: int | None = None,
+        num_capacity_limited: int,
     ) -> Tensor:
         """Return the experts (T, K) of a routing, -1 for the assignments that find no slot.
 
-        Args:
-            routing: The `ops.Routing` of all assignments.
-            sequence_length: Integer. Tokens of a sequence, or None.
-            training: Boolean. Whether to use the factor for training.
-            seed: `keras.random.SeedGenerator` of the layer, for a random priority.
-            num_capacity_limited: Integer. Only the first so many experts have a limit. None: all.
+        `seed` draws random priorities. Only the first `num_capacity_limited` experts have a limit.
         """
         factor = self.factor if training else self.evaluation_factor
         if factor is None:
@@ -116,17 +111,13 @@ class Capacity(Configured):
             length = sequence_length
         num_experts = routing.counts.shape[0]
         slots = slots_of_expert(length, num_experts, top_k, factor)
-        slots = at_least(min(self.minimum, MAX_CAPACITY), slots)
-        multiple_of = min(self.multiple_of, MAX_CAPACITY)
-        slots = ceil_divide(slots, multiple_of) * multiple_of
-        priority = self._priorities(routing, seed)
+        slots = at_least(self.minimum, slots)
+        slots = ceil_divide(slots, self.multiple_of) * self.multiple_of
+        priority = None
+        if self.priority == "probability":
+            # Not `ops.max`, which fails without tokens.
+            priority = take_scores(routing.probs, top_k_indices(routing.probs, 1))[:, 0]
+        elif self.priority == "random":
+            priority = keras.random.uniform(ops.shape(routing.mask), seed=seed)
         settings = num_experts, slots, sequence_length, num_capacity_limited
         return drop_excess(routing.indices, priority, *settings)
-
-    def _priorities(self, routing, seed):
-        if self.priority == "probability":
-            best = top_k_indices(routing.probs, 1)
-            return take_scores(routing.probs, best)[:, 0]
-        if self.priority == "random":
-            return keras.random.uniform(ops.shape(routing.mask), seed=seed)
-        return None

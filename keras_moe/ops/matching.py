@@ -13,6 +13,7 @@ from keras_moe.ops.selection import softmax, take_scores, top_k_indices
 from keras_moe.ops.sorting import at_least, ceil_divide, position_in_expert, put
 
 
+@backend.jit_when_eager
 def expert_choice_routing(logits, capacity_factor, mask, sequence_length=None):
     """Each expert takes its `ceil(capacity_factor * S / E)` best tokens of each sequence.
 
@@ -21,12 +22,6 @@ def expert_choice_routing(logits, capacity_factor, mask, sequence_length=None):
     3.2. Returns a `Routing` whose K is E, with unused places wherever an expert did not choose the
     token. Its `details` have `places` (B, E, C), those in their sequence of each expert's tokens.
     """
-    choice = _choose(logits, capacity_factor, mask, sequence_length)
-    return Routing(logits=logits, mask=mask, **choice)
-
-
-@backend.jit_when_eager
-def _choose(logits, capacity_factor, mask, sequence_length):
     num_tokens, num_experts = ops.shape(logits)
     sequence_length = at_least(1, num_tokens) if sequence_length is None else sequence_length
     probs = softmax(logits)
@@ -51,13 +46,15 @@ def _choose(logits, capacity_factor, mask, sequence_length):
     taken = ops.reshape(ops.cast(is_valid, "int32"), (-1,))
     taken = put(taken, ops.reshape(chosen, (-1,)), num_tokens * num_experts)
     taken = ops.reshape(taken, (num_tokens, num_experts)) > 0
-    return {
-        "indices": ops.where(taken, experts, -1),
-        "weights": ops.where(taken, probs, 0.0),
-        "probs": probs,
-        "counts": ops.sum(ops.cast(taken, "int32"), axis=0),
-        "details": {"places": place},
-    }
+    return Routing(
+        indices=ops.where(taken, experts, -1),
+        weights=ops.where(taken, probs, 0.0),
+        probs=probs,
+        logits=logits,
+        mask=mask,
+        counts=ops.sum(ops.cast(taken, "int32"), axis=0),
+        details={"places": place},
+    )
 
 
 @backend.jit_when_eager

@@ -225,7 +225,8 @@ def weigh(indices, scores, score, renormalize=None, scale=1.0):
     weights = backend.take_columns(scores, indices)
     if indices.shape[1] > 1 if renormalize is None else renormalize:
         weights = distribution(weights)
-    return weights * scale, scores if score == "softmax" else distribution(scores)
+    weights = weights if scale == 1 else weights * scale
+    return weights, scores if score == "softmax" else distribution(scores)
 
 
 def weighted_counts(indices, weights, mask):

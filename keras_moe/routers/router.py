@@ -28,10 +28,7 @@ class Router(BaseLayer):
 
     A subclass overrides `max_top_k`, `mean_top_k` and `min_top_k` if the number of experts differs
     between tokens, `update` if it has state, and `balance_advice` if it balances the load itself.
-    Class attributes describe it: `causal`, `default_losses`, `tokens_choose`, `replays_indices`,
-    `serves_all`, `counted_by_weight`, `has_smooth_load`, `serves_tasks`, `has_logits`,
-    `normalizes_kernel`, `shift_invariant`, `surgeries` and `has_fixed_top_k`. The guide to
-    extending explains them.
+    Class attributes such as `causal` describe it: the guide to extending explains them.
 
     Args:
         num_experts: Integer. Number of experts, E. None: the number of the layer around the router.
@@ -92,9 +89,9 @@ class Router(BaseLayer):
         if getattr(dtype, "name", dtype) not in (None, "float32"):
             raise ValueError(f"A router always computes in float32. Received: dtype={dtype}")
         super().__init__(dtype="float32", **kwargs)
-        self.num_experts = None
         if num_experts is not None:
-            self.num_experts = check_integer("num_experts", num_experts)
+            num_experts = check_integer("num_experts", num_experts)
+        self.num_experts = num_experts
         self.supports_masking = True
         self.input_spec = keras.layers.InputSpec(ndim=2)
 
@@ -168,11 +165,8 @@ class Router(BaseLayer):
             context = {"sequence_length": sequence_length, "token_ids": token_ids}
             routing = self.route(tokens, real, training, indices=indices, **context)
         if not isinstance(routing, Routing):
-            raise TypeError(
-                f"`{type(self).__name__}.route` must return an `ops.Routing`, as "
-                "`ops.top_k_routing(logits, top_k, mask)` does. Received: an object of type "
-                f"{type(routing).__name__}"
-            )
+            rule = f"`{type(self).__name__}.route` must return an `ops.Routing`"
+            raise TypeError(f"{rule}. Received: an object of type {type(routing).__name__}")
         sizes = {"T": tokens.shape[0], "E": self.num_experts, "K": self.max_top_k}
         check_routing(routing, sizes)
         if self.counted_by_weight and indices is None:
@@ -188,7 +182,7 @@ class Router(BaseLayer):
 
     def route(self, tokens: Tensor, mask: Tensor, training: bool | None, **context: Any) -> Routing:
         """Return the routing of tokens (T, D), zeros where the mask (T,) is False."""
-        raise NotImplementedError(f"`{type(self).__name__}` must implement `route`")
+        raise NotImplementedError
 
     def plan(self, routing: Routing, experts: Tensor) -> Any:
         """Return the plan of a routing, of whose assignments `experts` (T, K) serve some.
@@ -248,19 +242,21 @@ class Router(BaseLayer):
         return None
 
     def compute_output_spec(self, tokens, *args, indices=None, **kwargs):
-        of_choices = (tokens.shape[0], self.max_top_k)
-        of_experts = (tokens.shape[0], self.num_experts)
+        sizes = {"T": tokens.shape[0], "K": self.max_top_k, "E": self.num_experts}
+        by_weight = self.counted_by_weight and indices is None
+
+        def spec(axes, dtype="float32"):
+            return keras.KerasTensor([sizes[axis] for axis in axes], dtype)
+
         return Routing(
-            indices=keras.KerasTensor(of_choices, "int32"),
-            weights=keras.KerasTensor(of_choices, "float32"),
-            probs=keras.KerasTensor(of_experts, "float32"),
-            logits=keras.KerasTensor(of_experts, "float32"),
-            mask=keras.KerasTensor(of_choices[:1], "bool"),
-            counts=keras.KerasTensor(
-                of_experts[1:], "float32" if self.counted_by_weight and indices is None else "int32"
-            ),
-            dropped=keras.KerasTensor((), "float32"),
-            load=keras.KerasTensor(of_experts[1:], "float32"),
+            indices=spec("TK", "int32"),
+            weights=spec("TK"),
+            probs=spec("TE"),
+            logits=spec("TE"),
+            mask=spec("T", "bool"),
+            counts=spec("E", "float32" if by_weight else "int32"),
+            dropped=spec(""),
+            load=spec("E"),
         )
 
     def get_config(self):

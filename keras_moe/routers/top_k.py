@@ -52,6 +52,7 @@ class TopKRouter(LogitRouter):
             load by a selection bias instead of a loss: it is added to the scores to choose experts,
             never to their weights. None: no selection bias.
         use_bias: Boolean. Whether a learned bias (E,) is added to the logits, as in gpt-oss.
+        updates_selection_bias: Boolean. Whether training moves the selection bias.
 
     Other arguments, errors, call arguments and returns: as for `LogitRouter`.
 
@@ -76,6 +77,7 @@ class TopKRouter(LogitRouter):
         scaling_factor: float = 1.0,
         balancer: str | balancers.SelectionBalancer | None = None,
         use_bias: bool = False,
+        updates_selection_bias: bool = True,
         **kwargs: Any,
     ):
         super().__init__(num_experts, **kwargs)
@@ -90,8 +92,7 @@ class TopKRouter(LogitRouter):
         self.use_bias = bool(use_bias)
         self.bias: Any = None
         self.selection_bias: Any = None
-        # Set to False to freeze the bias alone; `trainable` freezes all of the router.
-        self.updates_selection_bias = True
+        self.updates_selection_bias = bool(updates_selection_bias)
         self.check_num_experts()
 
     def build(self, tokens_shape):
@@ -149,18 +150,6 @@ class TopKRouter(LogitRouter):
             backend.control_dependency(measured, ops.where(is_last, 0, count))
         )
 
-    @classmethod
-    def from_config(cls, config):
-        config = dict(config)
-        updates = config.pop("updates_selection_bias", True)
-        router = super().from_config(config)
-        router.updates_selection_bias = updates
-        return router
-
-    def get_config(self):
-        frozen = {} if self.updates_selection_bias else {"updates_selection_bias": False}
-        return {**super().get_config(), **frozen}
-
 
 @register
 class CosineRouter(TopKRouter):
@@ -202,7 +191,7 @@ class CosineRouter(TopKRouter):
         directions = scale * l2_normalize(self.directions, axis=0)
         return cosine_logits(super().project(tokens), directions)
 
-    def check_takes_lora(self):
+    def check_takes_lora(self) -> None:
         """Accept LoRA: the kernel is used only in `project` of `LogitRouter`."""
 
 
