@@ -298,12 +298,12 @@ class MixtureOfExperts(Gate):
             sublayers.warn_of_lost_mask(self, inputs)
         shape = self.compute_output_shape(inputs.shape)
         sizes = inputs.shape[:num_axes]
-        tokens = keras.KerasTensor((None if None in sizes else math.prod(sizes), None))
-        routing = self.router.compute_output_spec(tokens, token_ids=token_ids, indices=indices)
         returned = [keras.KerasTensor(shape, self.compute_dtype)]
-        returned += [routing] if kwargs.get("return_routing") else []
+        if kwargs.get("return_routing"):
+            tokens = keras.KerasTensor((None if None in sizes else math.prod(sizes), None))
+            returned.append(self.router.compute_output_spec(tokens, indices=indices))
         if kwargs.get("return_expert_outputs"):
-            shape = (*sizes, routing.indices.shape[1], *shape[num_axes:])
+            shape = (*sizes, self.router.max_top_k, *shape[num_axes:])
             returned.append(keras.KerasTensor(shape, self.compute_dtype))
         return tuple(returned) if len(returned) > 1 else returned[0]
 

@@ -54,20 +54,16 @@ class Routing(NamedTuple):
     losses: tuple = ()
     details: Any = {}
 
+    @backend.jit_when_eager
     def mean(self, values: Tensor) -> Tensor:
         """Mean (N,) of values (T, N) over the real tokens, 0 where there is none."""
-        return _mean(values, self.mask)
+        total = ops.sum(ops.where(self.mask[:, None], values, 0.0), axis=0)
+        return total / ops.maximum(ops.sum(ops.cast(self.mask, "float32")), 1.0)
 
     @backend.jit_when_eager
     def entropy(self) -> Tensor:
         """Mean over real tokens of the entropy of the scores, from 0 to `log E`; 0 without any."""
         return self.mean(entropy(ops.convert_to_tensor(self.probs), keepdims=True))[0]
-
-
-@backend.jit_when_eager
-def _mean(values, mask):
-    total = ops.sum(ops.where(mask[:, None], values, 0.0), axis=0)
-    return total / ops.maximum(ops.sum(ops.cast(mask, "float32")), 1.0)
 
 
 def check_routing(routing, sizes=None):
