@@ -72,7 +72,15 @@ class Gate(Recomputable):
         if router_losses is None:
             router_losses = self.router.default_losses
         self._router_losses = losses.get_list(router_losses)
-        self._initial_loss_weights = [loss.weight for loss in self.router_losses]
+        initial = [loss.weight for loss in self.router_losses]
+        self.router_loss_weights = self.add_weight(
+            name="router_loss_weights",
+            shape=(len(initial),),
+            initializer=lambda shape, dtype: ops.array(initial, dtype),
+            dtype="float32",
+            trainable=False,
+            autocast=False,
+        )
         for loss in self.router_losses:
             if loss.needs_smooth_load and not self.router.has_smooth_load:
                 warnings.warn(
@@ -114,15 +122,6 @@ class Gate(Recomputable):
         """Build the router, for tokens of so many features, and the counters."""
         if not self.router.built:
             self.router.build((None, features))
-        initial = self.loss_weights_in_force
-        self.router_loss_weights = self.add_weight(
-            name="router_loss_weights",
-            shape=(len(initial),),
-            initializer=lambda shape, dtype: ops.array(initial, dtype),
-            dtype="float32",
-            trainable=False,
-            autocast=False,
-        )
         self._build_counters()
         self._build_losses()
 
@@ -261,9 +260,7 @@ class Gate(Recomputable):
     @property
     def loss_weights_in_force(self) -> list[float]:
         """The present weight of each router loss, a list of floats."""
-        if self.built:
-            return ops.convert_to_numpy(self.router_loss_weights).tolist()
-        return list(self._initial_loss_weights)
+        return ops.convert_to_numpy(self.router_loss_weights).tolist()
 
     def set_router_loss_weight(self, index: int | str, weight: float) -> None:
         """Set the weight of a router loss. Nothing is compiled again.
@@ -285,10 +282,7 @@ class Gate(Recomputable):
             rule = f"`index` must be the place or the name of one of the router losses {names}"
             raise ValueError(f"{rule}. Received: index={index!r}")
         weights[place] = check_number("weight", weight)
-        if self.built:
-            self.router_loss_weights.assign(weights)
-        else:
-            self._initial_loss_weights = weights
+        self.router_loss_weights.assign(weights)
 
     # Weights that stay with the experts
 

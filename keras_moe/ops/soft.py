@@ -63,11 +63,6 @@ class SoftPlan(NamedTuple):
     def dispatch(self, tokens: Tensor, num_experts: int) -> tuple[Tensor, GroupedPlan]:
         """Slots (B * M, ...) from tokens (T, ...), and the `GroupedPlan` of the slots as tokens."""
         sequences, length, num_slots = ops.shape(self.back)
-        if isinstance(num_slots, int) and num_slots % num_experts:
-            raise ValueError(
-                "A plan must have as many slots for each expert of the bank that follows it. "
-                f"Received: {num_slots} slots, and a bank with num_experts={num_experts}"
-            )
         of_token = tokens.shape[1:]
         tokens = ops.reshape(tokens, (sequences, length, math.prod(of_token)))
         slots = ops.einsum(f"bsm,bsd->{_order()}d", ops.cast(self.to_slots, tokens.dtype), tokens)
