@@ -22,9 +22,9 @@ class Capacity(Configured):
     """Gives each expert `ceil(factor * T * K / E)` slots for a batch of T tokens.
 
     First choices are served before second ones. An assignment without a slot contributes zero; the
-    weights of the others stay. Padding takes no slot, but counts in T. On a mesh of devices T
-    counts the tokens of one. In a language model later tokens take slots from earlier ones, unless
-    K is 1 and the priority "position".
+    weights of the others stay. Padding takes no slot, but counts in T. On a mesh T is the number of
+    tokens on one device. In a language model later tokens take slots from earlier ones, unless K is
+    1 and the priority "position".
 
     Args:
         factor: Positive float, rounded to a fraction with a denominator of at most 1,000. 1.0 is
@@ -63,7 +63,7 @@ class Capacity(Configured):
         priority: str = "position",
         per_sequence: bool = False,
     ):
-        # By the name that the number has as an argument of a layer.
+        # Errors name the argument of the layer.
         self.factor = check_number("capacity_factor", factor, above=0)
         self.minimum = check_integer("minimum", minimum)
         self.multiple_of = check_integer("multiple_of", multiple_of)
@@ -119,5 +119,6 @@ class Capacity(Configured):
             priority = take_scores(routing.probs, top_k_indices(routing.probs, 1))[:, 0]
         elif self.priority == "random":
             priority = keras.random.uniform(ops.shape(routing.mask), seed=seed)
-        settings = num_experts, slots, sequence_length, num_capacity_limited
-        return drop_excess(routing.indices, priority, *settings)
+        return drop_excess(
+            routing.indices, num_experts, slots, priority, sequence_length, num_capacity_limited
+        )

@@ -50,7 +50,7 @@ class Counters(NamedTuple):
         for number in dropped:
             self.dropped.assign_add(number)
         self.numbers.assign_add(numbers)
-        self.totals.assign(_larger(ops.convert_to_tensor(self.totals), values))
+        self.totals.assign(_add_to_totals(ops.convert_to_tensor(self.totals), values))
 
     def read(self) -> "Counts":
         """Return what has been counted so far."""
@@ -135,7 +135,7 @@ def _finite_values(values, added):
 
 
 @backend.jit_when_eager
-def _larger(totals, values):
+def _add_to_totals(totals, values):
     """Totals and their errors (2, V) with values (V,) added."""
     # Kahan's summation: the total may become too large for what a step adds.
     total, error = totals[0], totals[1]

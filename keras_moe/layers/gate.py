@@ -38,12 +38,12 @@ from keras_moe.ops.sorting import as_dtype
 class Observer:
     """Watches gates. It may also replay choices, or have inference counted.
 
-    - `saw`: function of a routing and its tokens (T, D), called after each choice, or None.
+    - `on_routing`: function of a routing and its tokens (T, D), called after each choice, or None.
     - `indices` (T, K): experts to replay instead of choosing, or None.
     - `counts`: whether inference is counted, in the counters of evaluations.
     """
 
-    saw: Callable | None = None
+    on_routing: Callable | None = None
     indices: Any = None
     counts: bool = False
 
@@ -176,8 +176,8 @@ class Gate(Recomputable):
             self._add_losses_and_count(routing, num_dropped, length, training)
         routing = routing._replace(losses=())  # which are added
         for observer in observers:
-            if observer.saw is not None:
-                observer.saw(routing, tokens.values)
+            if observer.on_routing is not None:
+                observer.on_routing(routing, tokens.values)
         return routing, experts
 
     def _add_losses_and_count(self, routing, num_dropped, sequence_length, training):
@@ -287,7 +287,7 @@ class Gate(Recomputable):
     # Weights that stay with the experts
 
     def keep_counters_of(self, experts: np.ndarray) -> None:
-        """Keep the counters of these experts, which may be copies, and begin the losses' state."""
+        """Keep the counters of these experts, which may be copies; reset the losses' states."""
         training, evaluation = self._training_counters, self._evaluation_counters
         with names_below(self.path), unlocked(self):
             for variable in [*training, *evaluation, *sum(self.loss_states, [])]:

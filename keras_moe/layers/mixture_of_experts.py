@@ -1,4 +1,4 @@
-"""The mixture of experts: choose, compute, combine.
+"""The mixture of experts: choose, plan, compute and combine.
 
 Axes: T tokens, all leading axes of the inputs flattened; D features of a token; E experts; K
 experts of a token.
@@ -226,7 +226,7 @@ class MixtureOfExperts(Gate):
     def compute_mask(self, inputs, previous_mask):
         if previous_mask is None:
             return None
-        # One of parts of a sample goes on if the outputs have these parts.
+        # A mask of parts of a sample is passed on if the outputs have the same parts.
         num_axes = len(previous_mask.shape)
         shape = tuple(self.compute_output_shape(inputs.shape))
         is_kept = num_axes < len(shape) and shape[:num_axes] == tuple(inputs.shape[:num_axes])

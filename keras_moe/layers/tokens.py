@@ -1,4 +1,4 @@
-"""Inputs of a layer as tokens, and the way back.
+"""Conversion of the inputs of a layer to tokens, and of tokens to outputs.
 
 Axes: T tokens, all leading axes of the inputs flattened; D features of a token.
 """
@@ -92,7 +92,7 @@ def check_call(inputs, mask, num_axes, router_inputs=None, token_ids=None):
     if of_inputs is not None:
         mask = of_inputs if mask is None else mask
         if len(mask.shape) == len(of_inputs.shape) != num_axes:
-            mask = None  # of parts of a sample, which only its experts could use
+            mask = None  # it masks parts of a sample, which is a token as a whole
     letters = "abcdefghij"
     axes, sample = letters[:num_axes], letters[num_axes : len(inputs.shape)].upper()
     given = {"inputs": (inputs, axes + sample, "float")}

@@ -25,8 +25,6 @@ def plan_groups(
     routing: Routing,
     capacity: int | Tensor | None = None,
     priority: Tensor | None = None,
-    sequence_length: int | None = None,
-    num_capacity_limited: int | None = None,
 ) -> GroupedPlan:
     """Sort the assignments of a routing by expert.
 
@@ -40,14 +38,12 @@ def plan_groups(
             distribution spreads the tokens; None for all.
         priority: Tensor (T,) or None. Tokens of higher priority find a slot first. None: in the
             order of the tokens.
-        sequence_length: Integer or None. The capacity is for each run of so many tokens.
-        num_capacity_limited: Integer or None. Only the first so many experts have a capacity.
 
     Returns:
         A `GroupedPlan`.
 
     Raises:
-        ValueError: If a size is not positive.
+        ValueError: If the capacity is not positive.
         TypeError: If the indices are no integers.
 
     Example:
@@ -59,37 +55,33 @@ def plan_groups(
     """
     indices, weights, _, _, mask, counts, *_ = routing
     routing = convert_and_check(Routing(indices, weights, None, None, mask, counts))
-    num_tokens = routing.mask.shape[0]
-    capacity = _check_size("capacity", capacity)
+    if isinstance(capacity, (numbers.Number, np.ndarray)):  # no tensor
+        capacity = check_integer("capacity", capacity)
     if priority is not None:
         priority = ops.convert_to_tensor(priority)
-        check_tensors({"T": num_tokens}, priority=(priority, "T", "number"))
-    sequence_length = _check_size("sequence_length", sequence_length)
-    are_known = isinstance(sequence_length, int) and isinstance(num_tokens, int)
-    if are_known and num_tokens % sequence_length:
-        raise ValueError(
-            "`sequence_length` must divide the number of tokens. "
-            f"Received: sequence_length={sequence_length}, {num_tokens} tokens"
-        )
-    if num_capacity_limited is not None:
-        num_capacity_limited = check_integer("num_capacity_limited", num_capacity_limited)
+        check_tensors({"T": routing.mask.shape[0]}, priority=(priority, "T", "number"))
     num_experts = routing.counts.shape[0]
     experts = mask_invalid(routing.indices, num_experts, routing.mask)
     if capacity is not None:
-        experts = drop_excess(
-            experts, priority, num_experts, capacity, sequence_length, num_capacity_limited
-        )
+        experts = drop_excess(experts, num_experts, capacity, priority)
     return GroupedPlan.of(experts, routing.weights, num_experts)
 
 
-def drop_excess(experts, priority, num_experts, capacity, *settings):
-    """Experts (T, K), -1 for the assignments that find no slot; see `plan_groups`."""
+def drop_excess(
+    experts, num_experts, capacity, priority=None, sequence_length=None, num_capacity_limited=None
+):
+    """Experts (T, K), -1 for the assignments that find no slot; see `plan_groups`.
+
+    The capacity is for each sequence, if a length is given, and only for the first
+    `num_capacity_limited` experts.
+    """
     if isinstance(capacity, int):
         capacity = min(capacity, MAX_CAPACITY)
-    sequence_length, _ = settings
 
     def on_device(experts, priority):
-        return _drop_excess(experts, priority, num_experts, capacity, *settings)
+        return _drop_excess(
+            experts, priority, num_experts, capacity, sequence_length, num_capacity_limited
+        )
 
     num_tokens, shards = ops.shape(experts)[0], backend.devices.token_shards()
     # Each device drops its own where no sequence has tokens on two of them.
@@ -128,12 +120,6 @@ def count_dropped(routing, experts):
     dropped = ops.sum(ops.cast(ops.not_equal(routing.indices, experts), "int32"))
     assigned = ops.cast(ops.sum(routing.counts), "float32")
     return dropped, ops.cast(dropped, "float32") / ops.maximum(assigned, 1.0)
-
-
-def _check_size(name, size):
-    """Return a size as a Python integer; a tensor, a symbol or None as it is."""
-    is_known = isinstance(size, (numbers.Number, np.ndarray))
-    return check_integer(name, size) if is_known else size
 
 
 def slots_of_expert(num_tokens, num_experts, top_k, capacity_factor):

@@ -61,7 +61,7 @@ class GroupedPlan(NamedTuple):
     def num_rows(self):
         return ops.shape(self.assignment_of_row)[0]
 
-    # Two verbs
+    # Dispatch and combine
 
     @backend.jit_when_eager
     def dispatch(self, tokens: Tensor) -> Tensor:

@@ -103,11 +103,7 @@ def make_routing(
     """A `Routing` in which padding has no weight and no count.
 
     Args:
-        indices: Integer tensor (T, K). The experts of each token, -1 for none.
-        weights: Float tensor (T, K). Their combine weights.
-        probs: Float tensor (T, E). Scores of all experts.
-        logits: Float tensor (T, E). What the scores were computed from.
-        mask: Bool tensor (T,), False for padding.
+        indices, weights, probs, logits, mask: Tensors. As in a `Routing`.
         counts: Integer tensor (E,) or None. Assignments per expert; None counts the indices.
         load: Float tensor (E,) or None. None takes the counts.
 

@@ -15,7 +15,7 @@ from keras_moe._internal.serialization import register
 from keras_moe.ops.matching import balanced_assignment, expert_choice_routing, sinkhorn_plan
 from keras_moe.ops.plans import ExpertChoicePlan
 from keras_moe.ops.routing import Routing, weigh
-from keras_moe.ops.selection import SCORES, chosen_experts, top_k_indices
+from keras_moe.ops.selection import SCORES, top_k_indices
 from keras_moe.routers.logit_router import LogitRouter
 
 
@@ -29,13 +29,15 @@ class MatchingRouter(LogitRouter):
         logits = self.logits(tokens, training)
         score = "softmax" if self.top_k > 1 else "sigmoid"
         scores = SCORES[score](logits)
-        matched = self.match(ops.stop_gradient(logits), mask) if training else scores
-        indices = top_k_indices(matched, self.top_k)
+        if training:
+            indices = self.match(ops.stop_gradient(logits), mask)
+        else:
+            indices = top_k_indices(scores, self.top_k)
         weights, probs = weigh(indices, scores, score, renormalize=False)
         return Routing(indices, weights, probs, logits, mask)
 
     def match(self, logits: Tensor, mask: Tensor) -> Tensor:
-        """Return scores (T, E), whose best are the experts of a token."""
+        """Return the experts (T, K) of each token in training."""
         raise NotImplementedError
 
 
@@ -68,7 +70,7 @@ class SinkhornRouter(MatchingRouter):
         return self.top_k > 1
 
     def match(self, logits, mask):
-        return sinkhorn_plan(logits, mask, self.iterations)
+        return top_k_indices(sinkhorn_plan(logits, mask, self.iterations), self.top_k)
 
 
 @register
@@ -88,8 +90,7 @@ class BalancedAssignmentRouter(MatchingRouter):
     shift_invariant = False
 
     def match(self, logits, mask):
-        assigned = ops.expand_dims(balanced_assignment(logits, mask), 1)
-        return ops.cast(chosen_experts(assigned, logits.shape[-1]), "float32")
+        return ops.expand_dims(balanced_assignment(logits, mask), 1)
 
 
 @register

@@ -28,7 +28,8 @@ class Router(BaseLayer):
 
     A subclass overrides `max_top_k`, `mean_top_k` and `min_top_k` if the number of experts differs
     between tokens, `update` if it has state, and `balance_advice` if it balances the load itself.
-    Class attributes such as `causal` describe it: the guide to extending explains them.
+    Class attributes such as `causal` describe it. The guide to extending explains them, with three
+    examples.
 
     Args:
         num_experts: Integer. Number of experts, E. None: the number of the layer around the router.
@@ -54,15 +55,7 @@ class Router(BaseLayer):
 
     Example:
 
-    >>> class NearestRouter(keras_moe.routers.Router):
-    ...     top_k = 2
-    ...     def build(self, tokens_shape):
-    ...         self.centres = self.add_weight(shape=(self.num_experts, tokens_shape[-1]))
-    ...     def route(self, tokens, mask, training, **context):
-    ...         differences = keras.ops.expand_dims(tokens, 1) - self.centres
-    ...         closeness = -keras.ops.sum(differences**2, axis=-1)
-    ...         return keras_moe.ops.top_k_routing(closeness, self.top_k, mask)
-    >>> router = NearestRouter(num_experts=4)
+    >>> router = keras_moe.routers.TopKRouter(num_experts=4, top_k=2)
     >>> router(keras.random.normal((6, 16))).indices.shape
     (6, 2)
     """

@@ -232,8 +232,8 @@ class GroupLimitedRouter(TopKRouter):
         number = self.num_experts
         if number is None:
             return
-        admitted = self.top_groups * number // self.num_groups
-        if number % self.num_groups or not self.top_k <= admitted <= number:
+        in_groups = self.top_groups * number // self.num_groups
+        if number % self.num_groups or not self.top_k <= in_groups <= number:
             raise ValueError(
                 "`num_groups` must divide `num_experts`, and `top_groups` of them hold at least "
                 f"`top_k` experts. Received: num_experts={number}, num_groups={self.num_groups}, "
@@ -251,12 +251,12 @@ def _group_limited_scores(scores, num_groups, top_groups):
 
     A group is as good as the sum of its two best experts. DeepSeek-V3 (arXiv:2412.19437),
     section 2.1.2, there called nodes. Not zero: a selection bias makes scores negative, and an
-    excluded expert would beat an admitted one.
+    excluded expert would beat one of the best groups.
     """
     size = scores.shape[-1] // num_groups
     grouped = ops.reshape(scores, (-1, size))
     best = top_k_indices(grouped, min(2, size))
     of_groups = ops.sum(take_scores(grouped, best), axis=-1)
     chosen = top_k_indices(ops.reshape(of_groups, (-1, num_groups)), top_groups)
-    admitted = ops.repeat(chosen_experts(chosen, num_groups), size, axis=1)
-    return ops.where(admitted, scores, float("-inf"))
+    is_in_best = ops.repeat(chosen_experts(chosen, num_groups), size, axis=1)
+    return ops.where(is_in_best, scores, float("-inf"))
