@@ -119,25 +119,22 @@ class Gate(Recomputable):
         raise NotImplementedError(f"{rule}. Received: the mixture `{self.name}`")
 
     def _build_gate(self, features):
-        """Build the router, for tokens of so many features, and the counters."""
+        """Build the router, for tokens of so many features, and the state of the gate."""
         if not self.router.built:
             self.router.build((None, features))
-        self._build_counters()
-        self._build_losses()
+        self._build_state()
 
-    def _build_counters(self):
+    def _build_state(self):
+        """Make the counters, and for each loss a list of its variables."""
+        num_experts, zeros = self.router.num_experts, {"initializer": "zeros", "trainable": False}
         dtype = "float32" if self.router.counted_by_weight else "int32"
-        sizes = self.router.num_experts, len(self.router_losses)
+        sizes = num_experts, len(self.router_losses)
         self._training_counters = Counters.create("", *sizes, dtype)
         self._evaluation_counters = Counters.create("evaluation_", *sizes, dtype)
-
-    def _build_losses(self):
-        """Add the variables of each loss, a list for each: the state is the layer's."""
-        zeros = {"initializer": "zeros", "trainable": False, "autocast": False}
         self.loss_states = [
             [
-                self.add_weight(name=name, shape=shape, dtype=dtype, **zeros)
-                for name, (shape, dtype) in loss.state_shapes(self.router.num_experts).items()
+                self.add_weight(name=name, shape=shape, dtype=dtype, autocast=False, **zeros)
+                for name, (shape, dtype) in loss.state_shapes(num_experts).items()
             ]
             for loss in self.router_losses
         ]
@@ -292,8 +289,7 @@ class Gate(Recomputable):
         with names_below(self.path), unlocked(self):
             for variable in [*training, *evaluation, *sum(self.loss_states, [])]:
                 untrack(self, variable)
-            self._build_counters()
-            self._build_losses()
+            self._build_state()
         self._training_counters.continue_from(training, experts)
         self._evaluation_counters.continue_from(evaluation, experts)
 

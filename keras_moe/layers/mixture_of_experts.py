@@ -214,12 +214,10 @@ class MixtureOfExperts(Gate):
         returned = super().__call__(*args, **kwargs)
         if isinstance(returned, tuple):
             if self.activity_regularizer is not None:
-                raise ValueError(
-                    "`activity_regularizer` must be left out of a layer that returns more than its "
-                    "outputs: Keras regularizes all of it. Use "
-                    "`keras.layers.ActivityRegularization` after the layer. Received: "
-                    f"{len(returned)} results of `{self.name}`"
-                )
+                rule = "`activity_regularizer` must be None where a layer returns several results"
+                fix = "use `keras.layers.ActivityRegularization` after the layer"
+                received = f"{len(returned)} results of `{self.name}`"
+                raise ValueError(f"{rule}: {fix}. Received: {received}")
             pass_mask_on(num_token_axes(returned[0].shape, self.token_axes), *returned)
         return returned
 

@@ -35,7 +35,14 @@ def expert_choice_routing(logits, capacity_factor, mask, sequence_length=None):
     scores = ops.reshape(scores, (-1, sequence_length, num_experts))
     are_known = isinstance(sequence_length, int) and isinstance(capacity, int)
     num_choices = (min if are_known else ops.minimum)(sequence_length, capacity)
-    place = _top_tokens(ops.transpose(scores, (0, 2, 1)), num_choices)  # in the sequence, (B, E, C)
+    scores = ops.transpose(scores, (0, 2, 1))
+    if backend.needs_static_shapes():
+        # XLA finds the largest without a sort of all.
+        place = ops.top_k(scores, num_choices)[1]
+    else:
+        # Not `top_k`, which on PyTorch orders ties arbitrarily.
+        place = ops.argsort(-scores, axis=-1)[..., :num_choices]
+    place = ops.cast(place, "int32")  # in the sequence, (B, E, C)
     sequence = ops.arange(ops.shape(place)[0], dtype="int32")
     token = place + sequence_length * ops.reshape(sequence, (-1, 1, 1))
     slot = ops.arange(ops.shape(place)[2], dtype="int32")
@@ -124,14 +131,3 @@ def balanced_assignment(scores, mask):
     )
     choice, _ = propose(open_to)
     return ops.where(mask, choice, 0)
-
-
-def _top_tokens(scores, number):
-    """Indices (..., number) of the largest of (..., S), best first; ties go to the lower index."""
-    if backend.needs_static_shapes():
-        # XLA finds the largest without a sort of all.
-        places = ops.top_k(scores, number)[1]
-    else:
-        # Not `top_k`, which on PyTorch orders ties arbitrarily.
-        places = ops.argsort(-scores, axis=-1)[..., :number]
-    return ops.cast(places, "int32")
