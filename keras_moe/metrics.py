@@ -15,7 +15,6 @@ from keras import ops
 from keras_moe._internal import Tensor
 from keras_moe._internal.checks import check_indices, check_integer, check_tensors, host_values
 from keras_moe._internal.serialization import register
-from keras_moe.layers.tokens import Tokens
 from keras_moe.ops.plans import GroupedPlan
 from keras_moe.ops.routing import Routing, count_assignments
 from keras_moe.ops.selection import chosen_experts, entropy, mask_invalid, weights_of_experts
@@ -183,7 +182,7 @@ def expert_saliency(
     inputs = ops.convert_to_tensor(inputs)
     mask = None if mask is None else ops.cast(ops.convert_to_tensor(mask), "bool")
     _, routing = layer(inputs, mask=mask, token_ids=token_ids, return_routing=True)
-    total = contributions(layer, routing, Tokens.of(inputs, mask, layer.token_axes).values)
+    total = contributions(layer, routing, layer.tokens_of(inputs, mask).values)
     return total / ops.maximum(ops.cast(served_tokens(routing), "float32"), 1.0)
 
 

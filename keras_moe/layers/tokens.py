@@ -63,7 +63,7 @@ def zero_padding(values, mask):
     """Values (batch, ..., ...), zero where a mask (batch, ...) is False."""
     for _ in range(len(values.shape) - len(mask.shape)):
         mask = ops.expand_dims(mask, -1)
-    return ops.where(mask, values, ops.zeros((), values.dtype))
+    return ops.where(mask, values, 0.0)
 
 
 def num_token_axes(shape, token_axes=None):
@@ -104,7 +104,7 @@ def check_call(inputs, mask, num_axes, router_inputs=None, token_ids=None):
         given["mask"] = (mask, axes, "mask")
     if token_ids is not None:
         given["token_ids"] = (ops.convert_to_tensor(token_ids), axes, "int")
-    check_tensors(None, **given)
+    check_tensors(**given)
     return None if mask is None else ops.cast(mask, "bool")
 
 
