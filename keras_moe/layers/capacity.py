@@ -80,13 +80,6 @@ class Capacity(Configured):
             identifier = keras.saving.deserialize_keras_object(identifier)
         return identifier if identifier is None or isinstance(identifier, cls) else cls(identifier)
 
-    def is_causal(self, top_k: int) -> bool:
-        """Return whether no later token can take a slot from an earlier one.
-
-        With two choices it can: all first choices come before all second ones.
-        """
-        return self.priority == "position" and top_k == 1
-
     def drop_excess(
         self,
         routing: Routing,

@@ -22,14 +22,7 @@ from keras_moe.layers.expert_bank import ExpertBank
 from keras_moe.layers.feed_forward_experts import FeedForwardExperts
 from keras_moe.layers.gate import Gate
 from keras_moe.layers.layer_experts import LayerExperts
-from keras_moe.layers.tokens import (
-    Tokens,
-    check_call,
-    num_token_axes,
-    pass_mask_on,
-    token_shape,
-    zero_padding,
-)
+from keras_moe.layers.tokens import Tokens, check_call, pass_mask_on, token_shape, zero_padding
 from keras_moe.ops.soft import SoftPlan
 from keras_moe.routers.router import Router
 
@@ -188,7 +181,7 @@ class MixtureOfExperts(Gate):
             "shared_expert", self.shared_expert, inputs_shape, self.token_axes
         )
         expected = self.compute_output_shape(inputs_shape)
-        num_axes = num_token_axes(inputs_shape, self.token_axes)
+        num_axes = self.token_axes or len(inputs_shape) - 1
         if tuple(shape[num_axes:]) != tuple(expected[num_axes:]):
             raise ValueError(
                 "`shared_expert` must return as many features as `experts`. Received: "
@@ -222,7 +215,7 @@ class MixtureOfExperts(Gate):
                 fix = "use `keras.layers.ActivityRegularization` after the layer"
                 received = f"{len(returned)} results of `{self.name}`"
                 raise ValueError(f"{rule}: {fix}. Received: {received}")
-            pass_mask_on(num_token_axes(returned[0].shape, self.token_axes), *returned)
+            pass_mask_on(self.token_axes or len(returned[0].shape) - 1, *returned)
         return returned
 
     def compute_mask(self, inputs, previous_mask):
@@ -289,13 +282,14 @@ class MixtureOfExperts(Gate):
         outputs_shape = self.experts.compute_output_shape(
             (None, *token_shape(inputs_shape, self.token_axes))
         )
-        return (*inputs_shape[: num_token_axes(inputs_shape, self.token_axes)], *outputs_shape[1:])
+        num_axes = self.token_axes or len(inputs_shape) - 1
+        return (*inputs_shape[:num_axes], *outputs_shape[1:])
 
     def compute_output_spec(
         self, inputs, mask=None, token_ids=None, indices=None, router_inputs=None, **kwargs
     ):
         sublayers.warn_of_repetition(self, inputs)
-        num_axes = num_token_axes(inputs.shape, self.token_axes)
+        num_axes = self.token_axes or len(inputs.shape) - 1
         if check_call(inputs, mask, num_axes, router_inputs, token_ids) is None:
             sublayers.warn_of_lost_mask(self, inputs)
         shape = self.compute_output_shape(inputs.shape)

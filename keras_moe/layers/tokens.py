@@ -66,16 +66,11 @@ def zero_padding(values, mask):
     return ops.where(mask, values, 0.0)
 
 
-def num_token_axes(shape, token_axes=None):
-    """Number of the leading axes that count tokens: `token_axes`, or all but the last."""
-    return token_axes or len(shape) - 1
-
-
 def token_shape(shape, token_axes=None):
-    """The shape of a token in inputs."""
+    """The shape of a token: all axes of the inputs after `token_axes`, or the last one."""
     if isinstance(shape, dict) or any(isinstance(size, (list, tuple)) for size in shape):
         raise ValueError(f"`inputs` must be one tensor. Received: tensors of shapes {shape}")
-    num_axes = num_token_axes(shape, token_axes)
+    num_axes = token_axes or len(shape) - 1
     of_token = tuple(shape[num_axes:])
     if None in of_token or not of_token or not num_axes:
         raise ValueError(
