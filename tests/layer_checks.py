@@ -156,6 +156,7 @@ def _selection_router(required=lambda: {"num_experts": E}, **options):
             scaling_factor=2.5,
             balancer=routers.LossFreeBias(0.1),
             use_bias=True,
+            updates_selection_bias=False,
         )
         | options
     )

@@ -427,7 +427,6 @@ REFUSED = [
     ("ops.make_routing(ints(T, 1) + E, t(T, 1), t(T, E), t(T, E), true(T))", "from 0 to 3"),
     ("ops.plan_groups(routing(), 0)", "`capacity` must be"),
     ("ops.plan_groups(routing(), 1, true(T, 1))", "`priority` must have"),
-    ("ops.plan_groups(routing(), 1, sequence_length=4)", "divide the number"),
     ("plan().dispatch(t(9, D))", "must have the shape"),
     ("plan().combine(t(5, D))", "a row for each assignment"),
     ("ops.grouped_matmul(t(6, 4), t(3, 4, 8), [2, 2, 4])", "`group_sizes` must"),

@@ -116,7 +116,7 @@ def test_the_entropies_of_selectors_are_summed():
     router.build(x.shape)
     router.bias.assign(80 * router.bias)  # some bits exact
     routing = router(x, mask=mask)
-    p = array(routing.selectors).astype("float64")[mask]
+    p = array(routing.details["selectors"]).astype("float64")[mask]
     expected = np.mean(-np.sum(p * np.log(np.where(p > 0, p, 1)), axis=(1, 2)))
     assert p.min() == 0 and expected > 0
     assert_close(array(losses.SelectorEntropy(0.5)(routing)), 0.5 * expected)

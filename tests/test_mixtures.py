@@ -112,9 +112,9 @@ def test_a_functional_model_returns_what_the_layer_returns(name):
     outputs, routing, single = layer(inputs, **returned)
     outputs = {"outputs": outputs, "weights": routing.weights, "single": single}
     if name == "dselect_k":
-        outputs["selectors"] = routing.selectors
+        outputs["selectors"] = routing.details["selectors"]
     of_model, (outputs, routing, single) = keras.Model(inputs, outputs)(x), layer(x, **returned)
-    of_layer = {**routing._asdict(), "outputs": outputs, "single": single}
+    of_layer = {**routing._asdict(), **routing.details, "outputs": outputs, "single": single}
     for name, value in of_model.items():
         np.testing.assert_allclose(array(value), array(of_layer[name]), rtol=1e-5, err_msg=name)
 

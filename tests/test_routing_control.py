@@ -133,7 +133,7 @@ def test_a_soft_mixture_equals_the_oracle_with_padding(slots=2):
         assert_close(array(outputs)[b], expected)
     flat = np.nan_to_num(padded).reshape(-1, D)
     own = router(flat, mask=mask.reshape(-1), sequence_length=6)
-    to_slots, back = map(array, own.soft_plan)
+    to_slots, back = map(array, router.plan(own, own.indices))
     assert_close(to_slots.sum(axis=1), np.ones((2, 3 * slots)))
     assert_close(back[mask].sum(axis=1), np.ones(mask.sum()))
     assert array(routing.counts).tolist() == [2 * slots] * 3

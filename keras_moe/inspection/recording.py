@@ -64,7 +64,9 @@ def listening(listeners):
 
     `listeners` maps layers to functions of an `ops.Routing` and of the tokens (T, D).
     """
-    return _observing({layer: Observer(saw=listener) for layer, listener in listeners.items()})
+    return _observing(
+        {layer: Observer(on_routing=listener) for layer, listener in listeners.items()}
+    )
 
 
 def count_in_evaluation(model: keras.Model) -> contextlib.AbstractContextManager:

@@ -9,7 +9,7 @@ from keras_moe._internal import Tensor
 from keras_moe._internal.checks import check_choice, check_integer, check_number
 from keras_moe._internal.serialization import Configured, register
 from keras_moe.backend import backend
-from keras_moe.ops.capacity import MAX_CAPACITY, admit, slots_of_expert
+from keras_moe.ops.capacity import drop_excess, slots_of_expert
 from keras_moe.ops.routing import Routing
 from keras_moe.ops.selection import take_scores, top_k_indices
 from keras_moe.ops.sorting import at_least, ceil_divide
@@ -22,9 +22,9 @@ class Capacity(Configured):
     """Gives each expert `ceil(factor * T * K / E)` slots for a batch of T tokens.
 
     First choices are served before second ones. An assignment without a slot contributes zero; the
-    weights of the others stay. Padding takes no slot, but counts in T. On a mesh of devices T
-    counts the tokens of one. In a language model later tokens take slots from earlier ones, unless
-    K is 1 and the priority "position".
+    weights of the others stay. Padding takes no slot, but counts in T. On a mesh T is the number of
+    tokens on one device. In a language model later tokens take slots from earlier ones, unless K is
+    1 and the priority "position".
 
     Args:
         factor: Positive float, rounded to a fraction with a denominator of at most 1,000. 1.0 is
@@ -63,7 +63,7 @@ class Capacity(Configured):
         priority: str = "position",
         per_sequence: bool = False,
     ):
-        # By the name that the number has as an argument of a layer.
+        # Errors name the argument of the layer.
         self.factor = check_number("capacity_factor", factor, above=0)
         self.minimum = check_integer("minimum", minimum)
         self.multiple_of = check_integer("multiple_of", multiple_of)
@@ -80,51 +80,38 @@ class Capacity(Configured):
             identifier = keras.saving.deserialize_keras_object(identifier)
         return identifier if identifier is None or isinstance(identifier, cls) else cls(identifier)
 
-    def is_causal(self, top_k: int) -> bool:
-        """Return whether no later token can take a slot from an earlier one.
-
-        With two choices it can: all first choices come before all second ones.
-        """
-        return self.priority == "position" and top_k == 1
-
-    def admit(
+    def drop_excess(
         self,
         routing: Routing,
         sequence_length: int | None,
         training: bool | None,
         seed: keras.random.SeedGenerator,
-        num_capacity_limited: int | None = None,
+        num_capacity_limited: int,
     ) -> Tensor:
-        """Return the experts (T, K) of the assignments that find a slot, -1 for the others.
+        """Return the experts (T, K) of a routing, -1 for the assignments that find no slot.
 
-        Args:
-            routing: The `ops.Routing` of all assignments.
-            sequence_length: Integer. Tokens of a sequence, or None.
-            training: Boolean. Whether to use the factor for training.
-            seed: `keras.random.SeedGenerator` of the layer, for a random priority.
-            num_capacity_limited: Integer. Only the first so many experts have a limit. None: all.
+        `seed` draws random priorities. Only the first `num_capacity_limited` experts have a limit.
         """
         factor = self.factor if training else self.evaluation_factor
         if factor is None:
             return routing.indices
-        num_tokens, top_k = ops.shape(routing.indices)
+        length, top_k = ops.shape(routing.indices)
         shards = backend.devices.token_shards()
         if shards is not None:
-            num_tokens = ceil_divide(num_tokens, shards.number)
+            length = ceil_divide(length, shards.number)
         sequence_length = sequence_length if self.per_sequence else None
-        length = num_tokens if sequence_length is None else sequence_length
+        if sequence_length is not None:
+            length = sequence_length
         num_experts = routing.counts.shape[0]
         slots = slots_of_expert(length, num_experts, top_k, factor)
-        slots = at_least(min(self.minimum, MAX_CAPACITY), slots)
-        multiple_of = min(self.multiple_of, MAX_CAPACITY)
-        slots = ceil_divide(slots, multiple_of) * multiple_of
-        limits = slots, self._priorities(routing, seed), sequence_length, num_capacity_limited
-        return admit(routing.indices, num_experts, *limits)
-
-    def _priorities(self, routing, seed):
+        slots = at_least(self.minimum, slots)
+        slots = ceil_divide(slots, self.multiple_of) * self.multiple_of
+        priority = None
         if self.priority == "probability":
-            best = top_k_indices(routing.probs, 1)
-            return take_scores(routing.probs, best)[:, 0]
-        if self.priority == "random":
-            return keras.random.uniform(ops.shape(routing.mask), seed=seed)
-        return None
+            # Not `ops.max`, which fails without tokens.
+            priority = take_scores(routing.probs, top_k_indices(routing.probs, 1))[:, 0]
+        elif self.priority == "random":
+            priority = keras.random.uniform(ops.shape(routing.mask), seed=seed)
+        return drop_excess(
+            routing.indices, num_experts, slots, priority, sequence_length, num_capacity_limited
+        )

@@ -34,21 +34,23 @@ class Counters(NamedTuple):
             _counter(f"{prefix}value_numbers", (num_values,)),
         )
 
-    def add(self, routing, losses, added, training, has_capacity):
-        """Count a call: its routing, router losses, and what it has `added` to the model's loss."""
-        values = [*losses, routing.entropy()]
-        counted = [routing.counts, *_finite_values(values, added)]
-        if has_capacity:
-            dropped = routing.dropped * ops.cast(ops.sum(routing.counts), "float32")
-            counted.append(ops.cast(ops.round(dropped), "int32"))
+    def add(self, routing, num_dropped, losses, added, training):
+        """Count a call: its routing, router losses, and what it has `added` to the model's loss.
+
+        `num_dropped` () int32 is None without a capacity.
+        """
+        values, numbers = _finite_values([*losses, routing.entropy()], added)
+        counted = [routing.counts, values, numbers]
+        if num_dropped is not None:
+            counted.append(num_dropped)
         if training:  # A process may evaluate alone, and would wait for the others.
             counted = backend.devices.sum_counts(counted)
         counts, values, numbers, *dropped = counted
         self.assignments.assign_add(counts)
-        if has_capacity:
-            self.dropped.assign_add(dropped[0])
+        for number in dropped:
+            self.dropped.assign_add(number)
         self.numbers.assign_add(numbers)
-        self.totals.assign(_larger(ops.convert_to_tensor(self.totals), values))
+        self.totals.assign(_add_to_totals(ops.convert_to_tensor(self.totals), values))
 
     def read(self) -> "Counts":
         """Return what has been counted so far."""
@@ -133,7 +135,7 @@ def _finite_values(values, added):
 
 
 @backend.jit_when_eager
-def _larger(totals, values):
+def _add_to_totals(totals, values):
     """Totals and their errors (2, V) with values (V,) added."""
     # Kahan's summation: the total may become too large for what a step adds.
     total, error = totals[0], totals[1]

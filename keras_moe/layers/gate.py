@@ -29,7 +29,7 @@ from keras_moe.layers.counters import Counters, Counts
 from keras_moe.layers.expert_bank import ExpertBank
 from keras_moe.layers.recomputation import Recomputable
 from keras_moe.layers.tokens import Tokens
-from keras_moe.ops.plans import dropped_fraction
+from keras_moe.ops.capacity import count_dropped
 from keras_moe.ops.routing import Routing
 from keras_moe.ops.sorting import as_dtype
 
@@ -38,12 +38,12 @@ from keras_moe.ops.sorting import as_dtype
 class Observer:
     """Watches gates. It may also replay choices, or have inference counted.
 
-    - `saw`: function of a routing and its tokens (T, D), called after each choice, or None.
+    - `on_routing`: function of a routing and its tokens (T, D), called after each choice, or None.
     - `indices` (T, K): experts to replay instead of choosing, or None.
     - `counts`: whether inference is counted, in the counters of evaluations.
     """
 
-    saw: Callable | None = None
+    on_routing: Callable | None = None
     indices: Any = None
     counts: bool = False
 
@@ -111,7 +111,7 @@ class Gate(Recomputable):
         raise NotImplementedError(f"{rule}. Received: the mixture `{self.name}`")
 
     def _build_gate(self, features):
-        """Build the router, for tokens of so many features, and the counters."""
+        """Build the router, for tokens of so many features, and the state of the gate."""
         if not self.router.built:
             self.router.build((None, features))
         initial = self.loss_weights_in_force
@@ -123,22 +123,19 @@ class Gate(Recomputable):
             trainable=False,
             autocast=False,
         )
-        self._build_counters()
-        self._build_losses()
+        self._build_state()
 
-    def _build_counters(self):
+    def _build_state(self):
+        """Make the counters, and for each loss a list of its variables."""
+        num_experts, zeros = self.router.num_experts, {"initializer": "zeros", "trainable": False}
         dtype = "float32" if self.router.counted_by_weight else "int32"
-        sizes = self.router.num_experts, len(self.router_losses)
+        sizes = num_experts, len(self.router_losses)
         self._training_counters = Counters.create("", *sizes, dtype)
         self._evaluation_counters = Counters.create("evaluation_", *sizes, dtype)
-
-    def _build_losses(self):
-        """Add the variables of each loss, a list for each: the state is the layer's."""
-        zeros = {"initializer": "zeros", "trainable": False, "autocast": False}
         self.loss_states = [
             [
-                self.add_weight(name=name, shape=shape, dtype=dtype, **zeros)
-                for name, (shape, dtype) in loss.state_shapes(self.router.num_experts).items()
+                self.add_weight(name=name, shape=shape, dtype=dtype, autocast=False, **zeros)
+                for name, (shape, dtype) in loss.state_shapes(num_experts).items()
             ]
             for loss in self.router_losses
         ]
@@ -149,7 +146,6 @@ class Gate(Recomputable):
         self,
         tokens: Tokens,
         training: bool | None,
-        router_inputs: Tensor | None = None,
         token_ids: Tensor | None = None,
         indices: Tensor | None = None,
     ) -> tuple[Routing, Tensor]:
@@ -160,36 +156,33 @@ class Gate(Recomputable):
         observers = [each() for each in self._observers if each() is not None]
         for observer in observers:
             indices = observer.indices if indices is None else indices
-        routing, experts = self._route(
-            tokens, training, router_inputs, token_ids=token_ids, indices=indices
-        )
-        is_counted = any(observer.counts for observer in observers) and not in_symbolic_scope()
-        if training or is_counted:
-            self._add_losses_and_count(routing, tokens.sequence_length, training)
-        routing = routing._replace(losses=())  # which are added
-        for observer in observers:
-            if observer.saw is not None:
-                observer.saw(routing, tokens.values)
-        return routing, experts
-
-    def _route(self, tokens, training, router_inputs, **context):
-        """The routing of the router, and its experts, which serve no more than their capacity."""
         length = tokens.sequence_length
-        context |= {"mask": tokens.mask, "sequence_length": length}
+        context = {"mask": tokens.mask, "sequence_length": length}
+        context |= {"token_ids": token_ids, "indices": indices}
         # Without None: Keras scans every argument.
         given = {name: each for name, each in context.items() if each is not None}
-        routing = self.router(tokens.vectors(router_inputs), training=training, **given)
-        if self.capacity is None:
-            return routing, routing.indices
-        limited = sum(bank.num_capacity_limited for bank in self.banks)
-        experts = self.capacity.admit(routing, length, training, self._capacity_seed, limited)
-        return routing._replace(dropped=dropped_fraction(experts, routing.counts)), experts
+        routing = self.router(tokens.vectors, training=training, is_padding_zero=True, **given)
+        experts, num_dropped = routing.indices, None
+        if self.capacity is not None:
+            limited = sum(bank.num_capacity_limited for bank in self.banks)
+            settings = length, training, self._capacity_seed, limited
+            experts = self.capacity.drop_excess(routing, *settings)
+            num_dropped, share = count_dropped(routing, experts)
+            routing = routing._replace(dropped=share)
+        is_counted = any(observer.counts for observer in observers) and not in_symbolic_scope()
+        if training or is_counted:
+            self._add_losses_and_count(routing, num_dropped, length, training)
+        routing = routing._replace(losses=())  # which are added
+        for observer in observers:
+            if observer.on_routing is not None:
+                observer.on_routing(routing, tokens.values)
+        return routing, experts
 
-    def _add_losses_and_count(self, routing, sequence_length, training):
+    def _add_losses_and_count(self, routing, num_dropped, sequence_length, training):
         """Add the router losses in training, and count this call."""
         values = [
-            self._compute_loss(index, routing, sequence_length, training)
-            for index in range(len(self.router_losses))
+            self._compute_loss(loss, variables, routing, sequence_length, training)
+            for loss, variables in zip(self._router_losses, self.loss_states)
         ]
         added = list(routing.losses)  # by the router itself
         weights = ops.unstack(ops.convert_to_tensor(self.router_loss_weights)) if training else ()
@@ -204,10 +197,9 @@ class Gate(Recomputable):
                 stacklevel=2,
             )
         counters = self._training_counters if training else self._evaluation_counters
-        counters.add(routing, values, added, training, self.capacity is not None)
+        counters.add(routing, num_dropped, values, added, training)
 
-    def _compute_loss(self, index, routing, sequence_length, training):
-        loss, variables = self.router_losses[index], self.loss_states[index]
+    def _compute_loss(self, loss, variables, routing, sequence_length, training):
         extra = {"sequence_length": sequence_length} if loss.scope == "sequence" else {}
         if variables:
             # Copies: PyTorch assigns in place, and the gradient may need the old value.
@@ -298,13 +290,12 @@ class Gate(Recomputable):
     # Weights that stay with the experts
 
     def keep_counters_of(self, experts: np.ndarray) -> None:
-        """Keep the counters of these experts, which may be copies, and begin the losses' state."""
+        """Keep the counters of these experts, which may be copies; reset the losses' states."""
         training, evaluation = self._training_counters, self._evaluation_counters
         with names_below(self.path), unlocked(self):
             for variable in [*training, *evaluation, *sum(self.loss_states, [])]:
                 untrack(self, variable)
-            self._build_counters()
-            self._build_losses()
+            self._build_state()
         self._training_counters.continue_from(training, experts)
         self._evaluation_counters.continue_from(evaluation, experts)
 

@@ -1,4 +1,4 @@
-"""The mixture of experts: choose, compute, combine.
+"""The mixture of experts: choose, plan, compute and combine.
 
 Axes: T tokens, all leading axes of the inputs flattened; D features of a token; E experts; K
 experts of a token.
@@ -22,15 +22,8 @@ from keras_moe.layers.expert_bank import ExpertBank
 from keras_moe.layers.feed_forward_experts import FeedForwardExperts
 from keras_moe.layers.gate import Gate
 from keras_moe.layers.layer_experts import LayerExperts
-from keras_moe.layers.tokens import (
-    Tokens,
-    check_call,
-    num_token_axes,
-    pass_mask_on,
-    token_shape,
-    zero_padding,
-)
-from keras_moe.ops.plans import ExpertChoicePlan, GroupedPlan
+from keras_moe.layers.tokens import Tokens, check_call, pass_mask_on, token_shape, zero_padding
+from keras_moe.ops.soft import SoftPlan
 from keras_moe.routers.router import Router
 
 
@@ -169,15 +162,15 @@ class MixtureOfExperts(Gate):
         axes = {axis - len(of_token): size for axis, size in enumerate(of_token)}
         self.input_spec = keras.layers.InputSpec(min_ndim=len(of_token) + 1, axes=axes)
         sublayers.warn_of_second_use(self, self.router, self.experts, self.shared_expert)
-        if not self.router.tokens_choose and num_token_axes(inputs_shape, self.token_axes) == 1:
+        num_axes = len(inputs_shape) - len(of_token)
+        if not self.router.tokens_choose and num_axes == 1:
             warnings.warn(
                 f"Experts choose among all samples of the batch with the "
                 f"`{type(self.router).__name__}` of `{self.name}`: outputs depend on the rest of "
                 "the batch, in `predict` too.",
                 stacklevel=2,
             )
-        seen = router_inputs_shape or inputs_shape
-        self._build_gate(math.prod(token_shape(seen, self.token_axes)))
+        self._build_gate(math.prod(token_shape(router_inputs_shape or inputs_shape, num_axes)))
         if not self.experts.built:
             self.experts.build((None, *of_token))
         if self.shared_expert is not None:
@@ -188,7 +181,7 @@ class MixtureOfExperts(Gate):
             "shared_expert", self.shared_expert, inputs_shape, self.token_axes
         )
         expected = self.compute_output_shape(inputs_shape)
-        num_axes = num_token_axes(inputs_shape, self.token_axes)
+        num_axes = self.token_axes or len(inputs_shape) - 1
         if tuple(shape[num_axes:]) != tuple(expected[num_axes:]):
             raise ValueError(
                 "`shared_expert` must return as many features as `experts`. Received: "
@@ -203,9 +196,9 @@ class MixtureOfExperts(Gate):
             if not self.shared_gate.built:
                 self.shared_gate.build(inputs_shape)
 
-    def tokens_of(self, inputs: Tensor, mask: Tensor | None = None, **others: Any) -> Tokens:
-        """The `Tokens` of inputs (batch, ..., D), after a check of all tensors of a call."""
-        return Tokens.of(inputs, mask, self.token_axes, **others)
+    def tokens_of(self, inputs: Tensor, mask: Tensor | None = None) -> Tokens:
+        """Return the `Tokens` of inputs (batch, ..., D)."""
+        return Tokens.of(inputs, mask, self.token_axes)
 
     def __call__(self, *args, **kwargs):
         if args and args[0] is None:  # Keras would call `build` without a shape.
@@ -218,19 +211,17 @@ class MixtureOfExperts(Gate):
         returned = super().__call__(*args, **kwargs)
         if isinstance(returned, tuple):
             if self.activity_regularizer is not None:
-                raise ValueError(
-                    "`activity_regularizer` must be left out of a layer that returns more than its "
-                    "outputs: Keras regularizes all of it. Use "
-                    "`keras.layers.ActivityRegularization` after the layer. Received: "
-                    f"{len(returned)} results of `{self.name}`"
-                )
-            pass_mask_on(num_token_axes(returned[0].shape, self.token_axes), *returned)
+                rule = "`activity_regularizer` must be None where a layer returns several results"
+                fix = "use `keras.layers.ActivityRegularization` after the layer"
+                received = f"{len(returned)} results of `{self.name}`"
+                raise ValueError(f"{rule}: {fix}. Received: {received}")
+            pass_mask_on(self.token_axes or len(returned[0].shape) - 1, *returned)
         return returned
 
     def compute_mask(self, inputs, previous_mask):
         if previous_mask is None:
             return None
-        # One of parts of a sample goes on if the outputs have these parts.
+        # A mask of parts of a sample is passed on if the outputs have the same parts.
         num_axes = len(previous_mask.shape)
         shape = tuple(self.compute_output_shape(inputs.shape))
         is_kept = num_axes < len(shape) and shape[:num_axes] == tuple(inputs.shape[:num_axes])
@@ -248,17 +239,17 @@ class MixtureOfExperts(Gate):
         return_expert_outputs: bool = False,
     ) -> Tensor | tuple:
         # Flatten: inputs (batch, ..., D) are T = batch * ... tokens. Padding becomes zero.
-        tokens = self.tokens_of(inputs, mask, router_inputs=router_inputs, token_ids=token_ids)
+        tokens = Tokens.of(inputs, mask, self.token_axes, router_inputs, token_ids)
 
         # Choose: the router picks K experts for each token. In training it is counted, too.
-        routing, experts = self.choose(tokens, training, router_inputs, token_ids, indices)
+        routing, experts = self.choose(tokens, training, token_ids, indices)
 
         # Plan: the tokens of each expert become a group of rows.
-        plan = _plan(routing, experts)
+        plan = self.router.plan(routing, experts)
 
         # Compute and combine: each expert computes its tokens, whose outputs are summed by weight.
         if return_expert_outputs:
-            if routing.soft_plan:
+            if isinstance(plan, SoftPlan):
                 rule = "`return_expert_outputs` needs a router that assigns tokens to experts"
                 raise ValueError(f"{rule}. Received: a soft router, whose experts mix tokens")
             expert_outputs = self.experts.compute_each(tokens.values, plan)
@@ -278,7 +269,7 @@ class MixtureOfExperts(Gate):
 
     def _shared_outputs(self, tokens):
         """The outputs of the shared expert, times its gate; zero where tokens are padding."""
-        mask = tokens.mask_of_inputs
+        mask = None if tokens.mask is None else ops.reshape(tokens.mask, tokens.sizes)
         inputs = ops.reshape(tokens.values, (*tokens.sizes, *tokens.values.shape[1:]))
         shape, layer = self.compute_output_shape(inputs.shape), self.shared_expert
         outputs = sublayers.call_part("shared_expert", layer, inputs, shape, mask=mask)
@@ -291,23 +282,24 @@ class MixtureOfExperts(Gate):
         outputs_shape = self.experts.compute_output_shape(
             (None, *token_shape(inputs_shape, self.token_axes))
         )
-        return (*inputs_shape[: num_token_axes(inputs_shape, self.token_axes)], *outputs_shape[1:])
+        num_axes = self.token_axes or len(inputs_shape) - 1
+        return (*inputs_shape[:num_axes], *outputs_shape[1:])
 
     def compute_output_spec(
         self, inputs, mask=None, token_ids=None, indices=None, router_inputs=None, **kwargs
     ):
         sublayers.warn_of_repetition(self, inputs)
-        if check_call(inputs, mask, self.token_axes, router_inputs, token_ids) is None:
+        num_axes = self.token_axes or len(inputs.shape) - 1
+        if check_call(inputs, mask, num_axes, router_inputs, token_ids) is None:
             sublayers.warn_of_lost_mask(self, inputs)
         shape = self.compute_output_shape(inputs.shape)
-        num_axes = num_token_axes(inputs.shape, self.token_axes)
         sizes = inputs.shape[:num_axes]
-        tokens = keras.KerasTensor((None if None in sizes else math.prod(sizes), None))
-        routing = self.router.compute_output_spec(tokens, token_ids=token_ids, indices=indices)
         returned = [keras.KerasTensor(shape, self.compute_dtype)]
-        returned += [routing] if kwargs.get("return_routing") else []
+        if kwargs.get("return_routing"):
+            tokens = keras.KerasTensor((None if None in sizes else math.prod(sizes), None))
+            returned.append(self.router.compute_output_spec(tokens, indices=indices))
         if kwargs.get("return_expert_outputs"):
-            shape = (*sizes, routing.indices.shape[1], *shape[num_axes:])
+            shape = (*sizes, self.router.max_top_k, *shape[num_axes:])
             returned.append(keras.KerasTensor(shape, self.compute_dtype))
         return tuple(returned) if len(returned) > 1 else returned[0]
 
@@ -343,16 +335,6 @@ def _bank_of(experts, **arguments):
     if given:
         return FeedForwardExperts(**{"num_experts": None, "hidden_dim": None, **given})
     return LayerExperts(experts) if isinstance(experts, (list, tuple)) else expert_bank.get(experts)
-
-
-def _plan(routing, experts):
-    """The plan of a routing, of whose assignments (T, K) these experts serve some, -1 for none."""
-    if routing.soft_plan:
-        return routing.soft_plan
-    if isinstance(routing.places, tuple):
-        return GroupedPlan.of(experts, routing.weights, routing.counts.shape[0])
-    num_rows = math.prod(ops.shape(routing.places))
-    return ExpertChoicePlan.of_choices(experts, routing.weights, num_rows)
 
 
 def _weighted_sum(expert_outputs, weights):

@@ -127,10 +127,8 @@ class MultiGateMixtureOfExperts(Recomputable):
             raise ValueError("`shared_output=True` needs `task_experts`")
 
         # Each router chooses among the shared experts, then its own task's.
-        chosen_from = [
-            [self.experts, *self.task_experts[number : number + 1]]
-            for number in range(self.num_tasks)
-        ]
+        own = [[bank] for bank in self.task_experts] or [[]] * self.num_tasks
+        chosen_from = [[self.experts, *banks] for banks in own]
         names = list(self.task_names)
         if shared_output:
             chosen_from.append(all_banks)
@@ -139,11 +137,10 @@ class MultiGateMixtureOfExperts(Recomputable):
         if len(valid) < len(names):
             rule = "`task_names` must be different strings that are not empty"
             raise ValueError(f"{rule}. Received: {names}")
+        gates = zip(chosen_from, _routers_of_tasks(router, len(names)), names)
         self.tasks = [
             TaskGate(banks, router, self.router_losses, name=f"{self.name}_{name}")
-            for banks, router, name in zip(
-                chosen_from, _routers_of_tasks(router, len(names)), names
-            )
+            for banks, router, name in gates
         ]
         if kwargs.get("dtype") is not None:
             for bank in all_banks:
@@ -158,9 +155,8 @@ class MultiGateMixtureOfExperts(Recomputable):
                 bank.build((None, shape[-1]))
             widths.append(bank.compute_output_shape((None, shape[-1]))[-1])
         if len(set(widths)) > 1:
-            raise ValueError(
-                f"All banks must return the same number of features. Received: {widths}"
-            )
+            rule = "All banks must return the same number of features"
+            raise ValueError(f"{rule}. Received: {widths}")
         for task, shape in zip(self.tasks, [*shapes, shared_shape]):
             task.build(shape)
 
@@ -168,11 +164,7 @@ class MultiGateMixtureOfExperts(Recomputable):
         self, inputs: Tensor | list, mask: Tensor | list | None = None, training: bool | None = None
     ) -> list:
         # Flatten: tokens (T, D) of each task and, last, of the shared experts.
-        masks = self._masks(inputs, mask)
-        inputs = self._of_each_task(inputs)
-        axes = "abcdefghij"[: len(inputs[0].shape)]
-        check_tensors(**{f"inputs[{n}]": (each, axes, "float") for n, each in enumerate(inputs)})
-        flat = [Tokens.of(each, mask) for each, mask in zip(inputs, masks)]
+        flat = self._tokens(inputs, mask)
 
         # Choose: the gate of each task picks experts among the shared ones and its own.
         routings = [task.choose(tokens, training)[0] for task, tokens in zip(self.tasks, flat)]
@@ -203,6 +195,14 @@ class MultiGateMixtureOfExperts(Recomputable):
             for number, each in zip(numbers, weights):
                 totals[number] += ops.einsum("ts,tsd->td", each, outputs)
         return [tokens.unflatten(total, self.compute_dtype) for tokens, total in zip(flat, totals)]
+
+    def _tokens(self, inputs, mask):
+        if not isinstance(inputs, (list, tuple)):
+            return [Tokens.of(inputs, mask)] * (self.num_tasks + 1)
+        inputs, masks = self._of_each_task(inputs), self._masks(inputs, mask)
+        axes = "abcdefghij"[: len(inputs[0].shape)]
+        check_tensors(**{f"inputs[{n}]": (each, axes, "float") for n, each in enumerate(inputs)})
+        return [Tokens.of(*each) for each in zip(inputs, masks)]
 
     def _of_each_task(self, values):
         """Inputs or shapes: one for each task and, last, one for the shared experts."""
@@ -260,11 +260,8 @@ def _routers_of_tasks(identifier, number):
     if isinstance(identifier, (list, tuple)):
         instances = [id(each) for each in identifier if isinstance(each, Router)]
         if len(identifier) != number or len(set(instances)) < len(instances):
-            raise ValueError(
-                "A list of `router` must have one for each task, and one for a shared output, no "
-                f"instance twice. Received: {len(identifier)} for {number}, {len(set(instances))} "
-                "different instances"
-            )
+            rule = "A list of `router` must have one for each output, no instance twice"
+            raise ValueError(f"{rule}. Received: {identifier} for {number} outputs")
         return list(identifier)
     if not isinstance(identifier, Router):
         return [identifier] * number

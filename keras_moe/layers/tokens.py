@@ -1,4 +1,4 @@
-"""Inputs of a layer as tokens, and the way back.
+"""Conversion of the inputs of a layer to tokens, and of tokens to outputs.
 
 Axes: T tokens, all leading axes of the inputs flattened; D features of a token.
 """
@@ -18,39 +18,31 @@ class Tokens(NamedTuple):
     """Tokens of inputs (batch, ..., D), zero where they are padding.
 
     - `values` (T, D): the tokens; a token that is no vector keeps its axes.
+    - `vectors` (T, D''): what the router sees of each token.
     - `mask` (T,) bool: False for padding. None without a mask.
     - `sizes`: sizes of the axes that count tokens, (batch, ...).
+    - `sequence_length`: tokens of a sequence, all axes but the first; None if there is one axis.
     """
 
     values: Any
+    vectors: Any
     mask: Any
     sizes: tuple
+    sequence_length: Any
 
     @classmethod
     def of(cls, inputs, mask=None, token_axes=None, router_inputs=None, token_ids=None):
         """The tokens of the inputs of a call, whose tensors are checked."""
-        mask = check_call(inputs, mask, token_axes, router_inputs, token_ids)
-        flat = None if mask is None else ops.reshape(mask, (-1,))
-        num_axes = num_token_axes(inputs.shape, token_axes)
-        return cls(_flatten(inputs, mask, num_axes), flat, ops.shape(inputs)[:num_axes])
-
-    @property
-    def sequence_length(self):
-        """Tokens of a sequence, all axes but the first; None if there is one axis."""
-        return at_least(1, math.prod(self.sizes[1:])) if len(self.sizes) > 1 else None
-
-    @property
-    def mask_of_inputs(self):
-        """The mask in the shape of the inputs, (batch, ...), or None."""
-        return None if self.mask is None else ops.reshape(self.mask, self.sizes)
-
-    def vectors(self, inputs=None):
-        """Vectors (T, D) of the tokens, or of other inputs with the same leading axes."""
-        values = self.values
-        if inputs is not None:
-            values = _flatten(inputs, self.mask_of_inputs, len(self.sizes))
-        width = math.prod(values.shape[1:])
-        return values if len(values.shape) == 2 else ops.reshape(values, (-1, width))
+        num_axes = token_axes or len(inputs.shape) - 1
+        mask = check_call(inputs, mask, num_axes, router_inputs, token_ids)
+        values = _flatten(inputs, mask, num_axes)
+        vectors = values if router_inputs is None else _flatten(router_inputs, mask, num_axes)
+        if len(vectors.shape) > 2:
+            vectors = ops.reshape(vectors, (-1, math.prod(vectors.shape[1:])))
+        sizes = ops.shape(inputs)[:num_axes]
+        length = at_least(1, math.prod(sizes[1:])) if num_axes > 1 else None
+        mask = None if mask is None else ops.reshape(mask, (-1,))
+        return cls(values, vectors, mask, sizes, length)
 
     def unflatten(self, values, dtype):
         """Values (T, ...) with the leading axes of the inputs, in a dtype."""
@@ -71,19 +63,14 @@ def zero_padding(values, mask):
     """Values (batch, ..., ...), zero where a mask (batch, ...) is False."""
     for _ in range(len(values.shape) - len(mask.shape)):
         mask = ops.expand_dims(mask, -1)
-    return ops.where(mask, values, ops.zeros((), values.dtype))
-
-
-def num_token_axes(shape, token_axes=None):
-    """Number of the leading axes that count tokens: `token_axes`, or all but the last."""
-    return token_axes or len(shape) - 1
+    return ops.where(mask, values, 0.0)
 
 
 def token_shape(shape, token_axes=None):
-    """The shape of a token in inputs."""
+    """The shape of a token: all axes of the inputs after `token_axes`, or the last one."""
     if isinstance(shape, dict) or any(isinstance(size, (list, tuple)) for size in shape):
         raise ValueError(f"`inputs` must be one tensor. Received: tensors of shapes {shape}")
-    num_axes = num_token_axes(shape, token_axes)
+    num_axes = token_axes or len(shape) - 1
     of_token = tuple(shape[num_axes:])
     if None in of_token or not of_token or not num_axes:
         raise ValueError(
@@ -93,27 +80,26 @@ def token_shape(shape, token_axes=None):
     return of_token
 
 
-def check_call(inputs, mask, token_axes=None, router_inputs=None, token_ids=None):
+def check_call(inputs, mask, num_axes, router_inputs=None, token_ids=None):
     """Check the shapes of a call, and return the mask as bools, or None."""
-    num_axes = len(inputs.shape) - len(token_shape(inputs.shape, token_axes))  # at least one
     # Keras passes a mask on by itself only if the inputs are the only tensor of a call.
     of_inputs = get_keras_mask(inputs)
     if of_inputs is not None:
         mask = of_inputs if mask is None else mask
         if len(mask.shape) == len(of_inputs.shape) != num_axes:
-            mask = None  # of parts of a sample, which only its experts could use
+            mask = None  # it masks parts of a sample, which is a token as a whole
     letters = "abcdefghij"
     axes, sample = letters[:num_axes], letters[num_axes : len(inputs.shape)].upper()
     given = {"inputs": (inputs, axes + sample, "float")}
     if router_inputs is not None:
-        own = "RSTUVW"[: len(router_inputs.shape) - num_axes if token_axes else 1]
+        own = "RSTUVW"[: max(1, len(router_inputs.shape) - num_axes)]
         given["router_inputs"] = (router_inputs, axes + own, "float")
     if mask is not None:
         mask = ops.convert_to_tensor(mask)
         given["mask"] = (mask, axes, "mask")
     if token_ids is not None:
         given["token_ids"] = (ops.convert_to_tensor(token_ids), axes, "int")
-    check_tensors(None, **given)
+    check_tensors(**given)
     return None if mask is None else ops.cast(mask, "bool")
 
 

@@ -242,7 +242,8 @@ def _reasons_not_to_be_causal(layer):
             "An `evaluation_factor` of a capacity depends on how many tokens are in a call: a text "
             "that is decoded token by token has other outputs. Leave it out."
         )
-    if capacity is not None and not capacity.is_causal(router.max_top_k):
+    # The first choices of later tokens come before the second ones of earlier tokens.
+    if capacity is not None and (capacity.priority != "position" or router.max_top_k > 1):
         yield (
             f"A capacity with priority={capacity.priority!r} and {router.max_top_k} experts per "
             f"token drops tokens for {leak}. Leave `capacity_factor` out, or use the priority "

@@ -232,9 +232,10 @@ class SelectorEntropy(RouterLoss):
     """
 
     def compute(self, routing):
-        if isinstance(routing.selectors, tuple):
+        if "selectors" not in routing.details:
             return routing.entropy()
-        return routing.mean(ops.sum(entropy(routing.selectors), axis=1, keepdims=True))[0]
+        entropies = entropy(routing.details["selectors"])
+        return routing.mean(ops.sum(entropies, axis=1, keepdims=True))[0]
 
 
 @backend.jit_when_eager

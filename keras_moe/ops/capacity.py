@@ -13,7 +13,7 @@ from keras_moe._internal import Tensor
 from keras_moe._internal.checks import check_integer, check_tensors
 from keras_moe.backend import backend
 from keras_moe.ops.plans import GroupedPlan
-from keras_moe.ops.routing import Routing, check_routing
+from keras_moe.ops.routing import Routing, convert_and_check
 from keras_moe.ops.selection import mask_invalid
 from keras_moe.ops.sorting import at_least, ceil_divide, position_in_expert
 
@@ -25,8 +25,6 @@ def plan_groups(
     routing: Routing,
     capacity: int | Tensor | None = None,
     priority: Tensor | None = None,
-    sequence_length: int | None = None,
-    num_capacity_limited: int | None = None,
 ) -> GroupedPlan:
     """Sort the assignments of a routing by expert.
 
@@ -40,14 +38,12 @@ def plan_groups(
             distribution spreads the tokens; None for all.
         priority: Tensor (T,) or None. Tokens of higher priority find a slot first. None: in the
             order of the tokens.
-        sequence_length: Integer or None. The capacity is for each run of so many tokens.
-        num_capacity_limited: Integer or None. Only the first so many experts have a capacity.
 
     Returns:
         A `GroupedPlan`.
 
     Raises:
-        ValueError: If a size is not positive.
+        ValueError: If the capacity is not positive.
         TypeError: If the indices are no integers.
 
     Example:
@@ -57,42 +53,38 @@ def plan_groups(
     >>> plan.dispatch(keras.random.normal((6, 16))).shape
     (12, 16)
     """
-    routing = check_routing(routing, "indices", "weights", "mask", "counts")
-    num_tokens = routing.mask.shape[0]
-    capacity = _check_size("capacity", capacity)
+    indices, weights, _, _, mask, counts, *_ = routing
+    routing = convert_and_check(Routing(indices, weights, None, None, mask, counts))
+    if isinstance(capacity, (numbers.Number, np.ndarray)):  # no tensor
+        capacity = check_integer("capacity", capacity)
     if priority is not None:
         priority = ops.convert_to_tensor(priority)
-        check_tensors({"T": num_tokens}, priority=(priority, "T", "number"))
-    sequence_length = _check_size("sequence_length", sequence_length)
-    are_known = isinstance(sequence_length, int) and isinstance(num_tokens, int)
-    if are_known and num_tokens % sequence_length:
-        raise ValueError(
-            "`sequence_length` must divide the number of tokens. "
-            f"Received: sequence_length={sequence_length}, {num_tokens} tokens"
-        )
-    if num_capacity_limited is not None:
-        num_capacity_limited = check_integer("num_capacity_limited", num_capacity_limited)
+        check_tensors({"T": routing.mask.shape[0]}, priority=(priority, "T", "number"))
     num_experts = routing.counts.shape[0]
     experts = mask_invalid(routing.indices, num_experts, routing.mask)
     if capacity is not None:
-        limits = capacity, priority, sequence_length, num_capacity_limited
-        experts = admit(experts, num_experts, *limits)
+        experts = drop_excess(experts, num_experts, capacity, priority)
     return GroupedPlan.of(experts, routing.weights, num_experts)
 
 
-def admit(
+def drop_excess(
     experts, num_experts, capacity, priority=None, sequence_length=None, num_capacity_limited=None
 ):
-    """Experts (T, K) of the assignments that find a slot, -1 for the others; see `plan_groups`."""
+    """Experts (T, K), -1 for the assignments that find no slot; see `plan_groups`.
+
+    The capacity is for each sequence, if a length is given, and only for the first
+    `num_capacity_limited` experts.
+    """
     if isinstance(capacity, int):
         capacity = min(capacity, MAX_CAPACITY)
-    limits = (num_experts, capacity, sequence_length, num_capacity_limited)
 
     def on_device(experts, priority):
-        return _admit(experts, priority, *limits)
+        return _drop_excess(
+            experts, priority, num_experts, capacity, sequence_length, num_capacity_limited
+        )
 
     num_tokens, shards = ops.shape(experts)[0], backend.devices.token_shards()
-    # Devices admit alone where no sequence has tokens on two of them.
+    # Each device drops its own where no sequence has tokens on two of them.
     if shards is not None and (
         sequence_length is None or num_tokens % (shards.number * sequence_length) == 0
     ):
@@ -102,7 +94,7 @@ def admit(
 
 
 @backend.jit_when_eager
-def _admit(experts, priority, num_experts, capacity, sequence_length, num_capacity_limited):
+def _drop_excess(experts, priority, num_experts, capacity, sequence_length, num_capacity_limited):
     num_tokens, top_k = ops.shape(experts)
     expert = ops.reshape(ops.transpose(experts), (-1,))
     queue, num_queues = ops.where(expert >= 0, expert, num_experts), num_experts + 1
@@ -118,14 +110,16 @@ def _admit(experts, priority, num_experts, capacity, sequence_length, num_capaci
     has_slot = position_in_expert(queue, num_queues, order) < capacity
     if num_capacity_limited is not None:
         has_slot = has_slot | (expert >= num_capacity_limited)
-    admitted = ops.where(has_slot, expert, -1)
-    return ops.transpose(ops.reshape(admitted, (top_k, num_tokens)))
+    served = ops.where(has_slot, expert, -1)
+    return ops.transpose(ops.reshape(served, (top_k, num_tokens)))
 
 
-def _check_size(name, size):
-    """Return a size as a Python integer; a tensor, a symbol or None as it is."""
-    is_known = isinstance(size, (numbers.Number, np.ndarray))
-    return check_integer(name, size) if is_known else size
+@backend.jit_when_eager
+def count_dropped(routing, experts):
+    """How many assignments of a routing have no expert in (T, K), () int32, and their share."""
+    dropped = ops.sum(ops.cast(ops.not_equal(routing.indices, experts), "int32"))
+    assigned = ops.cast(ops.sum(routing.counts), "float32")
+    return dropped, ops.cast(dropped, "float32") / ops.maximum(assigned, 1.0)
 
 
 def slots_of_expert(num_tokens, num_experts, top_k, capacity_factor):

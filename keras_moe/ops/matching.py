@@ -13,20 +13,15 @@ from keras_moe.ops.selection import softmax, take_scores, top_k_indices
 from keras_moe.ops.sorting import at_least, ceil_divide, position_in_expert, put
 
 
+@backend.jit_when_eager
 def expert_choice_routing(logits, capacity_factor, mask, sequence_length=None):
     """Each expert takes its `ceil(capacity_factor * S / E)` best tokens of each sequence.
 
     S counts real tokens only; all tokens are one sequence without a `sequence_length`. The score is
     a softmax over the experts, and also the weight. Zhou et al. 2022 (arXiv:2202.09368), section
     3.2. Returns a `Routing` whose K is E, with unused places wherever an expert did not choose the
-    token.
+    token. Its `details` have `places` (B, E, C), those in their sequence of each expert's tokens.
     """
-    choice = _choose(logits, capacity_factor, mask, sequence_length)
-    return Routing(logits=logits, mask=mask, **choice)
-
-
-@backend.jit_when_eager
-def _choose(logits, capacity_factor, mask, sequence_length):
     num_tokens, num_experts = ops.shape(logits)
     sequence_length = at_least(1, num_tokens) if sequence_length is None else sequence_length
     probs = softmax(logits)
@@ -40,7 +35,14 @@ def _choose(logits, capacity_factor, mask, sequence_length):
     scores = ops.reshape(scores, (-1, sequence_length, num_experts))
     are_known = isinstance(sequence_length, int) and isinstance(capacity, int)
     num_choices = (min if are_known else ops.minimum)(sequence_length, capacity)
-    place = _top_tokens(ops.transpose(scores, (0, 2, 1)), num_choices)  # in the sequence, (B, E, C)
+    scores = ops.transpose(scores, (0, 2, 1))
+    if backend.needs_static_shapes():
+        # XLA finds the largest without a sort of all.
+        place = ops.top_k(scores, num_choices)[1]
+    else:
+        # Not `top_k`, which on PyTorch orders ties arbitrarily.
+        place = ops.argsort(-scores, axis=-1)[..., :num_choices]
+    place = ops.cast(place, "int32")  # in the sequence, (B, E, C)
     sequence = ops.arange(ops.shape(place)[0], dtype="int32")
     token = place + sequence_length * ops.reshape(sequence, (-1, 1, 1))
     slot = ops.arange(ops.shape(place)[2], dtype="int32")
@@ -51,13 +53,15 @@ def _choose(logits, capacity_factor, mask, sequence_length):
     taken = ops.reshape(ops.cast(is_valid, "int32"), (-1,))
     taken = put(taken, ops.reshape(chosen, (-1,)), num_tokens * num_experts)
     taken = ops.reshape(taken, (num_tokens, num_experts)) > 0
-    return {
-        "indices": ops.where(taken, experts, -1),
-        "weights": ops.where(taken, probs, 0.0),
-        "probs": probs,
-        "counts": ops.sum(ops.cast(taken, "int32"), axis=0),
-        "places": place,
-    }
+    return Routing(
+        indices=ops.where(taken, experts, -1),
+        weights=ops.where(taken, probs, 0.0),
+        probs=probs,
+        logits=logits,
+        mask=mask,
+        counts=ops.sum(ops.cast(taken, "int32"), axis=0),
+        details={"places": place},
+    )
 
 
 @backend.jit_when_eager
@@ -127,14 +131,3 @@ def balanced_assignment(scores, mask):
     )
     choice, _ = propose(open_to)
     return ops.where(mask, choice, 0)
-
-
-def _top_tokens(scores, number):
-    """Indices (..., number) of the largest of (..., S), best first; ties go to the lower index."""
-    if backend.needs_static_shapes():
-        # XLA finds the largest without a sort of all.
-        places = ops.top_k(scores, number)[1]
-    else:
-        # Not `top_k`, which on PyTorch orders ties arbitrarily.
-        places = ops.argsort(-scores, axis=-1)[..., :number]
-    return ops.cast(places, "int32")

@@ -61,7 +61,7 @@ class GroupedPlan(NamedTuple):
     def num_rows(self):
         return ops.shape(self.assignment_of_row)[0]
 
-    # Two verbs
+    # Dispatch and combine
 
     @backend.jit_when_eager
     def dispatch(self, tokens: Tensor) -> Tensor:
@@ -230,14 +230,6 @@ def _compact(experts, num_rows):
     order = put(numbers, ops.where(flat > 0, row, num_rows), num_rows + 1)[:num_rows]
     rows = ops.reshape(row, (experts.shape[1], -1))
     return ops.sum(served, axis=1), order, ops.transpose(rows)
-
-
-@backend.jit_when_eager
-def dropped_fraction(experts, counts):
-    """Share of the assignments (E,) that have no expert in (T, K), float32; 0 without any."""
-    assigned = ops.cast(ops.sum(counts), "float32")
-    served = ops.sum(ops.cast(experts >= 0, "float32"))
-    return ops.maximum(assigned - served, 0.0) / ops.maximum(assigned, 1.0)
 
 
 def row_sums(left, right):

@@ -18,7 +18,6 @@ from keras_moe.ops.selection import (
     distribution,
     entropy,
     mask_invalid,
-    take_scores,
     top_k_indices,
     weights_of_experts,
 )
@@ -39,13 +38,9 @@ class Routing(NamedTuple):
       routers that are `counted_by_weight`: the combine weight of each, scaled to the same sum.
     - `dropped` () float32: share of the assignments that found no slot in their expert.
     - `load` (E,) float32: `counts`; for noisy routers a smooth, differentiable estimate of them.
-    - `selectors` (T, K, E) float32: scores of each selector of `routers.DSelectKRouter`, else `()`.
     - `losses`: tuple of () float32, what the router itself adds to the loss in training; `()` in
       what layers return.
-    - `places` (B, E, C) int32: the places, in their sequence, of the tokens that each expert of
-      `routers.ExpertChoiceRouter` ranks first, else `()`.
-    - `soft_plan`: of `routers.SoftRouter` each token's share of a slot, `to_slots` (B, S, M), and
-      each slot's share of a token, `back` (B, S, M), else `()`.
+    - `details`: dict of tensors for the router's own plan or a loss made for it. Empty for most.
     """
 
     indices: Any
@@ -56,14 +51,14 @@ class Routing(NamedTuple):
     counts: Any = None
     dropped: Any = None
     load: Any = None
-    selectors: Any = ()
     losses: tuple = ()
-    places: Any = ()
-    soft_plan: Any = ()
+    details: Any = {}
 
+    @backend.jit_when_eager
     def mean(self, values: Tensor) -> Tensor:
         """Mean (N,) of values (T, N) over the real tokens, 0 where there is none."""
-        return _mean(values, self.mask)
+        total = ops.sum(ops.where(self.mask[:, None], values, 0.0), axis=0)
+        return total / ops.maximum(ops.sum(ops.cast(self.mask, "float32")), 1.0)
 
     @backend.jit_when_eager
     def entropy(self) -> Tensor:
@@ -71,24 +66,18 @@ class Routing(NamedTuple):
         return self.mean(entropy(ops.convert_to_tensor(self.probs), keepdims=True))[0]
 
 
-@backend.jit_when_eager
-def _mean(values, mask):
-    total = ops.sum(ops.where(mask[:, None], values, 0.0), axis=0)
-    return total / ops.maximum(ops.sum(ops.cast(mask, "float32")), 1.0)
-
-
-def check_routing(routing, *names):
-    """The routing, with these fields as tensors that fit each other, and the mask as bools."""
-    fields = {name: ops.convert_to_tensor(getattr(routing, name)) for name in names}
-    routing = routing._replace(**fields)
-    check_fields(routing, names=names)
-    return routing._replace(mask=ops.cast(routing.mask, "bool")) if "mask" in names else routing
-
-
-def check_fields(routing, sizes=None, names=None):
-    """Check the shapes and dtypes of the fields of a routing that are not None, or of some."""
-    fields = {name: (getattr(routing, name), *_FIELDS[name]) for name in names or _FIELDS}
+def check_routing(routing, sizes=None):
+    """Check the shapes and dtypes of the fields of a routing that are not None."""
+    fields = {name: (getattr(routing, name), *kind) for name, kind in _FIELDS.items()}
     check_tensors(sizes, **{name: field for name, field in fields.items() if field[0] is not None})
+
+
+def convert_and_check(routing):
+    """The routing, with tensors that fit each other in all fields that are not None."""
+    given = {name: getattr(routing, name) for name in _FIELDS if getattr(routing, name) is not None}
+    routing = routing._replace(**{n: ops.convert_to_tensor(each) for n, each in given.items()})
+    check_routing(routing)
+    return routing._replace(mask=ops.cast(routing.mask, "bool"))
 
 
 _FIELDS = {
@@ -114,11 +103,7 @@ def make_routing(
     """A `Routing` in which padding has no weight and no count.
 
     Args:
-        indices: Integer tensor (T, K). The experts of each token, -1 for none.
-        weights: Float tensor (T, K). Their combine weights.
-        probs: Float tensor (T, E). Scores of all experts.
-        logits: Float tensor (T, E). What the scores were computed from.
-        mask: Bool tensor (T,), False for padding.
+        indices, weights, probs, logits, mask: Tensors. As in a `Routing`.
         counts: Integer tensor (E,) or None. Assignments per expert; None counts the indices.
         load: Float tensor (E,) or None. None takes the counts.
 
@@ -130,8 +115,7 @@ def make_routing(
         TypeError: If a tensor has a dtype of another kind.
     """
     routing = Routing(indices, weights, probs, logits, mask, counts, load=load)
-    given = [name for name in _FIELDS if getattr(routing, name) is not None]
-    routing = check_routing(routing, *given)
+    routing = convert_and_check(routing)
     check_indices("indices", indices, routing.probs.shape[-1])
     return complete(routing)
 
@@ -149,7 +133,7 @@ def complete(routing, mask=None):
         counts, load = (x if x is None else x - ops.cast(extra, x.dtype) for x in (counts, load))
         routing = routing._replace(mask=routing.mask & mask)
     # Nothing is read or written out of range, whatever a user-defined router returns.
-    indices = mask_invalid(routing.indices, num_experts, routing.mask)
+    indices = mask_invalid(as_dtype(routing.indices, "int32"), num_experts, routing.mask)
     counts = backend.count_integers(indices, num_experts) if counts is None else counts
     return routing._replace(
         indices=indices,
@@ -161,7 +145,7 @@ def complete(routing, mask=None):
 
 
 @backend.jit_when_eager
-def clean_logits(logits, mask=None):
+def _clean_logits(logits, mask=None):
     """Logits (T, E) in float32 with zeros for padding, and a mask (T,) that is never None.
 
     Before any score is computed: a NaN in padding must not reach a gradient.
@@ -211,35 +195,30 @@ def top_k_routing(
     >>> keras_moe.ops.top_k_routing(keras.random.normal((6, 4)), top_k=2).indices.shape
     (6, 2)
     """
-    logits = ops.convert_to_tensor(logits)
-    check_tensors(logits=(logits, "TE", "float"))
+    tensors = {"logits": (ops.convert_to_tensor(logits), "TE", "float")}
     if mask is not None:
-        mask = ops.convert_to_tensor(mask)
-        check_tensors({"T": logits.shape[0]}, mask=(mask, "T", "mask"))
-    logits, mask = clean_logits(logits, mask)
+        tensors["mask"] = (ops.convert_to_tensor(mask), "T", "mask")
+    check_tensors(**tensors)
     check_choice("score", score, SCORES)
     scale = check_number("scale", scale, above=0)
-    select = select or functools.partial(top_k_indices, top_k=top_k)
-    return complete(select_and_weigh(logits, mask, select, top_k, score, renormalize, scale))
-
-
-def select_and_weigh(logits, mask, select, top_k, score, renormalize=None, scale=1.0):
-    """The routing to the experts (T, K) that a function selects by scores (T, E)."""
+    logits, mask = _clean_logits(*(tensor for tensor, *_ in tensors.values()))
     scores = SCORES[score](logits)
+    select = select or functools.partial(top_k_indices, top_k=top_k)
     indices = ops.convert_to_tensor(select(ops.stop_gradient(scores)))
-    sizes = {"T": scores.shape[0], "K": top_k}
+    sizes = {"T": logits.shape[0], "K": top_k}
     check_tensors(sizes, **{"select(scores)": (indices, "TK", "int")})
-    indices = as_dtype(indices, "int32")
-    renormalize = top_k > 1 if renormalize is None else renormalize
-    weights, probs = _weights_and_probs(scores, indices, score == "softmax", renormalize, scale)
-    return Routing(indices, weights, probs, logits, mask)
+    weights, probs = weigh(indices, scores, score, renormalize, scale)
+    return complete(Routing(indices, weights, probs, logits, mask))
 
 
 @backend.jit_when_eager
-def _weights_and_probs(scores, indices, are_probs, renormalize, scale):
-    weights = take_scores(scores, indices)
-    weights = distribution(weights) if renormalize else weights
-    return weights * scale, scores if are_probs else distribution(scores)
+def weigh(indices, scores, score, renormalize=None, scale=1.0):
+    """Weights (T, K) of chosen experts by scores (T, E) of the kind `score`, and their `probs`."""
+    weights = backend.take_columns(scores, indices)
+    if indices.shape[1] > 1 if renormalize is None else renormalize:
+        weights = distribution(weights)
+    weights = weights if scale == 1 else weights * scale
+    return weights, scores if score == "softmax" else distribution(scores)
 
 
 def weighted_counts(indices, weights, mask):

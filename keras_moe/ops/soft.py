@@ -25,6 +25,7 @@ def soft_routing(logits, num_experts, mask, sequence_length=None):
 
     Returns a `Routing` that names for each token the expert it takes most from, with K = 1 and that
     expert's share as weight; the logit of an expert is the logsumexp of the logits of its slots.
+    Its `details` are the fields of a `SoftPlan`.
     """
     num_tokens, num_slots = ops.shape(logits)[0], logits.shape[1]
     length = at_least(1, num_tokens) if sequence_length is None else sequence_length
@@ -45,7 +46,7 @@ def soft_routing(logits, num_experts, mask, sequence_length=None):
         logits=logits,
         mask=mask,
         counts=ops.zeros((num_experts,), "int32") + ops.shape(by_sequence)[0] * slots,
-        soft_plan=SoftPlan(to_slots, back),
+        details={"to_slots": to_slots, "back": back},
     )
 
 
@@ -62,11 +63,6 @@ class SoftPlan(NamedTuple):
     def dispatch(self, tokens: Tensor, num_experts: int) -> tuple[Tensor, GroupedPlan]:
         """Slots (B * M, ...) from tokens (T, ...), and the `GroupedPlan` of the slots as tokens."""
         sequences, length, num_slots = ops.shape(self.back)
-        if isinstance(num_slots, int) and num_slots % num_experts:
-            raise ValueError(
-                "A plan must have as many slots for each expert of the bank that follows it. "
-                f"Received: {num_slots} slots, and a bank with num_experts={num_experts}"
-            )
         of_token = tokens.shape[1:]
         tokens = ops.reshape(tokens, (sequences, length, math.prod(of_token)))
         slots = ops.einsum(f"bsm,bsd->{_order()}d", ops.cast(self.to_slots, tokens.dtype), tokens)

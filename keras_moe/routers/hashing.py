@@ -8,7 +8,7 @@ from keras import ops
 
 from keras_moe._internal.checks import check_choice, check_integer
 from keras_moe._internal.serialization import register
-from keras_moe.ops.routing import Routing, select_and_weigh
+from keras_moe.ops.routing import Routing, weigh
 from keras_moe.ops.selection import SCORES, chosen_experts, mask_invalid
 from keras_moe.routers.router import Router
 
@@ -94,4 +94,5 @@ class HashRouter(Router):
                 mask=mask,
             )
         logits = ops.matmul(tokens, self.kernel)
-        return select_and_weigh(logits, mask, lambda scores: indices, self.top_k, self.score)
+        weights, probs = weigh(indices, SCORES[self.score](logits), self.score)
+        return Routing(indices, weights, probs, logits, mask)

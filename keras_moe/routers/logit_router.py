@@ -37,8 +37,6 @@ class LogitRouter(Adaptable, Router):
 
     has_logits = True
     surgeries: tuple = ("cut", "merge")
-    # Whether a `project` that is overridden multiplies by `times_kernel`, and so has LoRA.
-    projects_by_times_kernel = False
 
     def __init__(
         self,
@@ -91,11 +89,7 @@ class LogitRouter(Adaptable, Router):
         return features, self.num_experts
 
     def project(self, tokens: Tensor) -> Tensor:
-        """Return logits (T, E) of tokens (T, D), without noise."""
-        return self.times_kernel(tokens)
-
-    def times_kernel(self, tokens: Tensor) -> Tensor:
-        """Return tokens (T, D) times the kernel, with LoRA's correction."""
+        """Return logits (T, E) of tokens (T, D) without noise: their products with the kernel."""
         products = ops.matmul(tokens, self.kernel)
         if not self.lora_enabled:
             return products
@@ -107,7 +101,9 @@ class LogitRouter(Adaptable, Router):
         if training and self.input_jitter:
             noise = 2 * self._noise(draws.uniform, tokens) - 1
             tokens = tokens * (1 + self.input_jitter * noise)
-        logits = as_dtype(self.project(self.hidden_features(tokens)), "float32")
+        if self.hidden_dim:
+            tokens = self.hidden_features(tokens)
+        logits = as_dtype(self.project(tokens), "float32")
         if self.temperature != 1:
             logits = logits / self.temperature
         if training and self.logit_noise:
@@ -115,16 +111,14 @@ class LogitRouter(Adaptable, Router):
         return logits
 
     def hidden_features(self, tokens: Tensor) -> Tensor:
-        """Return the inputs of `project`: a hidden layer (T, H), or the tokens (T, D)."""
-        if not self.hidden_dim:
-            return tokens
+        """Return the inputs (T, H) of `project` where there is a hidden layer."""
         return ops.relu(ops.matmul(tokens, self.hidden_kernel) + self.hidden_bias)
 
     def _noise(self, draw, like):
         return draw(ops.shape(like), self._noise_seed)
 
     def check_takes_lora(self):
-        if not (type(self).project is LogitRouter.project or self.projects_by_times_kernel):
+        if type(self).project is not LogitRouter.project:
             rule = "A router with LoRA must compute its logits by products with the kernel"
             raise NotImplementedError(f"{rule}. Received: a `{type(self).__name__}`")
 

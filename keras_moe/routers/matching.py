@@ -3,6 +3,7 @@
 Axes: T tokens, E experts.
 """
 
+import math
 from typing import Any
 
 import keras
@@ -12,8 +13,9 @@ from keras_moe._internal import Tensor
 from keras_moe._internal.checks import check_integer, check_number
 from keras_moe._internal.serialization import register
 from keras_moe.ops.matching import balanced_assignment, expert_choice_routing, sinkhorn_plan
-from keras_moe.ops.routing import select_and_weigh
-from keras_moe.ops.selection import chosen_experts, top_k_indices
+from keras_moe.ops.plans import ExpertChoicePlan
+from keras_moe.ops.routing import Routing, weigh
+from keras_moe.ops.selection import SCORES, top_k_indices
 from keras_moe.routers.logit_router import LogitRouter
 
 
@@ -24,16 +26,18 @@ class MatchingRouter(LogitRouter):
     default_losses = ()
 
     def route(self, tokens, mask, training, **context):
-        def select(scores):
-            matched = self.match(ops.stop_gradient(logits), mask) if training else scores
-            return top_k_indices(matched, self.top_k)
-
         logits = self.logits(tokens, training)
         score = "softmax" if self.top_k > 1 else "sigmoid"
-        return select_and_weigh(logits, mask, select, self.top_k, score, renormalize=False)
+        scores = SCORES[score](logits)
+        if training:
+            indices = self.match(ops.stop_gradient(logits), mask)
+        else:
+            indices = top_k_indices(scores, self.top_k)
+        weights, probs = weigh(indices, scores, score, renormalize=False)
+        return Routing(indices, weights, probs, logits, mask)
 
     def match(self, logits: Tensor, mask: Tensor) -> Tensor:
-        """Return scores (T, E), whose best are the experts of a token."""
+        """Return the experts (T, K) of each token in training."""
         raise NotImplementedError
 
 
@@ -66,7 +70,7 @@ class SinkhornRouter(MatchingRouter):
         return self.top_k > 1
 
     def match(self, logits, mask):
-        return sinkhorn_plan(logits, mask, self.iterations)
+        return top_k_indices(sinkhorn_plan(logits, mask, self.iterations), self.top_k)
 
 
 @register
@@ -86,8 +90,7 @@ class BalancedAssignmentRouter(MatchingRouter):
     shift_invariant = False
 
     def match(self, logits, mask):
-        assigned = ops.expand_dims(balanced_assignment(logits, mask), 1)
-        return ops.cast(chosen_experts(assigned, logits.shape[-1]), "float32")
+        return ops.expand_dims(balanced_assignment(logits, mask), 1)
 
 
 @register
@@ -128,6 +131,11 @@ class ExpertChoiceRouter(LogitRouter):
         logits = self.logits(tokens, training)
         return expert_choice_routing(logits, self.capacity_factor, mask, sequence_length)
 
+    def plan(self, routing, experts):
+        num_rows = math.prod(ops.shape(routing.details["places"]))
+        return ExpertChoicePlan.of_choices(experts, routing.weights, num_rows)
+
     def compute_output_spec(self, tokens, *args, **kwargs):
         places = keras.KerasTensor((None, self.num_experts, None), "int32")
-        return super().compute_output_spec(tokens, *args, **kwargs)._replace(places=places)
+        routing = super().compute_output_spec(tokens, *args, **kwargs)
+        return routing._replace(details={"places": places})

@@ -9,14 +9,8 @@ from keras_moe._internal.checks import check_integer, check_number
 from keras_moe._internal.serialization import register
 from keras_moe.backend import backend
 from keras_moe.ops import draws
-from keras_moe.ops.routing import Routing
-from keras_moe.ops.selection import (
-    chosen_experts,
-    distribution,
-    softmax,
-    take_scores,
-    top_k_indices,
-)
+from keras_moe.ops.routing import Routing, weigh
+from keras_moe.ops.selection import chosen_experts, softmax, take_scores, top_k_indices
 from keras_moe.routers.logit_router import LogitRouter
 
 
@@ -70,9 +64,7 @@ class NoisyRouter(LogitRouter):
             load = noisy_load(clean, noisy, deviation, self.top_k, mask)
         scores = softmax(noisy)
         indices = top_k_indices(scores, self.top_k)
-        weights = take_scores(scores, indices)
-        if self.renormalizes and self.top_k > 1:
-            weights = distribution(weights)
+        weights, _ = weigh(indices, scores, "softmax", None if self.renormalizes else False)
         return Routing(indices, weights, softmax(clean), clean, mask, load=load)
 
 
@@ -101,7 +93,9 @@ class NoisyTopKRouter(NoisyRouter):
         )
 
     def deviation(self, tokens):
-        return ops.softplus(ops.matmul(self.hidden_features(tokens), self.noise_kernel)) + 0.01
+        if self.hidden_dim:
+            tokens = self.hidden_features(tokens)
+        return ops.softplus(ops.matmul(tokens, self.noise_kernel)) + 0.01
 
 
 @register
@@ -157,7 +151,7 @@ class GShardRouter(LogitRouter):
         logits = self.logits(tokens, training)
         probs = softmax(logits)
         indices = top_k_indices(probs, self.top_k)
-        weights = distribution(take_scores(probs, indices))
+        weights, _ = weigh(indices, probs, "softmax")
         if training:
             second = ops.stop_gradient(weights[:, 1:])
             kept = self._noise(draws.uniform, second) * self.threshold < second

@@ -10,7 +10,8 @@ from keras_moe._internal import Tensor
 from keras_moe._internal.base_layer import BaseLayer
 from keras_moe._internal.checks import check_indices, check_integer, check_tensors
 from keras_moe.backend import backend
-from keras_moe.ops.routing import Routing, check_fields, complete, weighted_counts
+from keras_moe.ops.plans import GroupedPlan
+from keras_moe.ops.routing import Routing, check_routing, complete, weighted_counts
 from keras_moe.ops.sorting import as_dtype
 
 
@@ -27,10 +28,8 @@ class Router(BaseLayer):
 
     A subclass overrides `max_top_k`, `mean_top_k` and `min_top_k` if the number of experts differs
     between tokens, `update` if it has state, and `balance_advice` if it balances the load itself.
-    Class attributes describe it: `causal`, `default_losses`, `tokens_choose`, `replays_indices`,
-    `serves_all`, `counted_by_weight`, `has_smooth_load`, `serves_tasks`, `has_logits`,
-    `normalizes_kernel`, `shift_invariant`, `surgeries` and `has_fixed_top_k`. The guide to
-    extending explains them.
+    Class attributes such as `causal` describe it. The guide to extending explains them, with three
+    examples.
 
     Args:
         num_experts: Integer. Number of experts, E. None: the number of the layer around the router.
@@ -49,21 +48,14 @@ class Router(BaseLayer):
         indices: (T, K) integer tensor of experts to replay: the router weighs them by its own
             scores, with their gradient, instead of choosing. -1 stands for no expert. Other
             numbers that name none count as -1 in a tensor, and are refused in an array.
+        is_padding_zero: Boolean. Whether padding is zero in `tokens`, as in a layer.
 
     Returns:
         An `ops.Routing`.
 
     Example:
 
-    >>> class NearestRouter(keras_moe.routers.Router):
-    ...     top_k = 2
-    ...     def build(self, tokens_shape):
-    ...         self.centres = self.add_weight(shape=(self.num_experts, tokens_shape[-1]))
-    ...     def route(self, tokens, mask, training, **context):
-    ...         differences = keras.ops.expand_dims(tokens, 1) - self.centres
-    ...         closeness = -keras.ops.sum(differences**2, axis=-1)
-    ...         return keras_moe.ops.top_k_routing(closeness, self.top_k, mask)
-    >>> router = NearestRouter(num_experts=4)
+    >>> router = keras_moe.routers.TopKRouter(num_experts=4, top_k=2)
     >>> router(keras.random.normal((6, 16))).indices.shape
     (6, 2)
     """
@@ -90,9 +82,9 @@ class Router(BaseLayer):
         if getattr(dtype, "name", dtype) not in (None, "float32"):
             raise ValueError(f"A router always computes in float32. Received: dtype={dtype}")
         super().__init__(dtype="float32", **kwargs)
-        self.num_experts: Any = None
         if num_experts is not None:
-            self.num_experts = check_integer("num_experts", num_experts)
+            num_experts = check_integer("num_experts", num_experts)
+        self.num_experts: Any = num_experts
         self.supports_masking = True
         self.input_spec = keras.layers.InputSpec(ndim=2)
 
@@ -136,6 +128,7 @@ class Router(BaseLayer):
         sequence_length: int | None = None,
         token_ids: Tensor | None = None,
         indices: Tensor | None = None,
+        is_padding_zero: bool = False,
     ) -> Routing:
         # Arrays are tensors by now, and lists are not.
         mask, token_ids, indices = (
@@ -147,31 +140,28 @@ class Router(BaseLayer):
         if indices is not None and not self.replays_indices:
             rule = "`indices` can be replayed by routers with `replays_indices`"
             raise ValueError(f"{rule}. Received: indices for a `{type(self).__name__}`")
-        max_top_k = self.max_top_k
         tensors = {
             "tokens": (tokens, "TD", "float"),
             "mask": (mask, "T", "mask"),
             "token_ids": (token_ids, "T", "int"),
             "indices": (indices, "TK", "int"),
         }
-        given = {name: each for name, each in tensors.items() if each[0] is not None}
-        check_tensors({"K": max_top_k}, **given)
+        check_tensors(**{name: each for name, each in tensors.items() if each[0] is not None})
         if mask is None:
             real = ops.ones_like(tokens[:, 0], "bool")
         else:
             real = ops.cast(mask, "bool")
-            # Padding may hold anything, NaN included, and its gradient must be zero.
-            tokens = ops.where(ops.expand_dims(real, 1), tokens, 0.0)
+            if not is_padding_zero:
+                # It may hold anything, NaN included, and its gradient must be zero.
+                tokens = ops.where(ops.expand_dims(real, 1), tokens, 0.0)
         with backend.scope_of_call(self, tokens):
             context = {"sequence_length": sequence_length, "token_ids": token_ids}
             routing = self.route(tokens, real, training, indices=indices, **context)
         if not isinstance(routing, Routing):
-            raise TypeError(
-                f"`{type(self).__name__}.route` must return an `ops.Routing`, as "
-                "`ops.top_k_routing(logits, top_k, mask)` does. Received: an object of type "
-                f"{type(routing).__name__}"
-            )
-        check_fields(routing, {"T": tokens.shape[0], "E": self.num_experts, "K": max_top_k})
+            rule = f"`{type(self).__name__}.route` must return an `ops.Routing`"
+            raise TypeError(f"{rule}. Received: an object of type {type(routing).__name__}")
+        sizes = {"T": tokens.shape[0], "E": self.num_experts, "K": self.max_top_k}
+        check_routing(routing, sizes)
         if self.counted_by_weight and indices is None:
             counts = weighted_counts(routing.indices, routing.weights, real)
             routing = routing._replace(counts=counts)
@@ -185,7 +175,14 @@ class Router(BaseLayer):
 
     def route(self, tokens: Tensor, mask: Tensor, training: bool | None, **context: Any) -> Routing:
         """Return the routing of tokens (T, D), zeros where the mask (T,) is False."""
-        raise NotImplementedError(f"`{type(self).__name__}` must implement `route`")
+        raise NotImplementedError
+
+    def plan(self, routing: Routing, experts: Tensor) -> Any:
+        """Return the plan of a routing, of whose assignments `experts` (T, K) serve some.
+
+        They are the `indices` of the routing, with -1 also where an expert has no slot.
+        """
+        return GroupedPlan.of(experts, routing.weights, self.num_experts)
 
     @property
     def updates_state(self) -> bool:
@@ -238,19 +235,21 @@ class Router(BaseLayer):
         return None
 
     def compute_output_spec(self, tokens, *args, indices=None, **kwargs):
-        of_choices = (tokens.shape[0], self.max_top_k)
-        of_experts = (tokens.shape[0], self.num_experts)
+        sizes = {"T": tokens.shape[0], "K": self.max_top_k, "E": self.num_experts}
+        by_weight = self.counted_by_weight and indices is None
+
+        def spec(axes, dtype="float32"):
+            return keras.KerasTensor([sizes[axis] for axis in axes], dtype)
+
         return Routing(
-            indices=keras.KerasTensor(of_choices, "int32"),
-            weights=keras.KerasTensor(of_choices, "float32"),
-            probs=keras.KerasTensor(of_experts, "float32"),
-            logits=keras.KerasTensor(of_experts, "float32"),
-            mask=keras.KerasTensor(of_choices[:1], "bool"),
-            counts=keras.KerasTensor(
-                of_experts[1:], "float32" if self.counted_by_weight and indices is None else "int32"
-            ),
-            dropped=keras.KerasTensor((), "float32"),
-            load=keras.KerasTensor(of_experts[1:], "float32"),
+            indices=spec("TK", "int32"),
+            weights=spec("TK"),
+            probs=spec("TE"),
+            logits=spec("TE"),
+            mask=spec("T", "bool"),
+            counts=spec("E", "float32" if by_weight else "int32"),
+            dropped=spec(""),
+            load=spec("E"),
         )
 
     def get_config(self):

@@ -86,10 +86,13 @@ class SoftRouter(LogitRouter):
         logits = self.logits(tokens, training)
         return soft_routing(logits, self.num_experts, mask, sequence_length)
 
+    def plan(self, routing, experts):
+        return SoftPlan(**routing.details)
+
     def compute_output_spec(self, tokens, *args, **kwargs):
         share = keras.KerasTensor((None, None, self.num_experts * self.slots), "float32")
         routing = super().compute_output_spec(tokens, *args, **kwargs)
-        return routing._replace(soft_plan=SoftPlan(share, share))
+        return routing._replace(details={"to_slots": share, "back": share})
 
 
 @register
@@ -111,13 +114,14 @@ class DSelectKRouter(Router):
     Other arguments, errors and call arguments: as for `Router`, without `indices`.
 
     Returns:
-        An `ops.Routing` with E choices per token. The index of an expert of weight 0 is -1.
+        An `ops.Routing` with E choices per token. The index of an expert of weight 0 is -1. Its
+        `details` have `selectors` (T, K, E), the scores of each selector.
 
     Example:
 
     >>> router = keras_moe.routers.DSelectKRouter(num_experts=8, top_k=2)
     >>> routing = router(keras.random.normal((32, 64)))
-    >>> routing.weights.shape, routing.selectors.shape
+    >>> routing.weights.shape, routing.details["selectors"].shape
     ((32, 8), (32, 2, 8))
 
     Reference: Hazimeh et al. 2021, "DSelect-k: Differentiable Selection in the Mixture of Experts
@@ -175,11 +179,13 @@ class DSelectKRouter(Router):
         # `not <=` instead of `>`: a NaN weight stays visible.
         serves = ops.logical_not(weights <= 0)
         indices = ops.where(serves, ops.arange(self.num_experts, dtype="int32"), -1)
-        return Routing(indices, weights, weights, weights, mask, selectors=selectors)
+        details = {"selectors": selectors}
+        return Routing(indices, weights, weights, weights, mask, details=details)
 
     def compute_output_spec(self, tokens, *args, **kwargs):
         selectors = keras.KerasTensor((tokens.shape[0], self.top_k, self.num_experts), "float32")
-        return super().compute_output_spec(tokens, *args, **kwargs)._replace(selectors=selectors)
+        routing = super().compute_output_spec(tokens, *args, **kwargs)
+        return routing._replace(details={"selectors": selectors})
 
 
 def _smooth_step(values):

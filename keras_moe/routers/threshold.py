@@ -55,8 +55,7 @@ class TopPRouter(LogitRouter):
         indices = top_k_indices(probs, self.top_k)
         weights = take_scores(probs, indices)
         before = ops.cumsum(ops.stop_gradient(weights), axis=1) - ops.stop_gradient(weights)
-        needed = before < self.threshold
-        needed = ops.logical_or(needed, ops.arange(self.top_k) == 0)
+        needed = ops.logical_or(before < self.threshold, ops.arange(self.top_k) == 0)
         indices = ops.where(needed, indices, -1)
         return Routing(indices, ops.where(needed, weights, 0.0), probs, logits, mask)
 

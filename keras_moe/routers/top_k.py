@@ -16,13 +16,12 @@ from keras_moe._internal.checks import (
 )
 from keras_moe._internal.serialization import register
 from keras_moe.backend import backend
-from keras_moe.ops.routing import select_and_weigh
+from keras_moe.ops.routing import Routing, weigh
 from keras_moe.ops.selection import (
     SCORES,
     chosen_experts,
     cosine_logits,
     l2_normalize,
-    mask_invalid,
     take_scores,
     top_k_indices,
 )
@@ -52,6 +51,7 @@ class TopKRouter(LogitRouter):
             load by a selection bias instead of a loss: it is added to the scores to choose experts,
             never to their weights. None: no selection bias.
         use_bias: Boolean. Whether a learned bias (E,) is added to the logits, as in gpt-oss.
+        updates_selection_bias: Boolean. Whether training moves the selection bias.
 
     Other arguments, errors, call arguments and returns: as for `LogitRouter`.
 
@@ -76,6 +76,7 @@ class TopKRouter(LogitRouter):
         scaling_factor: float = 1.0,
         balancer: str | balancers.SelectionBalancer | None = None,
         use_bias: bool = False,
+        updates_selection_bias: bool = True,
         **kwargs: Any,
     ):
         super().__init__(num_experts, **kwargs)
@@ -90,8 +91,7 @@ class TopKRouter(LogitRouter):
         self.use_bias = bool(use_bias)
         self.bias: Any = None
         self.selection_bias: Any = None
-        # Set to False to freeze the bias alone; `trainable` freezes all of the router.
-        self.updates_selection_bias = True
+        self.updates_selection_bias = bool(updates_selection_bias)
         self.check_num_experts()
 
     def build(self, tokens_shape):
@@ -118,16 +118,15 @@ class TopKRouter(LogitRouter):
         return top_k_indices(scores, self.top_k)
 
     def route(self, tokens, mask, training, indices=None, **context):
-        def select(scores):
-            if indices is not None:
-                return mask_invalid(ops.cast(indices, "int32"), self.num_experts)
-            return self.select(scores if self.balancer is None else scores + self.selection_bias)
-
         logits = self.logits(tokens, training)
         if self.use_bias:
             logits = logits + self.bias
-        weighting = self.score, self.renormalize, self.scaling_factor
-        return select_and_weigh(logits, mask, select, self.top_k, *weighting)
+        scores = SCORES[self.score](logits)
+        if indices is None:
+            biased = scores if self.selection_bias is None else scores + self.selection_bias
+            indices = self.select(ops.stop_gradient(biased))
+        weights, probs = weigh(indices, scores, self.score, self.renormalize, self.scaling_factor)
+        return Routing(indices, weights, probs, logits, mask)
 
     def update(self, routing):
         if self.balancer is None or not self.updates_selection_bias:
@@ -150,18 +149,6 @@ class TopKRouter(LogitRouter):
             backend.control_dependency(measured, ops.where(is_last, 0, count))
         )
 
-    @classmethod
-    def from_config(cls, config):
-        config = dict(config)
-        updates = config.pop("updates_selection_bias", True)
-        router = super().from_config(config)
-        router.updates_selection_bias = updates
-        return router
-
-    def get_config(self):
-        frozen = {} if self.updates_selection_bias else {"updates_selection_bias": False}
-        return {**super().get_config(), **frozen}
-
 
 @register
 class CosineRouter(TopKRouter):
@@ -178,7 +165,6 @@ class CosineRouter(TopKRouter):
     Reference: Chi et al. 2022, X-MoE (arXiv:2204.09179), eq. 5 and 6; scale and cap as in Tutel.
     """
 
-    projects_by_times_kernel = True
     normalizes_kernel = True
 
     def __init__(self, num_experts: int | None = None, projection_dim: int = 256, **kwargs: Any):
@@ -202,7 +188,10 @@ class CosineRouter(TopKRouter):
     def project(self, tokens):
         scale = ops.exp(ops.minimum(self.log_scale, math.log(100.0)))
         directions = scale * l2_normalize(self.directions, axis=0)
-        return cosine_logits(self.times_kernel(tokens), directions)
+        return cosine_logits(super().project(tokens), directions)
+
+    def check_takes_lora(self) -> None:
+        """Accept LoRA: the kernel is used only in `project` of `LogitRouter`."""
 
 
 @register
@@ -242,8 +231,8 @@ class GroupLimitedRouter(TopKRouter):
         number = self.num_experts
         if number is None:
             return
-        admitted = self.top_groups * number // self.num_groups
-        if number % self.num_groups or not self.top_k <= admitted <= number:
+        in_groups = self.top_groups * number // self.num_groups
+        if number % self.num_groups or not self.top_k <= in_groups <= number:
             raise ValueError(
                 "`num_groups` must divide `num_experts`, and `top_groups` of them hold at least "
                 f"`top_k` experts. Received: num_experts={number}, num_groups={self.num_groups}, "
@@ -261,12 +250,12 @@ def _group_limited_scores(scores, num_groups, top_groups):
 
     A group is as good as the sum of its two best experts. DeepSeek-V3 (arXiv:2412.19437),
     section 2.1.2, there called nodes. Not zero: a selection bias makes scores negative, and an
-    excluded expert would beat an admitted one.
+    excluded expert would beat one of the best groups.
     """
     size = scores.shape[-1] // num_groups
     grouped = ops.reshape(scores, (-1, size))
     best = top_k_indices(grouped, min(2, size))
     of_groups = ops.sum(take_scores(grouped, best), axis=-1)
     chosen = top_k_indices(ops.reshape(of_groups, (-1, num_groups)), top_groups)
-    admitted = ops.repeat(chosen_experts(chosen, num_groups), size, axis=1)
-    return ops.where(admitted, scores, float("-inf"))
+    is_in_best = ops.repeat(chosen_experts(chosen, num_groups), size, axis=1)
+    return ops.where(is_in_best, scores, float("-inf"))
