@@ -73,7 +73,7 @@ class GroupedPlan(NamedTuple):
             return backend.gather_rows(tokens, plan.token_of_row()), ()
 
         def backward(tokens, plan, saved, gradient):
-            return plan.sum_rows(gradient)
+            return as_dtype(plan.sum_rows(gradient), gradient.dtype)
 
         # Integers, which have no gradient, are apart.
         return backend.differentiable(forward, backward, tokens, self._replace(weights=None))
@@ -95,7 +95,7 @@ class GroupedPlan(NamedTuple):
 
         # The gradient of `sum_rows` for the rows is a gather.
         def forward(inputs, plan, save):
-            return plan.sum_rows(*inputs), ()
+            return as_dtype(plan.sum_rows(*inputs), inputs[0].dtype), ()
 
         def backward(inputs, plan, saved, gradient):
             row_gradient = backend.gather_rows(gradient, plan.token_of_row())
@@ -131,8 +131,7 @@ class GroupedPlan(NamedTuple):
 
     def sum_rows(self, rows: Tensor, weights: Tensor | None = None) -> Tensor:
         """For each token the float32 sum (T, D) of its rows, weighted by `weights` or by 1."""
-        sums = backend.sum_chosen_rows(rows, self.row_of_assignment, weights)
-        return as_dtype(sums, rows.dtype)
+        return backend.sum_chosen_rows(rows, self.row_of_assignment, weights)
 
     # Parts and summaries
 
@@ -203,8 +202,7 @@ class ExpertChoicePlan(GroupedPlan):
         # Unserved rows may hold anything: they add zero to the first token.
         picked = ops.where(ops.expand_dims(served, 1), picked, 0.0)
         token = ops.where(served, self.token_of_row(), 0)
-        total = ops.segment_sum(picked, token, at_least(1, num_tokens))[:num_tokens]
-        return as_dtype(total, rows.dtype)
+        return ops.segment_sum(picked, token, at_least(1, num_tokens))[:num_tokens]
 
 
 @backend.jit_when_eager
