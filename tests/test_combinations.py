@@ -735,6 +735,7 @@ def set_top_k(model, made, folder):
 def freeze(model, made, folder):
     part = (made.layer.router, made.layer.experts)[int(made.rng.integers(2))]
     part.trainable = not part.trainable
+    model.optimizer = None  # Keras wants such a model compiled again, as `step` does.
     return model
 
 
