@@ -15,7 +15,7 @@ SEED = int(os.environ.get("COMBINATIONS_SEED") or random.SystemRandom().randrang
 # As many times as in the tests of the package.
 TIMES = int(os.environ.get("COMBINATIONS_TIMES", 10))
 # How many of these in a process. It keeps what it has compiled, in mappings of memory, of which
-# Linux allows it 65,530: TensorFlow ran out of them after 500 draws.
+# Linux allows it 65,530: TensorFlow ran out of them between 300 and 600 draws.
 TIMES_OF_PROCESS = {"torch": 1, "tensorflow": 4, "jax": 9}[BACKEND]
 
 
