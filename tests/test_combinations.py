@@ -1,10 +1,12 @@
 """Random combinations of what users can combine, against the oracle and against each other.
 
 A layer is drawn as the text that makes it, and a failure prints the program that repeats it.
-`tools/test_many_combinations.py` draws more, from other seeds.
+`COMBINATIONS_SEED` draws others, `COMBINATIONS_TIMES` more; `tools/test_many_combinations.py` does
+both.
 """
 
 import contextlib
+import os
 import pathlib
 import tempfile
 import warnings
@@ -36,6 +38,8 @@ NAMES = dict(
     NormalisedExperts=NormalisedExperts,
     BranchedExperts=BranchedExperts,
 )
+SEED = int(os.environ.get("COMBINATIONS_SEED", 0))
+TIMES = int(os.environ.get("COMBINATIONS_TIMES", 1))
 IS_COMPILED = BACKEND != "torch"
 OPERATIONS: dict = {}
 
@@ -662,6 +666,11 @@ def save(model, made, folder):
     np.testing.assert_array_equal(outputs_of(again, made), before)
     if not model.trainable_variables:
         return again
+    # Keras saves which layers are frozen, not which weights, as kernels after `merge_lora`.
+    for part, loaded in zip(parts, (again.layers[-1].experts, again.layers[-1].router)):
+        if part.trainable:
+            for weight, other in zip(part._trainable_variables, loaded._trainable_variables):
+                other.trainable = weight.trainable
     target = np.zeros_like(before, "float32")
     for each in (model, again):
         each.train_on_batch(made.inputs, target)
@@ -726,6 +735,7 @@ def set_top_k(model, made, folder):
 def freeze(model, made, folder):
     part = (made.layer.router, made.layer.experts)[int(made.rng.integers(2))]
     part.trainable = not part.trainable
+    model.optimizer = None  # Keras wants such a model compiled again, as `step` does.
     return model
 
 
@@ -776,15 +786,14 @@ def check_recomputation(case):
             with keras.RematScope(mode, layer_names=["mixture"]):
                 made = make(case._replace(layer=named))
             model = keras.Sequential([keras.Input(case.shape[1:]), made.layer])
-            # With a scale, gradients of float16 may overflow in one of the two only.
-            options = dict(jit_compile=QUICK_JIT, auto_scale_loss=False)
-            model.compile(keras.optimizers.SGD(0.05), "mse", **options)
+            model.compile(keras.optimizers.SGD(0.05), "mse", jit_compile=QUICK_JIT)
             target = np.zeros(np.shape(outputs_of(model, made)), "float32")
             loss = model.train_on_batch(made.inputs, target)
             results.append([loss, *map(array, model.variables)])
+        # Compilers round at other places where a layer is a function of its own.
+        limit = 2 * tolerance_of(made.layer) if IS_COMPILED else 1e-6
         for one, other in zip(*results, strict=True):
-            scale = max(1.0, np.max(np.abs(one), initial=0))
-            assert_close(other, one, scale, 2 * tolerance_of(made.layer))
+            assert_close(other, one, max(1.0, np.max(np.abs(one), initial=0)), limit)
 
 
 def check_tasks(case):
@@ -838,27 +847,23 @@ KINDS = {
 }
 
 
-def run_draws(kind, seed, times=1):
-    """Check drawn cases, and print the program and the seed that repeat a failure."""
+@pytest.mark.parametrize("kind", KINDS)
+def test_drawn_combinations(kind):
     check, strategy, numbers = KINDS[kind]
     # Where cases are compiled, looking for the smallest one takes too long.
     phases = [hypothesis.Phase.generate] + ([] if IS_COMPILED else [hypothesis.Phase.shrink])
 
-    @hypothesis.seed(seed)
+    @hypothesis.seed(SEED)
     @hypothesis.settings(
-        max_examples=times * numbers[BACKEND],
+        max_examples=TIMES * numbers[BACKEND],
         phases=phases,
         derandomize=False,
         suppress_health_check=list(hypothesis.HealthCheck),
     )
     @hypothesis.given(case=strategy)
     def draws(case):
-        hypothesis.note(f"Seed {seed}, or:\n{case.program(check)}")
+        # Printed with a failure.
+        hypothesis.note(f"COMBINATIONS_SEED={SEED}, or:\n{case.program(check)}")
         check(case)
 
     draws()
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_drawn_combinations(kind):
-    run_draws(kind, seed=0)

@@ -100,3 +100,5 @@ def test_of_frozen_layers_the_factors_alone_train():
     parts(model)[0].enable_lora(RANK)
     assert all("_lora_" in weight.name for weight in model.trainable_weights)
     assert len(model.trainable_weights) == 6
+    keras_moe.merge_lora(model)
+    assert not parts(model)[0].trainable

@@ -112,6 +112,16 @@ def test_the_state_of_routers_moves_in_each_policy(policy):
         assert to_numpy(relu.router.strength.value) > 0.125
 
 
+@on_one_backend
+def test_weights_of_a_router_are_not_rounded():
+    """It computes in float32 in a layer of mixed precision."""
+    with keras.RematScope("full"):
+        layer = mixture(dtype="mixed_bfloat16")
+    ones = np.ones((2, D), "float32")
+    _, routing = layer(ones, return_routing=True)
+    assert_close(to_numpy(routing.logits), to_numpy(layer.router(ones).logits))
+
+
 def test_the_state_of_an_expert_moves_in_another_policy_than_that_around_it():
     class Counting(keras.layers.Layer):
         def build(self, inputs_shape):

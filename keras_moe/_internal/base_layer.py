@@ -167,6 +167,8 @@ class Adaptable:
                 delattr(layer, weight.name)
         self.lora_rank = self.lora_alpha = None
         self.lora_enabled, self._corrected = False, ()
+        if getattr(layer, "state_is_frozen", False) and not layer.trainable_weights:
+            layer.trainable = layer.state_is_frozen = False  # as before LoRA, which a file keeps
 
     def lora_scale(self):
         return (self.lora_alpha or self.lora_rank) / self.lora_rank

@@ -52,7 +52,9 @@ def _recomputed(layer, call, *args, **kwargs):
             inputs[place] = tensor
         args_again, kwargs_again = keras.tree.pack_sequence_as((args, kwargs), inputs)
         mapping = zip([*trained, *state], [*tensors[: len(trained)], *values])
-        with again(), keras.StatelessScope(mapping, collect_losses=True) as scope:
+        with stored_dtypes():  # to which the scope casts the values
+            scope = keras.StatelessScope(mapping, collect_losses=True)
+        with again(), scope:
             before = list(map(scope.get_current_value, state))
             outputs = call(*args_again, **kwargs_again)
         after = list(map(scope.get_current_value, state))

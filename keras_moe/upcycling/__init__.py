@@ -181,7 +181,8 @@ def merge_lora(model: keras.Model) -> None:
 
     Banks and routers with `enable_lora` lose their factors. In `layers.LowRankExperts` each expert
     gets kernels of its own. The model changes in place, with a new optimizer; merged kernels are
-    frozen. Raises a ValueError if it has no such layers.
+    frozen, in a loaded model only if the layer was before `enable_lora`. Raises a ValueError if it
+    has no such layers.
 
     Example:
 
