@@ -4,6 +4,7 @@ import contextlib
 import itertools
 import threading
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 from keras import ops
@@ -58,6 +59,8 @@ def named_platform():
 
 class Backend:
     """Operations that need a framework's own calls. Everything else is written in `keras.ops`."""
+
+    devices: "Devices"  # that a model runs on
 
     # What is computed, or traced to be compiled
 
@@ -121,10 +124,6 @@ class Backend:
         """
         raise NotImplementedError
 
-    def attach_gradient(self, value, inputs, transpose):
-        """Return `value`; the gradient of `inputs` is `transpose(gradient)`."""
-        raise NotImplementedError
-
     def vjp(self, function, inputs):
         """Run the function, which returns (output, others).
 
@@ -185,21 +184,7 @@ class Backend:
 
     def top_k(self, scores, number):
         """Return the best columns (T, K), int32, of scores (T, E): NaN first, of ties the first."""
-        # K rounds of argmax agree on ties and NaN on every backend, where top_k does not, as fast.
-        # Minus infinity ranks above the columns that are taken already.
-        rest = ops.where(ops.isnan(scores), float("inf"), ops.maximum(scores, LOW))
-        columns = ops.arange(scores.shape[1], dtype="int32")
-        chosen = [self._argmax(rest)]
-        for _ in range(number - 1):
-            rest = ops.where(ops.expand_dims(chosen[-1], 1) == columns, float("-inf"), rest)
-            chosen.append(self._argmax(rest))
-        return ops.stack(chosen, axis=1)
-
-    def _argmax(self, scores):
-        # Under XLA two plain reductions are several times as fast as one of pairs.
-        best = ops.max(scores, axis=-1, keepdims=True)
-        number = scores.shape[-1]
-        return ops.min(ops.where(scores >= best, ops.arange(number, dtype="int32"), number), -1)
+        raise NotImplementedError
 
     # One-hot rows are never stored by a compiler, and the gradient of a choice by one is a product,
     # where a gather's is a scatter.
@@ -219,13 +204,7 @@ class Backend:
 
         Both are int32.
         """
-        order = self._argsort(integers, bound)
-        numbers = ops.arange(ops.shape(integers)[0], dtype="int32")
-        rank = ops.scatter_update(ops.zeros_like(order), ops.expand_dims(order, 1), numbers)
-        return order, rank
-
-    def _argsort(self, integers, bound):
-        return ops.cast(ops.argsort(integers), "int32")
+        raise NotImplementedError
 
     def larger_size(self, least, size):
         """Return the larger of two sizes, which may be unknown while tracing."""
@@ -234,11 +213,6 @@ class Backend:
     def split_groups(self, rows, sizes):
         """Return the rows of each group, then the rest, as a list; and the list of their sizes."""
         raise NotImplementedError
-
-    @property
-    def devices(self):
-        """The `Devices` that a model runs on."""
-        return Devices()
 
 
 class Devices:
@@ -284,6 +258,37 @@ class Devices:
 
 class StaticBackend(Backend):
     """A backend that compiles loops over static shapes."""
+
+    sort: Any  # of integers, compiled by XLA
+
+    def top_k(self, scores, number):
+        # K rounds of argmax agree on ties and NaN on every backend, where top_k does not, as fast.
+        # Minus infinity ranks above the columns that are taken already.
+        rest = ops.where(ops.isnan(scores), float("inf"), ops.maximum(scores, LOW))
+        columns = ops.arange(scores.shape[1], dtype="int32")
+        chosen = [self._argmax(rest)]
+        for _ in range(number - 1):
+            rest = ops.where(ops.expand_dims(chosen[-1], 1) == columns, float("-inf"), rest)
+            chosen.append(self._argmax(rest))
+        return ops.stack(chosen, axis=1)
+
+    def _argmax(self, scores):
+        # Under XLA two plain reductions are several times as fast as one of pairs.
+        best = ops.max(scores, axis=-1, keepdims=True)
+        number = scores.shape[-1]
+        return ops.min(ops.where(scores >= best, ops.arange(number, dtype="int32"), number), -1)
+
+    def order_and_rank(self, integers, bound):
+        number = ops.shape(integers)[0]
+        # The number may be a symbol, as in an exported program.
+        if self.needs_static_shapes() and isinstance(number, int) and bound * number < 2**31:
+            # XLA sorts plain integers several times as fast as pairs.
+            order = packed_order(self.sort, integers, bound)
+        else:
+            order = ops.cast(ops.argsort(integers), "int32")
+        numbers = ops.arange(number, dtype="int32")
+        rank = ops.scatter_update(ops.zeros_like(order), ops.expand_dims(order, 1), numbers)
+        return order, rank
 
     def slice_at(self, tensor, start, shape):
         """Return the slice of a tensor at indices `start`, of a static shape."""

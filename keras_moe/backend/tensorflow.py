@@ -1,8 +1,6 @@
 """TensorFlow primitives."""
 
-import contextlib
 import itertools
-import threading
 
 import keras
 import optree
@@ -11,14 +9,11 @@ import tensorflow as tf
 # No public name leads to these operations; Keras imports them from here as well.
 from tensorflow.compiler.tf2xla.python import xla
 
-from keras_moe._internal.keras_internals import current_model
-from keras_moe.backend import padded
+from keras_moe.backend import padded, tensorflow_replicas
 from keras_moe.backend.base import (
-    Devices,
     StaticBackend,
     multiply_groups,
     named_platform,
-    packed_order,
     split_rows,
 )
 from keras_moe.backend.layouts import AllRows, Parts
@@ -32,6 +27,10 @@ MAX_CONVERTED_ROWS = 16
 
 
 class TensorFlowBackend(StaticBackend):
+    devices = tensorflow_replicas.TensorFlowDevices()
+    # `tf.sort` is made from `top_k`, which XLA compiles to a slower sort of pairs.
+    sort = staticmethod(xla.sort)
+
     def needs_static_shapes(self):
         return tf.__internal__.get_enclosing_xla_context() is not None
 
@@ -40,10 +39,6 @@ class TensorFlowBackend(StaticBackend):
 
     def run(self, network, problem, kernel=None):
         return network.run(_platform(), problem)
-
-    @property
-    def devices(self):
-        return _Devices()
 
     def control_dependency(self, tensor, value):
         # At the end of data of unknown length, TensorFlow without XLA runs what a step computes
@@ -94,13 +89,6 @@ class TensorFlowBackend(StaticBackend):
             return output, lambda upstream: gradient(tf.convert_to_tensor(upstream), *tensors)
 
         return function(*map(tf.convert_to_tensor, tf.nest.flatten(inputs)))
-
-    def attach_gradient(self, value, inputs, transpose):
-        @tf.custom_gradient
-        def function(value, inputs):
-            return tf.identity(value), lambda gradient: (gradient, transpose(gradient))
-
-        return function(value, inputs)
 
     def vjp(self, function, inputs):
         with tf.GradientTape() as tape:
@@ -155,14 +143,6 @@ class TensorFlowBackend(StaticBackend):
 
     def gather_rows(self, tensor, indices):
         return tf.gather(tensor, indices)
-
-    def _argsort(self, integers, bound):
-        number = integers.shape[0]
-        fits = number is not None and bound * number < 2**31
-        if not (fits and self.needs_static_shapes()):
-            return super()._argsort(integers, bound)
-        # `tf.sort` is made from `top_k`, which XLA compiles to a slower sort of pairs.
-        return packed_order(xla.sort, integers, bound)
 
     def slice_at(self, tensor, start, shape):
         # `tf.slice` wants a start that is known at compile time: where it depends on data,
@@ -277,68 +257,3 @@ class _Group:
             gradient = tf.matmul(left, right, transpose_a=True)
         total[self.expert] = tf.cast(gradient, total[self.expert].dtype)
         return total
-
-
-class _Devices(Devices):
-    """Replicas of `tf.distribute`, whose counters are summed when they are read."""
-
-    def num_replicas(self):
-        replica = tf.distribute.get_replica_context()
-        return 1 if replica is None else replica.num_replicas_in_sync
-
-    def sum(self, values):
-        return self._across_replicas(
-            values, lambda replica: replica.all_reduce(tf.distribute.ReduceOp.SUM, values)
-        )
-
-    def gather(self, values):
-        return self._across_replicas(values, lambda replica: replica.all_gather(values, axis=0))
-
-    def _across_replicas(self, values, collective):
-        if self.num_replicas() == 1:
-            return values
-        try:
-            with _other_losses_kept():
-                return collective(tf.distribute.get_replica_context())
-        except RuntimeError as error:
-            if "merge_call" not in str(error):
-                raise
-            raise RuntimeError(
-                "Selection biases, global losses and `ReLURouter` sum over all replicas in "
-                "the middle of a call. Received: a call in a `tf.function` or a loop within "
-                "`strategy.run`. Put `tf.function` around `strategy.run`, or use `LoadBalance`."
-            ) from error
-
-    def split_experts(self, experts, data, devices, layout_map, process_group):
-        rule = "Keras splits no weights on TensorFlow: use `tf.distribute.MirroredStrategy`"
-        raise ValueError(f"{rule}. Received: keras.backend.backend()='tensorflow'")
-
-    def separate_losses(self, layer):
-        # Keras keeps one list in each layer, and traces replicas in threads: while one waits for
-        # others in a collective operation, theirs would replace or join its losses.
-        layer._losses = _LossesOfThread()
-
-
-class _LossesOfThread(threading.local):
-    """A list of losses for each thread, with the methods that Keras calls."""
-
-    def __init__(self):
-        self._losses = []
-        self.extend, self.clear = self._losses.extend, self._losses.clear
-
-    def __getitem__(self, index):
-        return self._losses[index]
-
-    def __setitem__(self, index, losses):
-        self._losses[index] = losses
-
-
-@contextlib.contextmanager
-def _other_losses_kept():
-    """Keep this replica's losses of other layers while other replicas trace."""
-    model = current_model()
-    layers = () if model is None else model._flatten_layers()
-    lists = [(layer._losses, layer._losses[:]) for layer in layers]
-    yield
-    for losses, of_replica in lists:
-        losses[:] = of_replica

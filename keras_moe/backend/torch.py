@@ -21,6 +21,8 @@ CPU_BLOCK = 2**20
 
 
 class TorchBackend(Backend):
+    devices = torch_processes.TorchDevices()
+
     def needs_static_shapes(self):
         # PyTorch runs eagerly here, or records slices as they are.
         return False
@@ -46,8 +48,6 @@ class TorchBackend(Backend):
             return contextlib.nullcontext()
         return torch.autocast(kind, enabled=False)
 
-    devices = torch_processes.TorchDevices()
-
     def run(self, network, problem, kernel=None):
         platform = _platform_of(problem.tokens)
         if kernel is not None and kernel.shape[0] < problem.plan.num_experts:
@@ -64,9 +64,6 @@ class TorchBackend(Backend):
         if self.is_exporting() or not save:
             return forward(inputs, context, save=False)[0]
         return _Differentiable.apply(forward, backward, reference, structure, context, *tensors)
-
-    def attach_gradient(self, value, inputs, transpose):
-        return _Attached.apply(transpose, value, inputs)
 
     def vjp(self, function, inputs):
         with torch.enable_grad():
@@ -212,14 +209,3 @@ class _Differentiable(torch.autograd.Function):
             saved = ctx.structure_of_saved.unflatten(saved)
             gradients, _ = _flatten(ctx.run_backward(inputs, ctx.context, saved, upstream))
         return None, None, None, None, None, *gradients
-
-
-class _Attached(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, transpose, value, inputs):
-        ctx.transpose = transpose
-        return value.view_as(value)
-
-    @staticmethod
-    def backward(ctx, gradient):
-        return None, gradient, ctx.transpose(gradient)
