@@ -129,7 +129,7 @@ def _transpose_of_outer(upstream, left, right, sizes, *, dtype, platform):
 
 def _padded_product(rows, kernels, sizes, transposed):
     kernels = kernels.astype(rows.dtype)
-    return padded.product_of_tiles(rows, lambda take: take(kernels), sizes, transposed)
+    return padded.product_of_tiles(rows, lambda gather: gather(kernels), sizes, transposed)
 
 
 _PADDED = {"product": _padded_product, "outer": padded.outer}

@@ -12,14 +12,14 @@ from keras import ops
 def product(rows, kernels, sizes, transposed=False, platform=None):
     """Multiply each group of rows (R, D) by its kernel (E, D, H), or its transpose: (R, H)."""
 
-    def kernels_of_tiles(take):
-        return kernels.entry(take).floats(rows.dtype)
+    def kernels_of_tiles(gather):
+        return kernels.apply(gather).floats(rows.dtype)
 
     return product_of_tiles(rows, kernels_of_tiles, sizes, transposed, platform)
 
 
 def product_of_tiles(rows, kernels_of_tiles, sizes, transposed=False, platform=None):
-    """`product` with a function that takes the kernels (N, D, H) of tiles from a stack (E, ...)."""
+    """`product`, where `kernels_of_tiles(gather)` gathers the kernels (N, D, H) from (E, ...)."""
     tiles = _pad_tiles(rows, sizes, platform)
     expert = ops.minimum(tiles.expert, sizes.shape[0] - 1)
     kernels = kernels_of_tiles(lambda stack: ops.take(stack, expert, axis=0))

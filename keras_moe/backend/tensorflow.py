@@ -147,8 +147,8 @@ class TensorFlowBackend(StaticBackend):
     def slice_at(self, tensor, start, shape):
         # `tf.slice` wants a start that is known at compile time: where it depends on data,
         # TensorFlow would silently turn the data into a constant and compile again for every batch.
-        take = xla.dynamic_slice if self.needs_static_shapes() else tf.slice
-        return tf.ensure_shape(take(tensor, tf.stack(start), tf.constant(shape)), shape)
+        read = xla.dynamic_slice if self.needs_static_shapes() else tf.slice
+        return tf.ensure_shape(read(tensor, tf.stack(start), tf.constant(shape)), shape)
 
     def scan(self, step, carry, xs):
         length = tf.shape(xs[0])[0]
@@ -208,7 +208,7 @@ class _Groups(Parts):
             _Group(expert, size, start)
             for expert, (size, start) in enumerate(zip(numbers, starts))
             if tf.is_tensor(size) or size
-        ]
+        ] or [_Group(0, 0, 0)]
 
     def maps_of_parts(self, maps):
         # One operation for all experts, which copies nothing. A slice for each takes five to trace.
@@ -217,13 +217,14 @@ class _Groups(Parts):
         return [of_experts[part.expert] for part in self.parts]
 
     def gather(self, tokens):
-        return self.split(tf.gather(tokens, self.token_of_row))
+        return self.to_buffer(tf.gather(tokens, self.token_of_row))
 
-    def split(self, rows):
+    def to_buffer(self, rows):
         return split_rows(rows, [*(part.size for part in self.parts), self.num_padding])[:-1]
 
-    def join(self, buffer, width, dtype):
-        return tf.concat([*buffer, tf.zeros((self.num_padding, width), dtype)], 0)
+    def to_rows(self, buffer):
+        padding = tf.zeros((self.num_padding, buffer[0].shape[1]), buffer[0].dtype)
+        return tf.concat([*buffer, padding], 0)
 
     def empty(self, trained):
         return [tf.zeros(trained.shape[1:], trained.dtype)] * self.num_experts

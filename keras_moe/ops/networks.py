@@ -36,25 +36,25 @@ class Problem(NamedTuple):
     plan: Any  # a `GroupedPlan`
     key: Any = None  # (2,) int32, for dropout; None where there is none
 
-    def split(self):
-        """Return two structures: the tensors that get gradients, and the others."""
+    def inputs_and_context(self):
+        """Return the tensors that get gradients, and all others, as two structures."""
         trained, frozen = {}, {}
         for name, (kernel, bias) in self.maps.items():
-            trained[name] = {} if bias is None else {"bias": bias}
+            if bias is not None:
+                trained[name, "bias"] = bias
             if kernel.trains:
-                trained[name]["kernel"] = kernel.values
-            else:
-                frozen[name] = kernel
+                trained[name, "kernel"] = kernel.values
+            frozen[name] = None if kernel.trains else kernel
         inputs = self.tokens, self.plan.weights, trained
         return inputs, (self.plan._replace(weights=None), frozen, self.key)
 
     @classmethod
-    def join(cls, inputs, context):
-        """Inverse of `split`."""
+    def of(cls, inputs, context):
+        """Inverse of `inputs_and_context`."""
         (tokens, weights, trained), (plan, frozen, key) = inputs, context
         maps = {
-            name: LinearMap(frozen.get(name) or Kernel(fields["kernel"]), fields.get("bias"))
-            for name, fields in trained.items()
+            name: LinearMap(kernel or Kernel(trained[name, "kernel"]), trained.get((name, "bias")))
+            for name, kernel in frozen.items()
         }
         return cls(tokens, maps, plan._replace(weights=weights), key)
 
@@ -74,50 +74,58 @@ class Network(NamedTuple):
         Rows past the last group are not computed: padded and dropped assignments cost nothing.
         """
 
-        def forward(inputs, context, save, lay_out=backend.layout):
-            problem = Problem.join(inputs, context)
-            tokens, maps, plan, key = problem
-            layout, saved = lay_out(problem, platform), self.saved if save else ()
-
-            def compute(part, maps, rows):
-                linear = Linear(rows, part, maps, key)
-                outputs = as_dtype(self.function(rows, linear), rows.dtype)
-                return [outputs, *(linear.outputs[name] for name in saved)], {}
-
-            widths = [self.output_width, *(maps[name].kernel.shape[2] for name in saved)]
-            buffers, _ = layout.run(compute, maps, [tokens], [], widths, {})
-            outputs = layout.join(buffers[0], self.output_width, tokens.dtype)
-            return as_dtype(plan.sum_rows(outputs, plan.weights), tokens.dtype), buffers
+        def forward(inputs, context, save):
+            problem = Problem.of(inputs, context)
+            layout = backend.layout(problem, platform)
+            return self._forward(problem, layout, self.saved if save else ())
 
         def backward(inputs, context, buffers, gradient):
-            problem = Problem.join(inputs, context)
-            tokens, maps, plan, key = problem
-            layout, (_, features) = backend.layout(problem, platform), tokens.shape
-
-            def compute(part, maps, rows, d_outputs, weights, outputs, *saved):
-                linear = functools.partial(LinearAgain, part=part, maps=maps, key=key)
-                weighted = d_outputs * weights
-                d_rows, factors = self._derive(linear, maps, rows, outputs, saved, weighted)
-                return [d_rows, row_sums(d_outputs, outputs)], factors
-
-            weights = ops.expand_dims(as_dtype(plan.weight_of_row(plan.weights), tokens.dtype), 1)
-            by_row, widths = [layout.split(weights), *buffers], [features, 1]
-            (d_rows, d_weights), d_maps = layout.run(
-                compute, maps, [tokens, gradient], by_row, widths, trained=inputs[2]
-            )
-            d_rows = layout.join(d_rows, features, tokens.dtype)
-            d_weights = layout.join(d_weights, 1, plan.weights.dtype)[:, 0]
-            return (
-                as_dtype(plan.sum_rows(d_rows), tokens.dtype),
-                as_dtype(plan.at_assignments(d_weights), plan.weights.dtype),
-                d_maps,
-            )
+            problem, trained = Problem.of(inputs, context), inputs[2]
+            layout = backend.layout(problem, platform)
+            return self._backward(problem, layout, buffers, gradient, trained)
 
         def reference(inputs, context):
-            return forward(inputs, context, False, lay_out=functools.partial(AllRows, backend))[0]
+            problem = Problem.of(inputs, context)
+            return self._forward(problem, AllRows(backend, problem, platform), ())[0]
 
-        inputs, context = problem.split()
+        inputs, context = problem.inputs_and_context()
         return backend.differentiable(forward, backward, inputs, context, reference)
+
+    def _forward(self, problem, layout, saved):
+        """Return the weighted sums, and buffers of the outputs and of the maps named in `saved`."""
+        tokens, maps, plan, key = problem
+
+        def compute(part, maps, rows):
+            linear = Linear(rows, part, maps, key)
+            outputs = as_dtype(self.function(rows, linear), rows.dtype)
+            return [outputs, *(linear.outputs[name] for name in saved)], {}
+
+        widths = [self.output_width, *(maps[name].kernel.shape[2] for name in saved)]
+        buffers, _ = layout.run(compute, maps, [tokens], [], widths, {})
+        outputs = layout.to_rows(buffers[0])
+        return as_dtype(plan.sum_rows(outputs, plan.weights), tokens.dtype), buffers
+
+    def _backward(self, problem, layout, buffers, gradient, trained):
+        """Return the gradients of tokens, weights and trained tensors."""
+        tokens, maps, plan, key = problem
+
+        def compute(part, maps, rows, d_outputs, weights, outputs, *saved):
+            linear = functools.partial(LinearAgain, part=part, maps=maps, key=key)
+            weighted = d_outputs * weights
+            d_rows, factors = self._derive(linear, maps, rows, outputs, saved, weighted)
+            return [d_rows, row_sums(d_outputs, outputs)], factors
+
+        weights = ops.expand_dims(as_dtype(plan.weight_of_row(plan.weights), tokens.dtype), 1)
+        by_row, widths = [layout.to_buffer(weights), *buffers], [tokens.shape[1], 1]
+        (d_rows, d_weights), d_maps = layout.run(
+            compute, maps, [tokens, gradient], by_row, widths, trained
+        )
+        d_weights = layout.to_rows(d_weights)[:, 0]
+        return (
+            as_dtype(plan.sum_rows(layout.to_rows(d_rows)), tokens.dtype),
+            as_dtype(plan.at_assignments(d_weights), plan.weights.dtype),
+            d_maps,
+        )
 
     def _derive(self, linear, maps, rows, outputs, saved, d_outputs):
         """From the gradient of outputs: the gradient of rows, and factors of the maps' gradients.
@@ -193,7 +201,7 @@ class LinearAgain(Linear):
         self.inputs[name] = rows = self._as_input(rows)
         value, (kernel, _) = self._values[name], self._maps[name]
         if name in self._computed:
-            constant = kernel.entry(ops.stop_gradient)
+            constant = kernel.apply(ops.stop_gradient)
             value = value + self._part.product(ops.stop_gradient(rows), constant)
 
         @ops.custom_gradient
