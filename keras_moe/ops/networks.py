@@ -228,14 +228,14 @@ def _traced(function, features, widths):
     def trace(rows):
         linear = _TracedLinear(rows, widths)
         outputs = function(rows, linear)
-        names = tuple(linear.outputs)
+        names = tuple(linear.calls)
         is_last = bool(names) and outputs is linear.outputs[names[-1]]
         found.update(names=names, is_last=is_last, has_dropout=linear.num_dropouts > 0)
         return outputs
 
     outputs = compute_output_spec(trace, keras.KerasTensor((8, features), "float32"))
     shape, names = tuple(getattr(outputs, "shape", ())), found["names"]
-    if set(names) != set(widths) or len(shape) != 2 or shape[0] != 8:
+    if sorted(names) != sorted(widths) or len(shape) != 2 or shape[0] != 8:
         raise ValueError(
             "A network must call `linear` once with each name in `widths`, and return rows. "
             f"Received: calls of {sorted(names)} of {sorted(widths)}, outputs of shape {shape} "
@@ -251,15 +251,12 @@ class _TracedLinear(Linear):
     def __init__(self, rows, widths):
         super().__init__(rows, None, {})
         self._widths = widths
+        self.calls = []
 
     def __call__(self, name, rows=None):
         rows = self._as_input(rows)
-        if name not in self._widths or name in self.outputs:
-            raise ValueError(
-                "A network must call `linear` once with each name in `widths`. Received: "
-                f"{name!r}{' again' * (name in self.outputs)}, of {sorted(self._widths)}"
-            )
-        fan_in, fan_out = self._widths[name]
+        self.calls.append(name)
+        fan_in, fan_out = self._widths.get(name, 2 * (rows.shape[-1],))
         if len(rows.shape) != 2 or rows.shape[1] != fan_in:
             raise ValueError(
                 f"`linear({name!r}, rows)` must have rows of {fan_in} features. "
