@@ -125,9 +125,9 @@ class Backend:
         raise NotImplementedError
 
     def vjp(self, function, inputs):
-        """Run the function, which returns (output, others).
+        """Call `function(*inputs)`, which returns (output, others).
 
-        Return others, and a function from output's gradient to the inputs'.
+        Return others, and a function that maps the gradient of the output to those of the inputs.
         """
         raise NotImplementedError
 
@@ -158,7 +158,7 @@ class Backend:
         return ops.matmul(left, ops.transpose(right) if transposed else right)
 
     def layout(self, problem, platform):
-        """How the rows of an `ops.networks.Problem` are computed, see `layouts`."""
+        """Return the layout of the rows of an `ops.networks.Problem`, see `layouts`."""
         raise NotImplementedError
 
     # Rows, choices and counts

@@ -23,7 +23,7 @@ _DTYPES = {"tpu": ("bfloat16", "float32"), "gpu": ("bfloat16", "float16", "float
 
 
 def product(rows, kernels, sizes, transposed=False, platform="cpu"):
-    if _is_supported(platform, rows) and kernels.scale is None:
+    if _is_supported(platform, rows) and kernels.bits is None:
         kernels = kernels.values
         return _product.bind(rows, kernels, sizes, transposed=transposed, platform=platform)
     return padded.product(rows, kernels, sizes, transposed, platform)

@@ -86,8 +86,8 @@ class PaddedTiles(NamedTuple):
 def pad_tiles(sizes, num_rows, length):
     """Return the `PaddedTiles` of `length` rows for groups of sizes (E,) int32.
 
-    There are at most `R // B + E` tiles, and no more than rows if their number is known, but one:
-    XLA of TensorFlow differentiates no loop of length 0.
+    There are at most `R // B + E` tiles, and no more than rows if their number is known. There is
+    one at least: XLA of TensorFlow differentiates no loop of length 0.
     """
     num_experts = sizes.shape[0]
     num_tiles = num_rows // length + num_experts

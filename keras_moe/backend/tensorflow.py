@@ -112,7 +112,7 @@ class TensorFlowBackend(StaticBackend):
 
     def product(self, rows, kernels, sizes, transposed=False, platform=None):
         # In operations that TensorFlow differentiates any number of times.
-        if self.needs_static_shapes() or _is_transformed() or kernels.scale is not None:
+        if self.needs_static_shapes() or _is_transformed() or kernels.bits is not None:
             return padded.product(rows, kernels, sizes, transposed, platform)
         return multiply_groups(self.split_groups(rows, sizes)[0], kernels, transposed)
 
@@ -242,7 +242,7 @@ class _Group:
     def product(self, rows, kernels, bias=None, transposed=False):
         bias = None if bias is None else tf.cast(bias, rows.dtype)
         is_known = isinstance(self.size, int)
-        if is_known or transposed or kernels.is_packed or kernels.values.dtype == rows.dtype:
+        if is_known or transposed or kernels.bits == 4 or kernels.values.dtype == rows.dtype:
             return kernels.multiply(rows, bias, transposed)
         # Converting a kernel takes too long for an expert without rows: there only its first row is
         # converted. LiteRT fails to multiply no rows by it, so there is one of zeros.

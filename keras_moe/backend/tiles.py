@@ -34,7 +34,7 @@ def layout_on_cpu(backend, problem):
     """
     num_rows, dtype = problem.plan.num_rows(), keras.backend.standardize_dtype(problem.tokens.dtype)
     kernels = [kernel for kernel, _ in problem.maps.values()]
-    are_floats = dtype == "float32" and all(kernel.scale is None for kernel in kernels)
+    are_floats = dtype == "float32" and all(kernel.bits is None for kernel in kernels)
     if are_floats and isinstance(num_rows, int) and num_cores() > 1:
         num_experts = kernels[0].shape[0]
         length = tile_length(num_rows, num_experts, "cpu")
@@ -112,8 +112,8 @@ class TileLoop:
         """The linear map of one expert. Cast per expert on use: idle ones are never cast."""
         few_rows = isinstance(self.num_rows, int) and self.num_rows <= MAX_BLOCK_ROWS
         kernel, bias = linear_map.apply(lambda stack: _at(self.backend, stack, expert))
-        # Packed integers are multiplied faster as they are, and others for few rows.
-        if not (kernel.is_packed or (few_rows and kernel.scale is not None)):
+        # Integers of 4 bits are multiplied faster as they are, and those of 8 bits for few rows.
+        if not (kernel.bits == 4 or (few_rows and kernel.bits == 8)):
             kernel = kernel._replace(values=kernel.floats(self.dtype), scale=None)
         bias = None if bias is None else ops.cast(bias, self.dtype)
         return linear_map._replace(kernel=kernel, bias=bias)
@@ -128,7 +128,7 @@ class _Tile(NamedTuple):
     inside: Any
 
     def product(self, rows, kernels, bias=None, transposed=False):
-        if kernels.scale is not None and not kernels.is_packed and not transposed:
+        if kernels.bits == 8 and not transposed:
             products = _multiply_in_blocks(self.layout.backend, rows, kernels.values)
             products = products * ops.cast(kernels.scale, rows.dtype)
             return products if bias is None else products + bias

@@ -80,7 +80,7 @@ class TorchBackend(Backend):
 
     def product(self, rows, kernels, sizes, transposed=False, platform=None):
         # In operations that PyTorch differentiates any number of times.
-        if _is_transformed() or kernels.scale is not None:
+        if _is_transformed() or kernels.bits is not None:
             return padded.product(rows, kernels, sizes, transposed, platform)
         return multiply_groups(self.split_groups(rows, sizes)[0], kernels, transposed)
 

@@ -142,7 +142,7 @@ class AllOnDevice(AllRows):
         return _Chunk(0, range(len(self.sizes)), sizes_on_host(self.sizes, self.num_rows))
 
     def product(self, rows, kernels, bias=None, transposed=False):
-        if kernels.scale is not None or not has_grouped_mm(rows, kernels.values):
+        if kernels.bits is not None or not has_grouped_mm(rows, kernels.values):
             return self._chunk.product(rows, kernels, bias, transposed)
         values = kernels.floats(rows.dtype)
         products = grouped_mm(rows, values.mT if transposed else values, self.sizes)
@@ -169,7 +169,7 @@ class AllOnDevice(AllRows):
 
 def multiply(kernel, rows, bias, transposed, output=None):
     """`Kernel.multiply`, perhaps into an output."""
-    if kernel.scale is not None:
+    if kernel.bits is not None:
         product = kernel.multiply(rows, bias, transposed)
         return product if output is None else output.copy_(product)
     values = kernel.values.to(rows.dtype)

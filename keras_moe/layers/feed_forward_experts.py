@@ -18,7 +18,7 @@ from keras_moe.layers.stacked_experts import StackedExperts
 
 
 @dataclasses.dataclass(frozen=True)
-class FeedForward:
+class FeedForwardNetwork:
     activation: Callable
     dropout: float
 
@@ -28,7 +28,7 @@ class FeedForward:
 
 
 @dataclasses.dataclass(frozen=True)
-class GatedFeedForwardNetwork:
+class GatedNetwork:
     activation: Callable
     clip: float | None
     up_shift: float
@@ -96,7 +96,7 @@ class FeedForwardExperts(StackedExperts):
 
     @property
     def network(self):
-        return FeedForward(backend.activation(self.activation), self.dropout)
+        return FeedForwardNetwork(backend.activation(self.activation), self.dropout)
 
 
 @register
@@ -157,7 +157,7 @@ class GatedExperts(StackedExperts):
     @property
     def network(self):
         activation = backend.activation(self.activation)
-        return GatedFeedForwardNetwork(activation, self.clip, self.up_shift, self.dropout)
+        return GatedNetwork(activation, self.clip, self.up_shift, self.dropout)
 
 
 @register

@@ -118,37 +118,30 @@ class Projection:
 
     def maps(self):
         """The `LinearMap` of the projection by its name, and those of its factors by theirs."""
-        kernel, bias, a, b = (
-            None if weight is None else ops.convert_to_tensor(weight)
-            for weight in (self.kernel, self.bias, self.lora_a, self.lora_b)
-        )
-        if self.is_vector:  # a map from one feature, whose input is 1
-            kernel = ops.expand_dims(kernel, 1)
-        if self.scale is not None:
-            kernel = self._integers()
-        else:
-            kernel = Kernel(kernel) if a is None else FrozenKernel(kernel)
-        maps = {self.name: LinearMap(kernel, bias)}
+        bias, a, b = map(_as_tensor, (self.bias, self.lora_a, self.lora_b))
+        maps = {self.name: LinearMap(self._kernel(), bias)}
         if a is not None:
             maps |= {f"{self.name}_lora_a": LinearMap(Kernel(a))}
             maps |= {f"{self.name}_lora_b": LinearMap(Kernel(b))}
         return maps
 
-    def _integers(self):
-        kernel, scale = map(ops.convert_to_tensor, (self.kernel, self.scale))
-        if self.zero is None:
-            return Kernel(kernel, scale)
-        num_rows = kernel.shape[1]
+    def _kernel(self):
+        values, scale, zero = map(_as_tensor, (self.kernel, self.scale, self.zero))
+        if self.is_vector:  # a map from one feature, whose input is 1
+            values = ops.expand_dims(values, 1)
+        if zero is None:
+            return Kernel(values, scale) if self.lora_a is None else FrozenKernel(values, scale)
+        num_rows = values.shape[1]
         group = np.arange(num_rows, dtype="int32") // (self.bank.block_size() or num_rows)
-        group = ops.convert_to_tensor(np.broadcast_to(group, kernel.shape[:2]))
-        return Int4Kernel(kernel, scale, ops.convert_to_tensor(self.zero), group)
+        group = ops.convert_to_tensor(np.broadcast_to(group, values.shape[:2]))
+        return Int4Kernel(values, scale, zero, group)
 
     def merged_kernel(self):
         """The kernels of all experts as floats (E, D, H), low-rank factors added: an array."""
         if self.scale is None:
             kernel = self._whole(self.kernel)
         else:
-            kernel = ops.convert_to_numpy(self._integers().floats("float32"))
+            kernel = ops.convert_to_numpy(self._kernel().floats("float32"))
         if self.lora_a is None:
             return kernel
         a, b, scale = self._whole(self.lora_a), self._whole(self.lora_b), self.bank.lora_scale()
@@ -197,6 +190,10 @@ class Projection:
             stored = self.stored(self.merged_kernel())
             values[: len(stored)] = stored
         return values
+
+
+def _as_tensor(weight):
+    return None if weight is None else ops.convert_to_tensor(weight)
 
 
 def _split_by_expert(bank, name):

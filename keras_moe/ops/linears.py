@@ -32,8 +32,9 @@ class Kernel(NamedTuple):
     scale: Any = None  # (E, 1, H) float; None for floats
 
     @property
-    def is_packed(self):
-        return False
+    def bits(self):
+        """Number of bits of each integer; None for floats."""
+        return None if self.scale is None else 8
 
     @property
     def trains(self):
@@ -82,8 +83,8 @@ class Int4Kernel(NamedTuple):
     group: Any  # (E, D) int32, the group of each row; the same for all experts
 
     @property
-    def is_packed(self):
-        return True
+    def bits(self):
+        return 4
 
     @property
     def trains(self):

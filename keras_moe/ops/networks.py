@@ -128,10 +128,10 @@ class Network(NamedTuple):
         )
 
     def _derive(self, linear, maps, rows, outputs, saved, d_outputs):
-        """From the gradient of outputs: the gradient of rows, and factors of the maps' gradients.
+        """Return the gradient of the rows, and factors of the gradients of the maps.
 
-        These are {name: (left, right)}. For each expert the gradient of the kernel is
-        `left^T right`, and of the bias the sum of `right`.
+        The factors are {name: (left, right)}. For each expert the gradient of the kernel is
+        `left^T right`, and that of the bias is the sum of `right`.
         """
         values = dict(zip(self.saved, saved))
         if self.last is not None:
@@ -256,6 +256,7 @@ class _TracedLinear(Linear):
     def __call__(self, name, rows=None):
         rows = self._as_input(rows)
         self.calls.append(name)
+        # Other names are refused when all calls are known.
         fan_in, fan_out = self._widths.get(name, 2 * (rows.shape[-1],))
         if len(rows.shape) != 2 or rows.shape[1] != fan_in:
             raise ValueError(
