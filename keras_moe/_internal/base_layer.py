@@ -135,6 +135,10 @@ class Adaptable(BaseLayer):
     def add_factors(self, a_initializer="he_uniform", b_initializer="zeros"):
         raise NotImplementedError
 
+    def freeze_kernel(self, name):
+        getattr(self, name).trainable = False
+        self._corrected = (*self._corrected, name)
+
     def merge_factors(self) -> None:
         """Remove the factors; the kernels, which stay frozen, get the corrections."""
         store: dict = {}
@@ -165,27 +169,21 @@ class Adaptable(BaseLayer):
         return layer
 
 
-def factors_for(layer, name, shape, a_initializer, b_initializer, stream=0):
-    """Freeze a kernel (D, H) or kernels (E, D, H) of a layer, and add float32 factors A and B."""
-    *experts, fan_in, fan_out = shape
-    getattr(layer, name).trainable = False
-    layer._corrected = (*layer._corrected, name)
-
-    def factor(letter, shape, initializer):
-        initializer = keras.initializers.get(initializer)
-        if experts:
-            initializer = EachExpert(initializer, stream, range(experts[0]))
-        added = layer.add_weight(
-            name=f"{name.removesuffix('_kernel')}_lora_{letter}",
-            shape=(*experts, *shape),
-            initializer=initializer,
+def factors_for(layer, name, shape, a_initializer, b_initializer):
+    """Freeze a kernel (D, H) of a layer, and add float32 factors A and B."""
+    layer.freeze_kernel(name)
+    (fan_in, fan_out), rank = shape, layer.lora_rank
+    factors = ("a", (fan_in, rank), a_initializer), ("b", (rank, fan_out), b_initializer)
+    return [
+        layer.add_weight(
+            name=f"{name}_lora_{letter}",
+            shape=shape,
+            initializer=keras.initializers.get(initializer),
             dtype="float32",
             autocast=False,
         )
-        return mark_stack(added) if experts else added
-
-    rank = layer.lora_rank
-    return factor("a", (fan_in, rank), a_initializer), factor("b", (rank, fan_out), b_initializer)
+        for letter, shape, initializer in factors
+    ]
 
 
 def reseeded(initializer, *keys):

@@ -98,11 +98,9 @@ class AllRows(Parts):
 
     def gradient(self, field, left, right, trained):
         if field != "bias":
-            total = self.backend.outer(left, right, self.sizes, trained.dtype, self.platform)
-        else:
-            number = self.sizes.shape[0]
-            right = ops.cast(right, "float32")
-            total = ops.segment_sum(right, self._experts(), number + 1)[:number]
+            return self.backend.outer(left, right, self.sizes, trained.dtype, self.platform)
+        number = self.sizes.shape[0]
+        total = ops.segment_sum(ops.cast(right, "float32"), self._experts(), number + 1)[:number]
         return ops.cast(total, trained.dtype)
 
 
