@@ -16,10 +16,10 @@ from keras_moe.backend import padded
 class Parts:
     """Abstract: a layout of `parts`, at least one, in a row; a buffer is a list of their rows.
 
-    `gather(tokens)` makes a buffer of a copy for each row. `maps_of_parts(maps)` has the maps of
-    each part's experts. The gradient of a trained tensor (E, ...) starts as `empty(tensor)`,
-    perhaps a list of E; each part's `gradient(field, left, right, total)` adds its share and
-    returns it.
+    `gather(tokens)` returns a buffer with the token of each row, and `maps_of_parts(maps)` the maps
+    of each part's experts. The gradient of a trained tensor (E, ...) starts as `empty(tensor)`,
+    perhaps a list of E. Each part's `gradient(field, left, right, total)` adds its share to the
+    total and returns it.
     """
 
     parts: Any
@@ -30,7 +30,7 @@ class Parts:
         return [maps] * len(self.parts)
 
     def run(self, function, maps, by_token, by_row, widths, trained):
-        """Buffers of what a function returns for each part, and the gradients of trained tensors.
+        """Run a function on each part; return buffers of its outputs, and gradients of `trained`.
 
         Args:
             function: `function(part, maps, *rows)` returns a list of rows (n, W), and {name: (left,
