@@ -61,6 +61,7 @@ class Backend:
     """Operations that need a framework's own calls. Everything else is written in `keras.ops`."""
 
     devices: "Devices"  # that a model runs on
+    activations: dict = {}  # by those of Keras that have slower operations, or cannot be exported
 
     # What is computed, or traced to be compiled
 
@@ -139,15 +140,22 @@ class Backend:
         It has derivatives of any order. Rows past the last group may be anything. `kernels` are of
         `ops.linears`, `sizes` (E,) int32; `platform` is the one that is compiled for.
         """
-        raise NotImplementedError
+        if self.needs_static_shapes() or self._is_transformed() or kernels.bits is not None:
+            return padded.product(rows, kernels, sizes, transposed, platform)
+        *groups, rest = self.split_groups(rows, sizes)[0]
+        kernels = kernels.floats(rows.dtype)
+        kernels = ops.unstack(ops.transpose(kernels, (0, 2, 1)) if transposed else kernels)
+        products = [ops.matmul(*each) for each in zip(groups, kernels)]
+        padding = (ops.shape(rest)[0], products[0].shape[1])
+        return ops.concatenate([*products, ops.broadcast_to(ops.zeros_like(rest[:, :1]), padding)])
+
+    def _is_transformed(self):
+        """Return True in a vectorized map, where all parts must have equal shapes."""
+        return False
 
     def outer(self, left, right, sizes, dtype, platform=None):
         """Return `left^T right` of each group, (E, D, H), for (R, D) and (R, H); 0 without rows."""
         return padded.outer(left, right, sizes, dtype, platform)
-
-    def activation(self, function):
-        """Return an activation in the operations that are fastest here and can be exported."""
-        return function
 
     def matmul(self, left, right, transposed=False):
         """Return the product of two matrices, or of the first and the transposed second.
@@ -304,16 +312,6 @@ class StaticBackend(Backend):
         Every `y` has the dtype of the last of `xs`. The loop has a gradient.
         """
         raise NotImplementedError
-
-
-def multiply_groups(groups, kernels, transposed=False):
-    """`Backend.product` of rows split in groups, and then the rest, in one product for each."""
-    *groups, rest = groups
-    kernels = kernels.floats(rest.dtype)
-    kernels = ops.unstack(ops.transpose(kernels, (0, 2, 1)) if transposed else kernels)
-    products = [ops.matmul(*each) for each in zip(groups, kernels)]
-    padding = (ops.shape(rest)[0], products[0].shape[1])
-    return ops.concatenate([*products, ops.broadcast_to(ops.zeros_like(rest[:, :1]), padding)])
 
 
 def split_rows(rows, sizes):

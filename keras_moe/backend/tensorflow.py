@@ -9,10 +9,9 @@ import tensorflow as tf
 # No public name leads to these operations; Keras imports them from here as well.
 from tensorflow.compiler.tf2xla.python import xla
 
-from keras_moe.backend import padded, tensorflow_replicas
+from keras_moe.backend import tensorflow_replicas
 from keras_moe.backend.base import (
     StaticBackend,
-    multiply_groups,
     named_platform,
     split_rows,
 )
@@ -26,10 +25,18 @@ MAX_LOOP_ROWS = 0.5
 MAX_CONVERTED_ROWS = 16
 
 
+def _gelu(x):
+    """The exact GELU by `erf`. By `erfc` it is slower, and `tf2onnx` cannot write it."""
+    values = tf.cast(x, "float32") if x.dtype in ("bfloat16", "float16") else x
+    # In just these operations LiteRT finds its own GELU.
+    return tf.cast(0.5 * values * (1.0 + tf.math.erf(values * 0.5**0.5)), x.dtype)
+
+
 class TensorFlowBackend(StaticBackend):
     devices = tensorflow_replicas.TensorFlowDevices()
     # `tf.sort` is made from `top_k`, which XLA compiles to a slower sort of pairs.
     sort = staticmethod(xla.sort)
+    activations = {keras.activations.gelu: _gelu}
 
     def needs_static_shapes(self):
         return tf.__internal__.get_enclosing_xla_context() is not None
@@ -53,7 +60,7 @@ class TensorFlowBackend(StaticBackend):
         context = tf.nest.map_structure(
             lambda each: None if each is None else tf.stop_gradient(each), context
         )
-        if _is_transformed():
+        if self._is_transformed():
             return reference(inputs, context)
 
         def gradient_of_reference(upstream, *tensors):
@@ -110,14 +117,9 @@ class TensorFlowBackend(StaticBackend):
 
         return others, pullback
 
-    def product(self, rows, kernels, sizes, transposed=False, platform=None):
-        # In operations that TensorFlow differentiates any number of times.
-        if self.needs_static_shapes() or _is_transformed() or kernels.bits is not None:
-            return padded.product(rows, kernels, sizes, transposed, platform)
-        return multiply_groups(self.split_groups(rows, sizes)[0], kernels, transposed)
-
-    def activation(self, function):
-        return _gelu if function is keras.activations.gelu else function
+    def _is_transformed(self):
+        # No function tells that `tf.vectorized_map` traces.
+        return "loop_body" in tf.get_current_name_scope().split("/")
 
     def matmul(self, left, right, transposed=False):
         # Without a transposed copy.
@@ -176,19 +178,6 @@ def _platform():
     types = {device.device_type for device in tf.config.list_logical_devices()}
     found = next((name for name in ("tpu", "gpu") if name.upper() in types), "cpu")
     return named_platform() or found
-
-
-def _is_transformed():
-    """Return True in a vectorized map, where all parts must have equal shapes."""
-    # No function tells that `tf.vectorized_map` traces.
-    return "loop_body" in tf.get_current_name_scope().split("/")
-
-
-def _gelu(x):
-    """The exact GELU by `erf`. By `erfc` it is slower, and `tf2onnx` cannot write it."""
-    values = tf.cast(x, "float32") if x.dtype in ("bfloat16", "float16") else x
-    # In just these operations LiteRT finds its own GELU.
-    return tf.cast(0.5 * values * (1.0 + tf.math.erf(values * 0.5**0.5)), x.dtype)
 
 
 class _Groups(Parts):

@@ -9,8 +9,8 @@ import torch
 from keras import ops
 
 from keras_moe._internal.keras_internals import in_stateless_scope
-from keras_moe.backend import padded, torch_processes
-from keras_moe.backend.base import LOW, Backend, multiply_groups, named_platform, packed_order
+from keras_moe.backend import torch_processes
+from keras_moe.backend.base import LOW, Backend, named_platform, packed_order
 from keras_moe.backend.torch_groups import AllOnDevice, Chunks, is_traced, sizes_on_host, split
 
 # With fewer comparisons, counting by them takes fewer operations.
@@ -56,7 +56,7 @@ class TorchBackend(Backend):
 
     def differentiable(self, forward, backward, inputs, context, reference=None):
         reference = reference or (lambda inputs, context: forward(inputs, context, save=False)[0])
-        if _is_transformed():
+        if self._is_transformed():
             return reference(inputs, context)
         tensors, structure = _flatten(inputs)
         # In the function gradients are always off, and `needs_input_grad` does not ask whether.
@@ -78,11 +78,12 @@ class TorchBackend(Backend):
 
         return others, pullback
 
-    def product(self, rows, kernels, sizes, transposed=False, platform=None):
-        # In operations that PyTorch differentiates any number of times.
-        if _is_transformed() or kernels.bits is not None:
-            return padded.product(rows, kernels, sizes, transposed, platform)
-        return multiply_groups(self.split_groups(rows, sizes)[0], kernels, transposed)
+    def _is_transformed(self):
+        """Return True under `vmap`, and in forward mode, where all parts must have equal shapes."""
+        return not is_traced() and (  # no public function tells
+            torch._C._are_functorch_transforms_active()
+            or torch.autograd.forward_ad._current_level >= 0
+        )
 
     def matmul(self, left, right, transposed=False):
         right = right.mT if transposed else right
@@ -106,7 +107,7 @@ class TorchBackend(Backend):
         # One operation, which has no second derivatives.
         is_plain = rows.is_cpu and rows.dtype == torch.float32 and not torch.is_grad_enabled()
         has_row_for_each = 0 < places.numel() <= rows.shape[0]
-        if not (is_plain and has_row_for_each) or is_traced() or _is_transformed():
+        if not (is_plain and has_row_for_each) or is_traced() or self._is_transformed():
             return super().sum_chosen_rows(rows, places, weights)
         last, padding = rows.shape[0] - 1, None
         if places.amin() < 0:  # so the last row is no assignment's
@@ -160,13 +161,6 @@ class TorchBackend(Backend):
 
 def _platform_of(tensor):
     return named_platform() or ("cpu" if tensor.device.type in ("cpu", "meta") else "gpu")
-
-
-def _is_transformed():
-    """Return True under `vmap` and in forward mode, where all parts must have equal shapes."""
-    return not is_traced() and (  # no public function tells
-        torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
-    )
 
 
 # On PyTorch `keras.tree` takes several times as long. A gradient may be None.

@@ -96,7 +96,8 @@ class FeedForwardExperts(StackedExperts):
 
     @property
     def network(self):
-        return FeedForwardNetwork(backend.activation(self.activation), self.dropout)
+        activation = backend.activations.get(self.activation, self.activation)
+        return FeedForwardNetwork(activation, self.dropout)
 
 
 @register
@@ -155,7 +156,7 @@ class GatedExperts(FeedForwardExperts):
 
     @property
     def network(self):
-        activation = backend.activation(self.activation)
+        activation = backend.activations.get(self.activation, self.activation)
         return GatedNetwork(activation, self.clip, self.up_shift, self.dropout)
 
 
