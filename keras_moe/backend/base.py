@@ -96,7 +96,7 @@ class Backend:
         `kernel` is a stacked variable (E, D, H) of the bank, which is split over devices as all of
         them are. None: the whole problem is computed here.
         """
-        raise NotImplementedError
+        return self.on_its_platform(network.run, problem)
 
     def jit_when_eager(self, function):
         """On JAX, compile an eager call as one program instead of one for each operation.

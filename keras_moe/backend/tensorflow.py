@@ -44,9 +44,6 @@ class TensorFlowBackend(StaticBackend):
     def on_its_platform(self, function, *operands):
         return function(_platform(), *operands)
 
-    def run(self, network, problem, kernel=None):
-        return network.run(_platform(), problem)
-
     def control_dependency(self, tensor, value):
         # At the end of data of unknown length, TensorFlow without XLA runs what a step computes
         # without a batch.
