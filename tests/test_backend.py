@@ -113,7 +113,7 @@ METHODS = {
         (VECTOR, KERNEL, BIAS, ints([2, 4], dtype="float32")),
         [ints([9, 7], dtype="float32"), ints([6, 10], dtype="float32")],
     ),
-    "an activation": (backend.activation(ops.relu), (ROWS,), np.maximum(ROWS, 0)),
+    "an activation": (backend.activations.get(ops.relu, ops.relu), (ROWS,), np.maximum(ROWS, 0)),
     "a value that waits for a tensor": (backend.control_dependency, (ROWS, ints(3)), ints(3)),
     "sums, rows and counts of one replica": (
         lambda x, *counts: [
@@ -266,20 +266,6 @@ def test_second_derivatives_are_those_of_the_reference():
 
     x = normal(4)
     assert_close(gradients(loss, [x])[0], 2 * 3 * x**2 * 6 * x)
-
-
-@every_mode
-def test_a_gradient_is_attached_to_a_value(mode):
-    def objective(inputs):
-        value, other = inputs
-        attached = backend.attach_gradient(value, other, lambda gradient: 5 * gradient)
-        return ops.sum(attached * ops.arange(1, 5, dtype="float32")), attached
-
-    value, other = normal(4), normal(4) + 1
-    _, attached, actual = differentiated(objective, mode)([value, other])
-    assert_close(attached, value)
-    assert_close(actual[0], [1, 2, 3, 4])
-    assert_close(actual[1], [5, 10, 15, 20])
 
 
 @every_mode

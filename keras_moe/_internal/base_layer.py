@@ -13,32 +13,17 @@ from keras_moe._internal.keras_internals import KeepsLosses, unlocked
 from keras_moe._internal.serialization import arguments_of, load_draws, save_draws
 from keras_moe.backend import backend
 
-_MIXTURE = (
-    "an argument of `MixtureOfExperts` and of banks, as in `MixtureOfExperts(num_experts=8, "
-    "hidden_dim=256)`"
-)
-# What a keyword is that is passed to a layer without it.
-_KEYWORDS = {
-    "num_experts": _MIXTURE,
-    "hidden_dim": _MIXTURE,
-    "units": "an argument of `keras.layers.Dense`; a bank has `hidden_dim` and `output_dim`",
-    "top_k": "an argument of `MixtureOfExperts` and of routers such as `TopKRouter`",
-    "balancer": "an argument of `TopKRouter` and of routers derived from it",
-    "score": "an argument of routers such as `TopKRouter`",
-    "k": "called `top_k`",
-    "n_experts": "called `num_experts`",
-    "gate": "called `router`",
-    "noise": "called `logit_noise`, an argument of `TopKRouter`",
-    "capacity": "called `capacity_factor`; `layers.Capacity` has more settings",
+# Who takes an argument that another layer was given.
+_OWNERS = {
+    "`MixtureOfExperts(num_experts=8, hidden_dim=256)` and of banks": ("num_experts", "hidden_dim"),
+    "`MixtureOfExperts` and of routers such as `TopKRouter`": ("top_k",),
+    "`MixtureOfExperts`": ("capacity_factor", "router", "router_losses", "shared_expert"),
+    "`TopKRouter` and routers derived from it": ("balancer", "score"),
+    "the bank, such as `FeedForwardExperts`": (
+        *("use_bias", "dropout", "kernel_initializer", "bias_initializer", "kernel_regularizer"),
+    ),
 }
-_OF_MIXTURE = ("capacity_factor", "router", "router_losses", "shared_expert")
-_KEYWORDS |= dict.fromkeys(_OF_MIXTURE, "an argument of `MixtureOfExperts`")
-_OF_BANK = ("use_bias", "dropout", "kernel_initializer", "bias_initializer", "kernel_regularizer")
-_KEYWORDS |= dict.fromkeys(_OF_BANK, "an argument of the bank, such as `FeedForwardExperts`")
-_OTHER_WORDS = ("hidden_size", "expert_dim", "intermediate_size", "d_ff", "ffn_dim")
-_KEYWORDS |= dict.fromkeys(_OTHER_WORDS, "called `hidden_dim`")
-_LOSS = "the weight of a loss, as in `router_losses=[losses.LoadBalance(0.01)]`"
-_KEYWORDS |= dict.fromkeys(("aux_loss", "aux_loss_weight", "load_balance_loss"), _LOSS)
+_OWNER_OF = {name: owner for owner, names in _OWNERS.items() for name in names}
 
 
 class BaseLayer(KeepsLosses, keras.layers.Layer):
@@ -50,12 +35,11 @@ class BaseLayer(KeepsLosses, keras.layers.Layer):
     fixed_when_built: tuple[str, ...] = ()
 
     def __init__(self, **kwargs: Any):
-        name = next((name for name in kwargs if name in _KEYWORDS), None)
+        name = next((name for name in kwargs if name in _OWNER_OF), None)
         if name is not None:
-            raise TypeError(
-                f"`{name}` is {_KEYWORDS[name]}. Received: {name}="
-                f"{shortened(kwargs[name])} for a `{type(self).__name__}`"
-            )
+            received = f"{name}={shortened(kwargs[name])} for a `{type(self).__name__}`"
+            rule = f"`{name}` is an argument of {_OWNER_OF[name]}"
+            raise TypeError(f"{rule}. Received: {received}")
         super().__init__(**kwargs)
         backend.devices.separate_losses(self)
 
@@ -80,8 +64,8 @@ class BaseLayer(KeepsLosses, keras.layers.Layer):
         return {**super().get_config(), **arguments_of(self)}
 
 
-class Adaptable:
-    """Abstract: a layer with LoRA; before a `keras.Layer` in the bases of a class.
+class Adaptable(BaseLayer):
+    """Abstract: a layer with LoRA; the first base of a class.
 
     A subclass implements `add_factors`, and calls it at the end of `build` if `lora_rank` is set.
     """
@@ -128,22 +112,21 @@ class Adaptable:
 
         Reference: Hu et al. 2021 (arXiv:2106.09685), section 4.1.
         """
-        layer: Any = self
         rank = check_integer("rank", rank)
         alpha = rank if lora_alpha is None else check_number("lora_alpha", lora_alpha, above=0)
-        if not layer.built or layer.lora_enabled:
-            received = f"built={layer.built}, lora_enabled={layer.lora_enabled}"
+        if not self.built or self.lora_enabled:
+            received = f"built={self.built}, lora_enabled={self.lora_enabled}"
             raise ValueError(
                 f"`enable_lora` needs a built layer without LoRA. Received: {received}"
             )
         self.check_takes_lora()
-        if not layer.trainable:  # The factors of a frozen layer train, and nothing else of it.
-            layer.trainable, layer.state_is_frozen = True, True
-            for weight in layer.weights:
+        if not self.trainable:  # The factors of a frozen layer train, and nothing else of it.
+            self.trainable, self.state_is_frozen = True, True
+            for weight in self.weights:
                 weight.trainable = False
         initializers = map(keras.initializers.get, (a_initializer, b_initializer))
         self.lora_rank, self.lora_alpha = rank, alpha
-        with unlocked(layer):
+        with unlocked(self):
             self.add_factors(*initializers)
 
     def check_takes_lora(self) -> None:
@@ -152,19 +135,21 @@ class Adaptable:
     def add_factors(self, a_initializer="he_uniform", b_initializer="zeros"):
         raise NotImplementedError
 
+    def freeze_kernel(self, name):
+        getattr(self, name).trainable = False
+        self._corrected = (*self._corrected, name)
+
     def merge_factors(self) -> None:
         """Remove the factors; the kernels, which stay frozen, get the corrections."""
-        layer: Any = self
         store: dict = {}
-        layer.save_own_variables(store)  # with corrected kernels
+        self.save_own_variables(store)  # with corrected kernels
         self.remove_factors()
-        layer.load_own_variables(store)
+        self.load_own_variables(store)
 
     def remove_factors(self):
-        layer: Any = self
-        for weight in layer.weights:
+        for weight in self.weights:
             if "_lora_" in weight.name:
-                delattr(layer, weight.name)
+                delattr(self, weight.name)
         self.lora_rank = self.lora_alpha = None
         self.lora_enabled, self._corrected = False, ()
         if getattr(layer, "state_is_frozen", False) and not layer.trainable_weights:
@@ -174,41 +159,33 @@ class Adaptable:
         return (self.lora_alpha or self.lora_rank) / self.lora_rank
 
     def get_config(self):
-        base: Any = super()
         lora = {"lora_rank": self.lora_rank, "lora_alpha": self.lora_alpha}
-        return {**base.get_config(), **(lora if self.lora_rank else {})}
+        return {**super().get_config(), **(lora if self.lora_rank else {})}
 
     @classmethod
     def from_config(cls, config):
         lora = {name: config[name] for name in ("lora_rank", "lora_alpha") if name in config}
-        base: Any = super()
-        layer = base.from_config({key: config[key] for key in config if key not in lora})
+        layer = super().from_config({key: config[key] for key in config if key not in lora})
         for name, value in lora.items():
             setattr(layer, name, value)
         return layer
 
 
-def factors_for(layer, name, shape, a_initializer, b_initializer, stream=0):
-    """Freeze a kernel (D, H) or kernels (E, D, H) of a layer, and add float32 factors A and B."""
-    *experts, fan_in, fan_out = shape
-    getattr(layer, name).trainable = False
-    layer._corrected = (*layer._corrected, name)
-
-    def factor(letter, shape, initializer):
-        initializer = keras.initializers.get(initializer)
-        if experts:
-            initializer = EachExpert(initializer, stream, range(experts[0]))
-        added = layer.add_weight(
-            name=f"{name.removesuffix('_kernel')}_lora_{letter}",
-            shape=(*experts, *shape),
-            initializer=initializer,
+def factors_for(layer, name, shape, a_initializer, b_initializer):
+    """Freeze a kernel (D, H) of a layer, and add float32 factors A and B."""
+    layer.freeze_kernel(name)
+    (fan_in, fan_out), rank = shape, layer.lora_rank
+    factors = ("a", (fan_in, rank), a_initializer), ("b", (rank, fan_out), b_initializer)
+    return [
+        layer.add_weight(
+            name=f"{name}_lora_{letter}",
+            shape=shape,
+            initializer=keras.initializers.get(initializer),
             dtype="float32",
             autocast=False,
         )
-        return mark_stack(added) if experts else added
-
-    rank = layer.lora_rank
-    return factor("a", (fan_in, rank), a_initializer), factor("b", (rank, fan_out), b_initializer)
+        for letter, shape, initializer in factors
+    ]
 
 
 def reseeded(initializer, *keys):

@@ -4,6 +4,7 @@ import contextlib
 import itertools
 import threading
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 from keras import ops
@@ -59,6 +60,9 @@ def named_platform():
 class Backend:
     """Operations that need a framework's own calls. Everything else is written in `keras.ops`."""
 
+    devices: "Devices"  # that a model runs on
+    activations: dict = {}  # by those of Keras that have slower operations, or cannot be exported
+
     # What is computed, or traced to be compiled
 
     def needs_static_shapes(self):
@@ -92,7 +96,7 @@ class Backend:
         `kernel` is a stacked variable (E, D, H) of the bank, which is split over devices as all of
         them are. None: the whole problem is computed here.
         """
-        raise NotImplementedError
+        return self.on_its_platform(network.run, problem)
 
     def jit_when_eager(self, function):
         """On JAX, compile an eager call as one program instead of one for each operation.
@@ -121,14 +125,10 @@ class Backend:
         """
         raise NotImplementedError
 
-    def attach_gradient(self, value, inputs, transpose):
-        """Return `value`; the gradient of `inputs` is `transpose(gradient)`."""
-        raise NotImplementedError
-
     def vjp(self, function, inputs):
-        """Run the function, which returns (output, others).
+        """Call `function(*inputs)`, which returns (output, others).
 
-        Return others, and a function from output's gradient to the inputs'.
+        Return others, and a function that maps the gradient of the output to those of the inputs.
         """
         raise NotImplementedError
 
@@ -140,15 +140,22 @@ class Backend:
         It has derivatives of any order. Rows past the last group may be anything. `kernels` are of
         `ops.linears`, `sizes` (E,) int32; `platform` is the one that is compiled for.
         """
-        raise NotImplementedError
+        if self.needs_static_shapes() or self._is_transformed() or kernels.bits is not None:
+            return padded.product(rows, kernels, sizes, transposed, platform)
+        *groups, rest = self.split_groups(rows, sizes)[0]
+        kernels = kernels.floats(rows.dtype)
+        kernels = ops.unstack(ops.transpose(kernels, (0, 2, 1)) if transposed else kernels)
+        products = [ops.matmul(*each) for each in zip(groups, kernels)]
+        padding = (ops.shape(rest)[0], products[0].shape[1])
+        return ops.concatenate([*products, ops.broadcast_to(ops.zeros_like(rest[:, :1]), padding)])
+
+    def _is_transformed(self):
+        """Return True in a vectorized map, where all parts must have equal shapes."""
+        return False
 
     def outer(self, left, right, sizes, dtype, platform=None):
         """Return `left^T right` of each group, (E, D, H), for (R, D) and (R, H); 0 without rows."""
         return padded.outer(left, right, sizes, dtype, platform)
-
-    def activation(self, function):
-        """Return an activation in the operations that are fastest here and can be exported."""
-        return function
 
     def matmul(self, left, right, transposed=False):
         """Return the product of two matrices, or of the first and the transposed second.
@@ -159,7 +166,7 @@ class Backend:
         return ops.matmul(left, ops.transpose(right) if transposed else right)
 
     def layout(self, problem, platform):
-        """How the rows of an `ops.networks.Problem` are computed, see `layouts`."""
+        """Return the layout of the rows of an `ops.networks.Problem`, see `layouts`."""
         raise NotImplementedError
 
     # Rows, choices and counts
@@ -185,21 +192,7 @@ class Backend:
 
     def top_k(self, scores, number):
         """Return the best columns (T, K), int32, of scores (T, E): NaN first, of ties the first."""
-        # K rounds of argmax agree on ties and NaN on every backend, where top_k does not, as fast.
-        # Minus infinity ranks above the columns that are taken already.
-        rest = ops.where(ops.isnan(scores), float("inf"), ops.maximum(scores, LOW))
-        columns = ops.arange(scores.shape[1], dtype="int32")
-        chosen = [self._argmax(rest)]
-        for _ in range(number - 1):
-            rest = ops.where(ops.expand_dims(chosen[-1], 1) == columns, float("-inf"), rest)
-            chosen.append(self._argmax(rest))
-        return ops.stack(chosen, axis=1)
-
-    def _argmax(self, scores):
-        # Under XLA two plain reductions are several times as fast as one of pairs.
-        best = ops.max(scores, axis=-1, keepdims=True)
-        number = scores.shape[-1]
-        return ops.min(ops.where(scores >= best, ops.arange(number, dtype="int32"), number), -1)
+        raise NotImplementedError
 
     # One-hot rows are never stored by a compiler, and the gradient of a choice by one is a product,
     # where a gather's is a scatter.
@@ -219,13 +212,7 @@ class Backend:
 
         Both are int32.
         """
-        order = self._argsort(integers, bound)
-        numbers = ops.arange(ops.shape(integers)[0], dtype="int32")
-        rank = ops.scatter_update(ops.zeros_like(order), ops.expand_dims(order, 1), numbers)
-        return order, rank
-
-    def _argsort(self, integers, bound):
-        return ops.cast(ops.argsort(integers), "int32")
+        raise NotImplementedError
 
     def larger_size(self, least, size):
         """Return the larger of two sizes, which may be unknown while tracing."""
@@ -234,11 +221,6 @@ class Backend:
     def split_groups(self, rows, sizes):
         """Return the rows of each group, then the rest, as a list; and the list of their sizes."""
         raise NotImplementedError
-
-    @property
-    def devices(self):
-        """The `Devices` that a model runs on."""
-        return Devices()
 
 
 class Devices:
@@ -285,6 +267,37 @@ class Devices:
 class StaticBackend(Backend):
     """A backend that compiles loops over static shapes."""
 
+    sort: Any  # of integers, compiled by XLA
+
+    def top_k(self, scores, number):
+        # K rounds of argmax agree on ties and NaN on every backend, where top_k does not, as fast.
+        # Minus infinity ranks above the columns that are taken already.
+        rest = ops.where(ops.isnan(scores), float("inf"), ops.maximum(scores, LOW))
+        columns = ops.arange(scores.shape[1], dtype="int32")
+        chosen = [self._argmax(rest)]
+        for _ in range(number - 1):
+            rest = ops.where(ops.expand_dims(chosen[-1], 1) == columns, float("-inf"), rest)
+            chosen.append(self._argmax(rest))
+        return ops.stack(chosen, axis=1)
+
+    def _argmax(self, scores):
+        # Under XLA two plain reductions are several times as fast as one of pairs.
+        best = ops.max(scores, axis=-1, keepdims=True)
+        number = scores.shape[-1]
+        return ops.min(ops.where(scores >= best, ops.arange(number, dtype="int32"), number), -1)
+
+    def order_and_rank(self, integers, bound):
+        number = ops.shape(integers)[0]
+        # The number may be a symbol, as in an exported program.
+        if self.needs_static_shapes() and isinstance(number, int) and bound * number < 2**31:
+            # XLA sorts plain integers several times as fast as pairs.
+            order = packed_order(self.sort, integers, bound)
+        else:
+            order = ops.cast(ops.argsort(integers), "int32")
+        numbers = ops.arange(number, dtype="int32")
+        rank = ops.scatter_update(ops.zeros_like(order), ops.expand_dims(order, 1), numbers)
+        return order, rank
+
     def slice_at(self, tensor, start, shape):
         """Return the slice of a tensor at indices `start`, of a static shape."""
         raise NotImplementedError
@@ -299,16 +312,6 @@ class StaticBackend(Backend):
         Every `y` has the dtype of the last of `xs`. The loop has a gradient.
         """
         raise NotImplementedError
-
-
-def multiply_groups(groups, kernels, transposed=False):
-    """`Backend.product` of rows split in groups, and then the rest, in one product for each."""
-    *groups, rest = groups
-    kernels = kernels.floats(rest.dtype)
-    kernels = ops.unstack(ops.transpose(kernels, (0, 2, 1)) if transposed else kernels)
-    products = [ops.matmul(*each) for each in zip(groups, kernels)]
-    padding = (ops.shape(rest)[0], products[0].shape[1])
-    return ops.concatenate([*products, ops.broadcast_to(ops.zeros_like(rest[:, :1]), padding)])
 
 
 def split_rows(rows, sizes):

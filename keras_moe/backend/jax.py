@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from keras_moe.backend import jax_derivatives, jax_mesh, jax_products, jax_sharding
-from keras_moe.backend.base import StaticBackend, named_platform, packed_order
+from keras_moe.backend.base import StaticBackend, named_platform
 from keras_moe.backend.layouts import AllRows
 from keras_moe.backend.tiles import layout_on_cpu
 
@@ -14,6 +14,9 @@ PLAIN_VALUES = (bool, int, float, str)
 
 
 class JaxBackend(StaticBackend):
+    devices = jax_sharding.JaxDevices()
+    sort = staticmethod(jax.lax.sort)
+
     def needs_static_shapes(self):
         return True
 
@@ -21,8 +24,6 @@ class JaxBackend(StaticBackend):
         if named_platform() is not None:
             return function(named_platform(), *operands)
         return _dependent_on_platform(function, *operands)
-
-    devices = jax_sharding.JaxDevices()
 
     def run(self, network, problem, kernel=None):
         shards = self.devices.token_shards()
@@ -60,16 +61,6 @@ class JaxBackend(StaticBackend):
 
     differentiable = staticmethod(jax_derivatives.differentiable)
 
-    def attach_gradient(self, value, inputs, transpose):
-        @jax.custom_vjp
-        def function(value, inputs):
-            return value
-
-        function.defvjp(
-            lambda value, inputs: (value, None), lambda _, gradient: (gradient, transpose(gradient))
-        )
-        return function(value, inputs)
-
     def vjp(self, function, inputs):
         _, pullback, others = jax.vjp(function, *inputs, has_aux=True)
         return others, pullback
@@ -87,14 +78,6 @@ class JaxBackend(StaticBackend):
             return jnp.zeros((*indices.shape, *tensor.shape[1:]), tensor.dtype)
         # By default a program would check each index, and each row for existing.
         return tensor.at[indices].get(mode="promise_in_bounds", wrap_negative_indices=False)
-
-    def _argsort(self, integers, bound):
-        number = integers.shape[0]
-        # The number may be a symbol, as in an exported program.
-        if not isinstance(number, int) or bound * number >= 2**31:
-            return super()._argsort(integers, bound)
-        # XLA sorts plain integers several times as fast as pairs.
-        return packed_order(jax.lax.sort, integers, bound)
 
     def slice_at(self, tensor, start, shape):
         # By default a program would check each index for being negative.

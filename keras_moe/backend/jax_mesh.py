@@ -101,11 +101,11 @@ def _sum_chunks(run_chunk, lengths, count_rows, problem):
 
     def nth_chunk(context, number):
         start = first + (number - 1) * further
-        return lambda *inputs: run_chunk(problem.join(inputs, context), start, further)
+        return lambda *inputs: run_chunk(problem.of(inputs, context), start, further)
 
     def forward(inputs, context, save):
         def run_first(*inputs):
-            return run_chunk(problem.join(inputs, context), 0, first)
+            return run_chunk(problem.of(inputs, context), 0, first)
 
         output, pullback = jax.vjp(run_first, *inputs) if save else (run_first(*inputs), ())
 
@@ -122,9 +122,9 @@ def _sum_chunks(run_chunk, lengths, count_rows, problem):
         return lax.fori_loop(1, num_chunks(context[0]), add, pullback(gradient))
 
     def reference(inputs, context):
-        return run_chunk(problem.join(inputs, context), 0, context[0].num_rows())
+        return run_chunk(problem.of(inputs, context), 0, context[0].num_rows())
 
-    inputs, context = problem.split()
+    inputs, context = problem.inputs_and_context()
     return jax_derivatives.differentiable(forward, backward, inputs, context, reference)
 
 

@@ -23,7 +23,7 @@ _DTYPES = {"tpu": ("bfloat16", "float32"), "gpu": ("bfloat16", "float16", "float
 
 
 def product(rows, kernels, sizes, transposed=False, platform="cpu"):
-    if _is_supported(platform, rows) and kernels.scale is None:
+    if _is_supported(platform, rows) and kernels.bits is None:
         kernels = kernels.values
         return _product.bind(rows, kernels, sizes, transposed=transposed, platform=platform)
     return padded.product(rows, kernels, sizes, transposed, platform)
@@ -129,7 +129,7 @@ def _transpose_of_outer(upstream, left, right, sizes, *, dtype, platform):
 
 def _padded_product(rows, kernels, sizes, transposed):
     kernels = kernels.astype(rows.dtype)
-    return padded.product_of_tiles(rows, lambda take: take(kernels), sizes, transposed)
+    return padded.product_of_tiles(rows, lambda gather: gather(kernels), sizes, transposed)
 
 
 _PADDED = {"product": _padded_product, "outer": padded.outer}

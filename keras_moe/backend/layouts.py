@@ -1,8 +1,8 @@
 """Layouts: the rows of all groups in one part or in several.
 
 A layout has one method that computes, `run`: see `Parts.run`. A buffer holds one row of numbers for
-each row of the plan, in a form of the layout: a list by part, or a padded tensor. `split` makes one
-from rows (R, W), and `join` is the inverse. Each part has `product(rows, kernels, bias=None,
+each row of the plan, in a form of the layout: a list by part, or a padded tensor. `to_buffer` makes
+one from rows (R, W), and `to_rows` is the inverse. Each part has `product(rows, kernels, bias=None,
 transposed=False)` of its rows, and, but for `AllTokens`, `row_numbers()`, (n,) int32.
 """
 
@@ -14,12 +14,12 @@ from keras_moe.backend import padded
 
 
 class Parts:
-    """Abstract: a layout of `parts`, one after the other; a buffer is a list of their rows.
+    """Abstract: a layout of `parts`, at least one, in a row; a buffer is a list of their rows.
 
-    `gather(tokens)` makes a buffer of a copy for each row. `maps_of_parts(maps)` has the maps of
-    each part's experts. The gradient of a trained tensor (E, ...) starts as `empty(tensor)`,
-    perhaps a list of E; each part's `gradient(field, left, right, total)` adds its share and
-    returns it.
+    `gather(tokens)` returns a buffer with the token of each row, and `maps_of_parts(maps)` the maps
+    of each part's experts. The gradient of a trained tensor (E, ...) starts as `empty(tensor)`,
+    perhaps a list of E. Each part's `gradient(field, left, right, total)` adds its share to the
+    total and returns it.
     """
 
     parts: Any
@@ -30,7 +30,7 @@ class Parts:
         return [maps] * len(self.parts)
 
     def run(self, function, maps, by_token, by_row, widths, trained):
-        """Buffers of what a function returns for each part, and the gradients of trained tensors.
+        """Run a function on each part; return buffers of its outputs, and gradients of `trained`.
 
         Args:
             function: `function(part, maps, *rows)` returns a list of rows (n, W), and {name: (left,
@@ -39,26 +39,22 @@ class Parts:
             by_token: tensors (T, D). The function gets the token of each of the part's rows.
             by_row: buffers. The function gets the part's rows.
             widths: W of each buffer that is returned.
-            trained: {name: {field: tensor}}.
+            trained: {(name, "kernel" or "bias"): tensor}.
         """
-        d_maps = {
-            name: {field: self.empty(tensor) for field, tensor in fields.items()}
-            for name, fields in trained.items()
-        }
+        totals = {key: self.empty(tensor) for key, tensor in trained.items()}
         results = []
         # Each part's gradients are in place before the next part's are computed.
         of_parts = self.maps_of_parts(maps), *map(self.gather, by_token), *by_row
         for part, own_maps, *rows in zip(self.parts, *of_parts):
             outputs, factors = function(part, own_maps, *rows)
             results.append(outputs)
-            for name, fields in d_maps.items():
-                for field, total in fields.items():
-                    fields[field] = part.gradient(field, *factors[name], total)
-        buffers = [list(rows) for rows in zip(*results)] or [[] for _ in widths]
-        return buffers, {
-            name: {f: ops.stack(x) if isinstance(x, list) else x for f, x in fields.items()}
-            for name, fields in d_maps.items()
+            for (name, field), total in totals.items():
+                totals[name, field] = part.gradient(field, *factors[name], total)
+        gradients = {
+            key: ops.stack(total) if isinstance(total, list) else total
+            for key, total in totals.items()
         }
+        return [list(rows) for rows in zip(*results)], gradients
 
 
 class AllRows(Parts):
@@ -73,10 +69,10 @@ class AllRows(Parts):
     def gather(self, tokens):
         return [self.backend.gather_rows(tokens, self.token_of_row)]
 
-    def split(self, rows):
+    def to_buffer(self, rows):
         return [rows]
 
-    def join(self, buffer, width, dtype):
+    def to_rows(self, buffer):
         return buffer[0]
 
     def product(self, rows, kernels, bias=None, transposed=False):
@@ -102,11 +98,9 @@ class AllRows(Parts):
 
     def gradient(self, field, left, right, trained):
         if field != "bias":
-            total = self.backend.outer(left, right, self.sizes, trained.dtype, self.platform)
-        else:
-            number = self.sizes.shape[0]
-            right = ops.cast(right, "float32")
-            total = ops.segment_sum(right, self._experts(), number + 1)[:number]
+            return self.backend.outer(left, right, self.sizes, trained.dtype, self.platform)
+        number = self.sizes.shape[0]
+        total = ops.segment_sum(ops.cast(right, "float32"), self._experts(), number + 1)[:number]
         return ops.cast(total, trained.dtype)
 
 

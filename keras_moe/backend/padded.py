@@ -12,14 +12,14 @@ from keras import ops
 def product(rows, kernels, sizes, transposed=False, platform=None):
     """Multiply each group of rows (R, D) by its kernel (E, D, H), or its transpose: (R, H)."""
 
-    def kernels_of_tiles(take):
-        return kernels.entry(take).floats(rows.dtype)
+    def kernels_of_tiles(gather):
+        return kernels.apply(gather).floats(rows.dtype)
 
     return product_of_tiles(rows, kernels_of_tiles, sizes, transposed, platform)
 
 
 def product_of_tiles(rows, kernels_of_tiles, sizes, transposed=False, platform=None):
-    """`product` with a function that takes the kernels (N, D, H) of tiles from a stack (E, ...)."""
+    """`product`, where `kernels_of_tiles(gather)` gathers the kernels (N, D, H) from (E, ...)."""
     tiles = _pad_tiles(rows, sizes, platform)
     expert = ops.minimum(tiles.expert, sizes.shape[0] - 1)
     kernels = kernels_of_tiles(lambda stack: ops.take(stack, expert, axis=0))
@@ -86,8 +86,8 @@ class PaddedTiles(NamedTuple):
 def pad_tiles(sizes, num_rows, length):
     """Return the `PaddedTiles` of `length` rows for groups of sizes (E,) int32.
 
-    There are at most `R // B + E` tiles, and no more than rows if their number is known, but one:
-    XLA of TensorFlow differentiates no loop of length 0.
+    There are at most `R // B + E` tiles, and no more than rows if their number is known. There is
+    one at least: XLA of TensorFlow differentiates no loop of length 0.
     """
     num_experts = sizes.shape[0]
     num_tiles = num_rows // length + num_experts

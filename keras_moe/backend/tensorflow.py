@@ -1,8 +1,6 @@
 """TensorFlow primitives."""
 
-import contextlib
 import itertools
-import threading
 
 import keras
 import optree
@@ -11,14 +9,10 @@ import tensorflow as tf
 # No public name leads to these operations; Keras imports them from here as well.
 from tensorflow.compiler.tf2xla.python import xla
 
-from keras_moe._internal.keras_internals import current_model
-from keras_moe.backend import padded
+from keras_moe.backend import tensorflow_replicas
 from keras_moe.backend.base import (
-    Devices,
     StaticBackend,
-    multiply_groups,
     named_platform,
-    packed_order,
     split_rows,
 )
 from keras_moe.backend.layouts import AllRows, Parts
@@ -31,19 +25,24 @@ MAX_LOOP_ROWS = 0.5
 MAX_CONVERTED_ROWS = 16
 
 
+def _gelu(x):
+    """The exact GELU by `erf`. By `erfc` it is slower, and `tf2onnx` cannot write it."""
+    values = tf.cast(x, "float32") if x.dtype in ("bfloat16", "float16") else x
+    # In just these operations LiteRT finds its own GELU.
+    return tf.cast(0.5 * values * (1.0 + tf.math.erf(values * 0.5**0.5)), x.dtype)
+
+
 class TensorFlowBackend(StaticBackend):
+    devices = tensorflow_replicas.TensorFlowDevices()
+    # `tf.sort` is made from `top_k`, which XLA compiles to a slower sort of pairs.
+    sort = staticmethod(xla.sort)
+    activations = {keras.activations.gelu: _gelu}
+
     def needs_static_shapes(self):
         return tf.__internal__.get_enclosing_xla_context() is not None
 
     def on_its_platform(self, function, *operands):
         return function(_platform(), *operands)
-
-    def run(self, network, problem, kernel=None):
-        return network.run(_platform(), problem)
-
-    @property
-    def devices(self):
-        return _Devices()
 
     def control_dependency(self, tensor, value):
         # At the end of data of unknown length, TensorFlow without XLA runs what a step computes
@@ -58,7 +57,7 @@ class TensorFlowBackend(StaticBackend):
         context = tf.nest.map_structure(
             lambda each: None if each is None else tf.stop_gradient(each), context
         )
-        if _is_transformed():
+        if self._is_transformed():
             return reference(inputs, context)
 
         def gradient_of_reference(upstream, *tensors):
@@ -95,13 +94,6 @@ class TensorFlowBackend(StaticBackend):
 
         return function(*map(tf.convert_to_tensor, tf.nest.flatten(inputs)))
 
-    def attach_gradient(self, value, inputs, transpose):
-        @tf.custom_gradient
-        def function(value, inputs):
-            return tf.identity(value), lambda gradient: (gradient, transpose(gradient))
-
-        return function(value, inputs)
-
     def vjp(self, function, inputs):
         with tf.GradientTape() as tape:
             tape.watch(inputs)
@@ -122,14 +114,9 @@ class TensorFlowBackend(StaticBackend):
 
         return others, pullback
 
-    def product(self, rows, kernels, sizes, transposed=False, platform=None):
-        # In operations that TensorFlow differentiates any number of times.
-        if self.needs_static_shapes() or _is_transformed() or kernels.scale is not None:
-            return padded.product(rows, kernels, sizes, transposed, platform)
-        return multiply_groups(self.split_groups(rows, sizes)[0], kernels, transposed)
-
-    def activation(self, function):
-        return _gelu if function is keras.activations.gelu else function
+    def _is_transformed(self):
+        # No function tells that `tf.vectorized_map` traces.
+        return "loop_body" in tf.get_current_name_scope().split("/")
 
     def matmul(self, left, right, transposed=False):
         # Without a transposed copy.
@@ -156,19 +143,11 @@ class TensorFlowBackend(StaticBackend):
     def gather_rows(self, tensor, indices):
         return tf.gather(tensor, indices)
 
-    def _argsort(self, integers, bound):
-        number = integers.shape[0]
-        fits = number is not None and bound * number < 2**31
-        if not (fits and self.needs_static_shapes()):
-            return super()._argsort(integers, bound)
-        # `tf.sort` is made from `top_k`, which XLA compiles to a slower sort of pairs.
-        return packed_order(xla.sort, integers, bound)
-
     def slice_at(self, tensor, start, shape):
         # `tf.slice` wants a start that is known at compile time: where it depends on data,
         # TensorFlow would silently turn the data into a constant and compile again for every batch.
-        take = xla.dynamic_slice if self.needs_static_shapes() else tf.slice
-        return tf.ensure_shape(take(tensor, tf.stack(start), tf.constant(shape)), shape)
+        read = xla.dynamic_slice if self.needs_static_shapes() else tf.slice
+        return tf.ensure_shape(read(tensor, tf.stack(start), tf.constant(shape)), shape)
 
     def scan(self, step, carry, xs):
         length = tf.shape(xs[0])[0]
@@ -198,19 +177,6 @@ def _platform():
     return named_platform() or found
 
 
-def _is_transformed():
-    """Return True in a vectorized map, where all parts must have equal shapes."""
-    # No function tells that `tf.vectorized_map` traces.
-    return "loop_body" in tf.get_current_name_scope().split("/")
-
-
-def _gelu(x):
-    """The exact GELU by `erf`. By `erfc` it is slower, and `tf2onnx` cannot write it."""
-    values = tf.cast(x, "float32") if x.dtype in ("bfloat16", "float16") else x
-    # In just these operations LiteRT finds its own GELU.
-    return tf.cast(0.5 * values * (1.0 + tf.math.erf(values * 0.5**0.5)), x.dtype)
-
-
 class _Groups(Parts):
     """Each group by itself; none without rows where operations run eagerly."""
 
@@ -228,7 +194,7 @@ class _Groups(Parts):
             _Group(expert, size, start)
             for expert, (size, start) in enumerate(zip(numbers, starts))
             if tf.is_tensor(size) or size
-        ]
+        ] or [_Group(0, 0, 0)]
 
     def maps_of_parts(self, maps):
         # One operation for all experts, which copies nothing. A slice for each takes five to trace.
@@ -237,13 +203,14 @@ class _Groups(Parts):
         return [of_experts[part.expert] for part in self.parts]
 
     def gather(self, tokens):
-        return self.split(tf.gather(tokens, self.token_of_row))
+        return self.to_buffer(tf.gather(tokens, self.token_of_row))
 
-    def split(self, rows):
+    def to_buffer(self, rows):
         return split_rows(rows, [*(part.size for part in self.parts), self.num_padding])[:-1]
 
-    def join(self, buffer, width, dtype):
-        return tf.concat([*buffer, tf.zeros((self.num_padding, width), dtype)], 0)
+    def to_rows(self, buffer):
+        padding = tf.zeros((self.num_padding, buffer[0].shape[1]), buffer[0].dtype)
+        return tf.concat([*buffer, padding], 0)
 
     def empty(self, trained):
         return [tf.zeros(trained.shape[1:], trained.dtype)] * self.num_experts
@@ -261,7 +228,7 @@ class _Group:
     def product(self, rows, kernels, bias=None, transposed=False):
         bias = None if bias is None else tf.cast(bias, rows.dtype)
         is_known = isinstance(self.size, int)
-        if is_known or transposed or kernels.is_packed or kernels.values.dtype == rows.dtype:
+        if is_known or transposed or kernels.bits == 4 or kernels.values.dtype == rows.dtype:
             return kernels.multiply(rows, bias, transposed)
         # Converting a kernel takes too long for an expert without rows: there only its first row is
         # converted. LiteRT fails to multiply no rows by it, so there is one of zeros.
@@ -277,68 +244,3 @@ class _Group:
             gradient = tf.matmul(left, right, transpose_a=True)
         total[self.expert] = tf.cast(gradient, total[self.expert].dtype)
         return total
-
-
-class _Devices(Devices):
-    """Replicas of `tf.distribute`, whose counters are summed when they are read."""
-
-    def num_replicas(self):
-        replica = tf.distribute.get_replica_context()
-        return 1 if replica is None else replica.num_replicas_in_sync
-
-    def sum(self, values):
-        return self._across_replicas(
-            values, lambda replica: replica.all_reduce(tf.distribute.ReduceOp.SUM, values)
-        )
-
-    def gather(self, values):
-        return self._across_replicas(values, lambda replica: replica.all_gather(values, axis=0))
-
-    def _across_replicas(self, values, collective):
-        if self.num_replicas() == 1:
-            return values
-        try:
-            with _other_losses_kept():
-                return collective(tf.distribute.get_replica_context())
-        except RuntimeError as error:
-            if "merge_call" not in str(error):
-                raise
-            raise RuntimeError(
-                "Selection biases, global losses and `ReLURouter` sum over all replicas in "
-                "the middle of a call. Received: a call in a `tf.function` or a loop within "
-                "`strategy.run`. Put `tf.function` around `strategy.run`, or use `LoadBalance`."
-            ) from error
-
-    def split_experts(self, experts, data, devices, layout_map, process_group):
-        rule = "Keras splits no weights on TensorFlow: use `tf.distribute.MirroredStrategy`"
-        raise ValueError(f"{rule}. Received: keras.backend.backend()='tensorflow'")
-
-    def separate_losses(self, layer):
-        # Keras keeps one list in each layer, and traces replicas in threads: while one waits for
-        # others in a collective operation, theirs would replace or join its losses.
-        layer._losses = _LossesOfThread()
-
-
-class _LossesOfThread(threading.local):
-    """A list of losses for each thread, with the methods that Keras calls."""
-
-    def __init__(self):
-        self._losses: list = []
-        self.extend, self.clear = self._losses.extend, self._losses.clear
-
-    def __getitem__(self, index):
-        return self._losses[index]
-
-    def __setitem__(self, index, losses):
-        self._losses[index] = losses
-
-
-@contextlib.contextmanager
-def _other_losses_kept():
-    """Keep this replica's losses of other layers while other replicas trace."""
-    model = current_model()
-    layers = () if model is None else model._flatten_layers()
-    lists = [(layer._losses, layer._losses[:]) for layer in layers]
-    yield
-    for losses, of_replica in lists:
-        losses[:] = of_replica

@@ -34,7 +34,7 @@ def layout_on_cpu(backend, problem):
     """
     num_rows, dtype = problem.plan.num_rows(), keras.backend.standardize_dtype(problem.tokens.dtype)
     kernels = [kernel for kernel, _ in problem.maps.values()]
-    are_floats = dtype == "float32" and all(kernel.scale is None for kernel in kernels)
+    are_floats = dtype == "float32" and all(kernel.bits is None for kernel in kernels)
     if are_floats and isinstance(num_rows, int) and num_cores() > 1:
         num_experts = kernels[0].shape[0]
         length = tile_length(num_rows, num_experts, "cpu")
@@ -63,14 +63,14 @@ class TileLoop:
         self.dtype = computed_dtype(problem.tokens)
         self.token_of_row = ops.pad(plan.token_of_row(), (0, self.length))
 
-    def split(self, rows):
+    def to_buffer(self, rows):
         return ops.pad(rows, ((0, self.length), (0, 0)))
 
-    def join(self, buffer, width, dtype):
+    def to_rows(self, buffer):
         return buffer  # its end is the rows of no assignment
 
     def run(self, function, maps, by_token, by_row, widths, trained):
-        take, sizes, length = self.backend.gather_rows, self.sizes, self.length
+        entry, sizes, length = self.backend.gather_rows, self.sizes, self.length
         # Reading the kernels of an expert costs as much as a few rows. For a few tokens, as in
         # decoding, most experts have none.
         has_rows = sizes > 0
@@ -79,9 +79,9 @@ class TileLoop:
         num_tiles = (sizes + length - 1) // length
 
         def group(number, carry):
-            expert = take(busy_first, number)
-            end = take(ends, expert)
-            first = end - take(sizes, expert)
+            expert = entry(busy_first, number)
+            end = entry(ends, expert)
+            first = end - entry(sizes, expert)
             maps_of_expert = {name: self._of_expert(each, expert) for name, each in maps.items()}
 
             def nth_tile(i, carry):
@@ -92,30 +92,28 @@ class TileLoop:
                 rows = [*map(tile.gather, by_token), *map(tile.read, by_row)]
                 outputs, factors = function(tile, maps_of_expert, *rows)
                 return list(map(tile.write, buffers, outputs)), {
-                    name: {
-                        field: tile.add_to_expert(total, field, *factors[name])
-                        for field, total in fields.items()
-                    }
-                    for name, fields in totals.items()
+                    (name, field): tile.add_to_expert(total, field, *factors[name])
+                    for (name, field), total in totals.items()
                 }
 
-            return ops.fori_loop(0, take(num_tiles, expert), nth_tile, carry)
+            return ops.fori_loop(0, entry(num_tiles, expert), nth_tile, carry)
 
         num_rows = self.num_rows + length
         buffers = [ops.zeros((num_rows, width), self.dtype) for width in widths]
-        totals = keras.tree.map_structure(  # kernels as `add_to_expert` sums them
-            lambda each: ops.zeros((each.shape[0], *sorted(each.shape[1:])), "float32"), trained
-        )
+        totals = {  # kernels as `add_to_expert` sums them
+            key: ops.zeros((each.shape[0], *sorted(each.shape[1:])), "float32")
+            for key, each in trained.items()
+        }
         num_busy = ops.sum(ops.cast(has_rows, "int32"))
         buffers, totals = ops.fori_loop(0, num_busy, group, (buffers, totals))
-        return buffers, keras.tree.map_structure(_like, totals, trained)
+        return buffers, {key: _like(total, trained[key]) for key, total in totals.items()}
 
     def _of_expert(self, linear_map, expert):
         """The linear map of one expert. Cast per expert on use: idle ones are never cast."""
         few_rows = isinstance(self.num_rows, int) and self.num_rows <= MAX_BLOCK_ROWS
-        kernel, bias = linear_map.entry(lambda stack: _at(self.backend, stack, expert))
-        # Packed integers are multiplied faster as they are, and others for few rows.
-        if not (kernel.is_packed or (few_rows and kernel.scale is not None)):
+        kernel, bias = linear_map.apply(lambda stack: _at(self.backend, stack, expert))
+        # Integers of 4 bits are multiplied faster as they are, and those of 8 bits for few rows.
+        if not (kernel.bits == 4 or (few_rows and kernel.bits == 8)):
             kernel = kernel._replace(values=kernel.floats(self.dtype), scale=None)
         bias = None if bias is None else ops.cast(bias, self.dtype)
         return linear_map._replace(kernel=kernel, bias=bias)
@@ -130,7 +128,7 @@ class _Tile(NamedTuple):
     inside: Any
 
     def product(self, rows, kernels, bias=None, transposed=False):
-        if kernels.scale is not None and not kernels.is_packed and not transposed:
+        if kernels.bits == 8 and not transposed:
             products = _multiply_in_blocks(self.layout.backend, rows, kernels.values)
             products = products * ops.cast(kernels.scale, rows.dtype)
             return products if bias is None else products + bias

@@ -9,8 +9,8 @@ import torch
 from keras import ops
 
 from keras_moe._internal.keras_internals import in_stateless_scope
-from keras_moe.backend import padded, torch_processes
-from keras_moe.backend.base import LOW, Backend, multiply_groups, named_platform, packed_order
+from keras_moe.backend import torch_processes
+from keras_moe.backend.base import LOW, Backend, named_platform, packed_order
 from keras_moe.backend.torch_groups import AllOnDevice, Chunks, is_traced, sizes_on_host, split
 
 # With fewer comparisons, counting by them takes fewer operations.
@@ -21,6 +21,8 @@ CPU_BLOCK = 2**20
 
 
 class TorchBackend(Backend):
+    devices = torch_processes.TorchDevices()
+
     def needs_static_shapes(self):
         # PyTorch runs eagerly here, or records slices as they are.
         return False
@@ -46,8 +48,6 @@ class TorchBackend(Backend):
             return contextlib.nullcontext()
         return torch.autocast(kind, enabled=False)
 
-    devices = torch_processes.TorchDevices()
-
     def run(self, network, problem, kernel=None):
         platform = _platform_of(problem.tokens)
         if kernel is not None and kernel.shape[0] < problem.plan.num_experts:
@@ -56,7 +56,7 @@ class TorchBackend(Backend):
 
     def differentiable(self, forward, backward, inputs, context, reference=None):
         reference = reference or (lambda inputs, context: forward(inputs, context, save=False)[0])
-        if _is_transformed():
+        if self._is_transformed():
             return reference(inputs, context)
         tensors, structure = _flatten(inputs)
         # In the function gradients are always off, and `needs_input_grad` does not ask whether.
@@ -64,9 +64,6 @@ class TorchBackend(Backend):
         if self.is_exporting() or not save:
             return forward(inputs, context, save=False)[0]
         return _Differentiable.apply(forward, backward, reference, structure, context, *tensors)
-
-    def attach_gradient(self, value, inputs, transpose):
-        return _Attached.apply(transpose, value, inputs)
 
     def vjp(self, function, inputs):
         with torch.enable_grad():
@@ -81,11 +78,12 @@ class TorchBackend(Backend):
 
         return others, pullback
 
-    def product(self, rows, kernels, sizes, transposed=False, platform=None):
-        # In operations that PyTorch differentiates any number of times.
-        if _is_transformed() or kernels.scale is not None:
-            return padded.product(rows, kernels, sizes, transposed, platform)
-        return multiply_groups(self.split_groups(rows, sizes)[0], kernels, transposed)
+    def _is_transformed(self):
+        """Return True under `vmap`, and in forward mode, where all parts must have equal shapes."""
+        return not is_traced() and (  # no public function tells
+            torch._C._are_functorch_transforms_active()
+            or torch.autograd.forward_ad._current_level >= 0
+        )
 
     def matmul(self, left, right, transposed=False):
         right = right.mT if transposed else right
@@ -109,7 +107,7 @@ class TorchBackend(Backend):
         # One operation, which has no second derivatives.
         is_plain = rows.is_cpu and rows.dtype == torch.float32 and not torch.is_grad_enabled()
         has_row_for_each = 0 < places.numel() <= rows.shape[0]
-        if not (is_plain and has_row_for_each) or is_traced() or _is_transformed():
+        if not (is_plain and has_row_for_each) or is_traced() or self._is_transformed():
             return super().sum_chosen_rows(rows, places, weights)
         last, padding = rows.shape[0] - 1, None
         if places.amin() < 0:  # so the last row is no assignment's
@@ -165,13 +163,6 @@ def _platform_of(tensor):
     return named_platform() or ("cpu" if tensor.device.type in ("cpu", "meta") else "gpu")
 
 
-def _is_transformed():
-    """Return True under `vmap` and in forward mode, where all parts must have equal shapes."""
-    return not is_traced() and (  # no public function tells
-        torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
-    )
-
-
 # On PyTorch `keras.tree` takes several times as long. A gradient may be None.
 _flatten = functools.partial(optree.tree_flatten, none_is_leaf=True)
 
@@ -212,14 +203,3 @@ class _Differentiable(torch.autograd.Function):
             saved = ctx.structure_of_saved.unflatten(saved)
             gradients, _ = _flatten(ctx.run_backward(inputs, ctx.context, saved, upstream))
         return None, None, None, None, None, *gradients
-
-
-class _Attached(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, transpose, value, inputs):
-        ctx.transpose = transpose
-        return value.view_as(value)
-
-    @staticmethod
-    def backward(ctx, gradient):
-        return None, gradient, ctx.transpose(gradient)

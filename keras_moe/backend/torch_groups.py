@@ -62,21 +62,21 @@ class Chunks(Parts):
                 self.parts.append(chunk)
             chunk.add(expert, size)
             start = start + size
+        self.parts = self.parts or [_Chunk(0, [0], [0])]
 
     def gather(self, tokens):
         # Gathered chunk by chunk they stay in the cache. In a program of unknown sizes a chunk is
         # one expert, and one operation for all is faster.
         if self._is_traced:
-            return self.split(tokens.index_select(0, self.token_of_row))
-        return (tokens.index_select(0, part) for part in self.split(self.token_of_row))
+            return self.to_buffer(tokens.index_select(0, self.token_of_row))
+        return (tokens.index_select(0, part) for part in self.to_buffer(self.token_of_row))
 
-    def split(self, rows):
+    def to_buffer(self, rows):
         return split(rows, [*(chunk.num_rows for chunk in self.parts), self._num_padding])[:-1]
 
-    def join(self, buffer, width, dtype):
+    def to_rows(self, buffer):
         # Keras would convert each part, an operation of a program.
-        padding = self.sizes.new_zeros((self._num_padding, width), dtype=dtype)
-        return torch.cat([*buffer, padding])
+        return torch.cat([*buffer, buffer[0].new_zeros((self._num_padding, buffer[0].shape[1]))])
 
     def empty(self, trained):
         """Return zeros for experts without rows, or None if no gradient is needed."""
@@ -106,14 +106,14 @@ class _Chunk:
     def product(self, rows, kernels, bias=None, transposed=False):
         bias = None if bias is None else bias.to(rows.dtype)
         if len(self.sizes) == 1:  # also in a program, where nothing is written in place
-            take = operator.itemgetter(self.experts[0])
-            bias = None if bias is None else take(bias)
-            return multiply(kernels.entry(take), rows, bias, transposed)
+            of_expert = operator.itemgetter(self.experts[0])
+            bias = None if bias is None else of_expert(bias)
+            return multiply(kernels.apply(of_expert), rows, bias, transposed)
         outputs = rows.new_empty((rows.shape[0], kernels.shape[1 if transposed else 2]))
         parts = rows.split(self.sizes)
         for expert, part, output in zip(self.experts, parts, outputs.split(self.sizes)):
             if len(output):
-                kernel = kernels.entry(operator.itemgetter(expert))
+                kernel = kernels.apply(operator.itemgetter(expert))
                 added = None if bias is None else bias[expert]
                 multiply(kernel, part, added, transposed, output)
         return outputs
@@ -142,7 +142,7 @@ class AllOnDevice(AllRows):
         return _Chunk(0, range(len(self.sizes)), sizes_on_host(self.sizes, self.num_rows))
 
     def product(self, rows, kernels, bias=None, transposed=False):
-        if kernels.scale is not None or not has_grouped_mm(rows, kernels.values):
+        if kernels.bits is not None or not has_grouped_mm(rows, kernels.values):
             return self._chunk.product(rows, kernels, bias, transposed)
         values = kernels.floats(rows.dtype)
         products = grouped_mm(rows, values.mT if transposed else values, self.sizes)
@@ -169,7 +169,7 @@ class AllOnDevice(AllRows):
 
 def multiply(kernel, rows, bias, transposed, output=None):
     """`Kernel.multiply`, perhaps into an output."""
-    if kernel.scale is not None:
+    if kernel.bits is not None:
         product = kernel.multiply(rows, bias, transposed)
         return product if output is None else output.copy_(product)
     values = kernel.values.to(rows.dtype)

@@ -121,7 +121,7 @@ class ExpertParallel:
         """`network.run`: tokens go to the processes of their experts, and outputs come back."""
         plan = problem.plan
         own = plan.num_experts // self.num_processes
-        maps = {name: each.entry(self.mean_gradient) for name, each in problem.maps.items()}
+        maps = {name: each.apply(self.mean_gradient) for name, each in problem.maps.items()}
         num_served = int(plan.sizes.sum())
         rows = plan.dispatch(problem.tokens)
 

@@ -18,7 +18,7 @@ from keras_moe.layers.stacked_experts import StackedExperts
 
 
 @dataclasses.dataclass(frozen=True)
-class FeedForward:
+class FeedForwardNetwork:
     activation: Callable
     dropout: float
 
@@ -28,7 +28,7 @@ class FeedForward:
 
 
 @dataclasses.dataclass(frozen=True)
-class GatedFeedForwardNetwork:
+class GatedNetwork:
     activation: Callable
     clip: float | None
     up_shift: float
@@ -96,11 +96,12 @@ class FeedForwardExperts(StackedExperts):
 
     @property
     def network(self):
-        return FeedForward(backend.activation(self.activation), self.dropout)
+        activation = backend.activations.get(self.activation, self.activation)
+        return FeedForwardNetwork(activation, self.dropout)
 
 
 @register
-class GatedExperts(StackedExperts):
+class GatedExperts(FeedForwardExperts):
     """Experts of the form `(activation(x Wg) * (x Wu)) Wd`; "silu" makes it SwiGLU.
 
     Stacked weights: `gate_kernel` and `up_kernel` (E, D, H), `down_kernel` (E, H, D'), and biases.
@@ -143,21 +144,20 @@ class GatedExperts(StackedExperts):
         dropout: float = 0.0,
         **kwargs: Any,
     ):
-        super().__init__(num_experts, activation, use_bias, **kwargs)
-        self.hidden_dim = check_integer("hidden_dim", hidden_dim)
+        super().__init__(
+            num_experts, hidden_dim, activation, use_bias, output_dim, dropout, **kwargs
+        )
         self.clip = None if clip is None else check_number("clip", clip, above=0)
         self.up_shift = check_number("up_shift", up_shift)
-        self.output_dim = None if output_dim is None else check_integer("output_dim", output_dim)
-        self.dropout = check_number("dropout", dropout, below=1)
 
     def widths(self, features):
-        up = (features, self.hidden_dim)
-        return {"gate": up, "up": up, "down": (self.hidden_dim, self.output_dim or features)}
+        widths = super().widths(features)
+        return {"gate": widths["up"], **widths}
 
     @property
     def network(self):
-        activation = backend.activation(self.activation)
-        return GatedFeedForwardNetwork(activation, self.clip, self.up_shift, self.dropout)
+        activation = backend.activations.get(self.activation, self.activation)
+        return GatedNetwork(activation, self.clip, self.up_shift, self.dropout)
 
 
 @register

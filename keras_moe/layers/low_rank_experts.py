@@ -147,7 +147,7 @@ class LowRankExperts(StackedExperts):
 
     def call(self, tokens: Tensor, plan: GroupedPlan, training: bool | None = None) -> Tensor:
         maps = {
-            name: each.entry(lambda stack: stack[0]) for name, each in self.base._maps().items()
+            name: each.apply(lambda stack: stack[0]) for name, each in self.base._maps().items()
         }
         factors = self._network.function
         *first_maps, last = factors.names

@@ -9,7 +9,7 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_moe._internal.base_layer import EachExpert, factors_for, mark_stack
+from keras_moe._internal.base_layer import EachExpert, mark_stack
 from keras_moe._internal.keras_internals import untrack
 from keras_moe.ops.linears import FrozenKernel, Int4Kernel, Kernel, LinearMap
 from keras_moe.ops.sorting import ceil_divide
@@ -72,16 +72,16 @@ class Projection:
 
     def _add(self, part, shape, initializer="zeros", **kwargs):
         name = self._weight_name(part)
-        _split_by_expert(self.bank, name)
+        # On JAX, an `ExpertParallel`: it places a variable as soon as it is made.
+        split = getattr(keras.distribution.distribution(), "split_by_expert", None)
+        if split is not None:
+            split(self.bank.name, name)
         # Cast one expert at a time where it is used, not as a whole by Keras.
         weight = self.bank.add_weight(
             name=name, shape=shape, initializer=initializer, autocast=False, **kwargs
         )
-        self._set(part, mark_stack(weight))
-
-    def _set(self, part, weight):
-        setattr(self, part, weight)
-        setattr(self.bank, self._weight_name(part), weight)
+        setattr(self, part, mark_stack(weight))
+        setattr(self.bank, name, weight)
 
     def _weight_name(self, part):
         return self.name if self.is_vector else f"{self.name}_{part}"
@@ -102,13 +102,15 @@ class Projection:
 
     def add_factors(self, a_initializer, b_initializer):
         """Add low-rank factors A (E, D, r) and B (E, r, H); the kernel is frozen."""
-        for part in ("lora_a", "lora_b"):
-            _split_by_expert(self.bank, self._weight_name(part))
-        factors = factors_for(
-            self.bank, f"{self.name}_kernel", self.shape, a_initializer, b_initializer, self.stream
-        )
-        for part, factor in zip(("lora_a", "lora_b"), factors):
-            self._set(part, factor)
+        (num_experts, fan_in, fan_out), rank = self.shape, self.bank.lora_rank
+        self.bank.freeze_kernel(self._weight_name("kernel"))
+        for part, widths, initializer in (
+            ("lora_a", (fan_in, rank), a_initializer),
+            ("lora_b", (rank, fan_out), b_initializer),
+        ):
+            initializer = keras.initializers.get(initializer)
+            initializer = EachExpert(initializer, self.stream, range(num_experts))
+            self._add(part, (num_experts, *widths), initializer, dtype="float32")
 
     @property
     def shape(self):
@@ -118,37 +120,30 @@ class Projection:
 
     def maps(self):
         """The `LinearMap` of the projection by its name, and those of its factors by theirs."""
-        kernel, bias, a, b = (
-            None if weight is None else ops.convert_to_tensor(weight)
-            for weight in (self.kernel, self.bias, self.lora_a, self.lora_b)
-        )
-        if self.is_vector:  # a map from one feature, whose input is 1
-            kernel = ops.expand_dims(kernel, 1)
-        if self.scale is not None:
-            kernel = self._integers()
-        else:
-            kernel = Kernel(kernel) if a is None else FrozenKernel(kernel)
-        maps = {self.name: LinearMap(kernel, bias)}
+        bias, a, b = map(_as_tensor, (self.bias, self.lora_a, self.lora_b))
+        maps = {self.name: LinearMap(self._kernel(), bias)}
         if a is not None:
             maps |= {f"{self.name}_lora_a": LinearMap(Kernel(a))}
             maps |= {f"{self.name}_lora_b": LinearMap(Kernel(b))}
         return maps
 
-    def _integers(self):
-        kernel, scale = map(ops.convert_to_tensor, (self.kernel, self.scale))
-        if self.zero is None:
-            return Kernel(kernel, scale)
-        num_rows = kernel.shape[1]
+    def _kernel(self):
+        values, scale, zero = map(_as_tensor, (self.kernel, self.scale, self.zero))
+        if self.is_vector:  # a map from one feature, whose input is 1
+            values = ops.expand_dims(values, 1)
+        if zero is None:
+            return Kernel(values, scale) if self.lora_a is None else FrozenKernel(values, scale)
+        num_rows = values.shape[1]
         group = np.arange(num_rows, dtype="int32") // (self.bank.block_size() or num_rows)
-        group = ops.convert_to_tensor(np.broadcast_to(group, kernel.shape[:2]))
-        return Int4Kernel(kernel, scale, ops.convert_to_tensor(self.zero), group)
+        group = ops.convert_to_tensor(np.broadcast_to(group, values.shape[:2]))
+        return Int4Kernel(values, scale, zero, group)
 
     def merged_kernel(self):
         """The kernels of all experts as floats (E, D, H), low-rank factors added: an array."""
         if self.scale is None:
             kernel = self._whole(self.kernel)
         else:
-            kernel = ops.convert_to_numpy(self._integers().floats("float32"))
+            kernel = ops.convert_to_numpy(self._kernel().floats("float32"))
         if self.lora_a is None:
             return kernel
         a, b, scale = self._whole(self.lora_a), self._whole(self.lora_b), self.bank.lora_scale()
@@ -199,11 +194,8 @@ class Projection:
         return values
 
 
-def _split_by_expert(bank, name):
-    # On JAX, an `ExpertParallel`: it places a variable as soon as it is made.
-    split = getattr(keras.distribution.distribution(), "split_by_expert", None)
-    if split is not None:
-        split(bank.name, name)
+def _as_tensor(weight):
+    return None if weight is None else ops.convert_to_tensor(weight)
 
 
 def _to_int8(kernel, largest=127):

@@ -27,7 +27,7 @@ class StackedExperts(Adaptable, ExpertBank):
     An expert is a small network of linear maps. A subclass says their widths and how they connect:
 
     - `widths(features)` returns {name: (D, H)} in the order of a forward pass. A tuple (H,)
-      declares a vector of each expert, which begins with ones.
+      declares a vector of each expert, initialized with ones.
     - `network(rows, linear)` returns the outputs (n, D') of rows (n, D) of one or several experts.
       `linear(name, rows)` is a linear map with its bias; it is called once for each name.
       `linear(name)` is the vector of each row's expert, (n, H). `linear.dropout(rows, rate)` is

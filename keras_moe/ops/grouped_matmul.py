@@ -85,7 +85,7 @@ def grouped_outer(left: Tensor, right: Tensor, group_sizes: Tensor) -> Tensor:
     sizes = _check_sizes(group_sizes, left)
 
     def outer(platform, left, right, sizes):
-        return ops.cast(backend.outer(left, right, sizes, left.dtype, platform), left.dtype)
+        return backend.outer(left, right, sizes, left.dtype, platform)
 
     return backend.on_its_platform(outer, left, right, sizes)
 

@@ -1,7 +1,7 @@
 """Linear maps of all experts, and their kernels in floats or integers.
 
 `Kernel` and `Int4Kernel` have the same methods. All of their tensors have an axis of experts first,
-until `entry` takes one of these.
+until `apply` picks one expert.
 
 Axes: E experts, D input features, H output features, r rank.
 """
@@ -19,9 +19,10 @@ class LinearMap(NamedTuple):
     kernel: Any  # W (E, D, H), a `Kernel` or an `Int4Kernel`
     bias: Any = None  # b (E, H), a tensor
 
-    def entry(self, take):
-        """Apply `take` to each tensor (E, ...), for instance to get one expert's entry."""
-        return LinearMap(self.kernel.entry(take), None if self.bias is None else take(self.bias))
+    def apply(self, function):
+        """Apply a function to each tensor (E, ...), for instance to get one expert's entry."""
+        bias = None if self.bias is None else function(self.bias)
+        return LinearMap(self.kernel.apply(function), bias)
 
 
 class Kernel(NamedTuple):
@@ -31,8 +32,9 @@ class Kernel(NamedTuple):
     scale: Any = None  # (E, 1, H) float; None for floats
 
     @property
-    def is_packed(self):
-        return False
+    def bits(self):
+        """Number of bits of each integer; None for floats."""
+        return None if self.scale is None else 8
 
     @property
     def trains(self):
@@ -43,9 +45,10 @@ class Kernel(NamedTuple):
     def shape(self):
         return self.values.shape
 
-    def entry(self, take):
-        """The kernels, or the one, that `take` returns of each tensor (E, ...)."""
-        return type(self)(take(self.values), None if self.scale is None else take(self.scale))
+    def apply(self, function):
+        """The kernels, or the one, that a function returns of each tensor (E, ...)."""
+        scale = None if self.scale is None else function(self.scale)
+        return type(self)(function(self.values), scale)
 
     def floats(self, dtype):
         """The kernels as a tensor of floats."""
@@ -80,8 +83,8 @@ class Int4Kernel(NamedTuple):
     group: Any  # (E, D) int32, the group of each row; the same for all experts
 
     @property
-    def is_packed(self):
-        return True
+    def bits(self):
+        return 4
 
     @property
     def trains(self):
@@ -91,8 +94,8 @@ class Int4Kernel(NamedTuple):
     def shape(self):
         return (*self.values.shape[:-1], self.scale.shape[-1])
 
-    def entry(self, take):
-        return Int4Kernel(*map(take, self))
+    def apply(self, function):
+        return Int4Kernel(*map(function, self))
 
     def floats(self, dtype):
         return self._join(*self._even_and_odd(dtype))

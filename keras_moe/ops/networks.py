@@ -36,25 +36,25 @@ class Problem(NamedTuple):
     plan: Any  # a `GroupedPlan`
     key: Any = None  # (2,) int32, for dropout; None where there is none
 
-    def split(self):
-        """Return two structures: the tensors that get gradients, and the others."""
+    def inputs_and_context(self):
+        """Return the tensors that get gradients, and all others, as two structures."""
         trained, frozen = {}, {}
         for name, (kernel, bias) in self.maps.items():
-            trained[name] = {} if bias is None else {"bias": bias}
+            if bias is not None:
+                trained[name, "bias"] = bias
             if kernel.trains:
-                trained[name]["kernel"] = kernel.values
-            else:
-                frozen[name] = kernel
+                trained[name, "kernel"] = kernel.values
+            frozen[name] = None if kernel.trains else kernel
         inputs = self.tokens, self.plan.weights, trained
         return inputs, (self.plan._replace(weights=None), frozen, self.key)
 
     @classmethod
-    def join(cls, inputs, context):
-        """Inverse of `split`."""
+    def of(cls, inputs, context):
+        """Inverse of `inputs_and_context`."""
         (tokens, weights, trained), (plan, frozen, key) = inputs, context
         maps = {
-            name: LinearMap(frozen.get(name) or Kernel(fields["kernel"]), fields.get("bias"))
-            for name, fields in trained.items()
+            name: LinearMap(kernel or Kernel(trained[name, "kernel"]), trained.get((name, "bias")))
+            for name, kernel in frozen.items()
         }
         return cls(tokens, maps, plan._replace(weights=weights), key)
 
@@ -74,56 +74,64 @@ class Network(NamedTuple):
         Rows past the last group are not computed: padded and dropped assignments cost nothing.
         """
 
-        def forward(inputs, context, save, lay_out=backend.layout):
-            problem = Problem.join(inputs, context)
-            tokens, maps, plan, key = problem
-            layout, saved = lay_out(problem, platform), self.saved if save else ()
-
-            def compute(part, maps, rows):
-                linear = Linear(rows, part, maps, key)
-                outputs = as_dtype(self.function(rows, linear), rows.dtype)
-                return [outputs, *(linear.outputs[name] for name in saved)], {}
-
-            widths = [self.output_width, *(maps[name].kernel.shape[2] for name in saved)]
-            buffers, _ = layout.run(compute, maps, [tokens], [], widths, {})
-            outputs = layout.join(buffers[0], self.output_width, tokens.dtype)
-            return as_dtype(plan.sum_rows(outputs, plan.weights), tokens.dtype), buffers
+        def forward(inputs, context, save):
+            problem = Problem.of(inputs, context)
+            layout = backend.layout(problem, platform)
+            return self._forward(problem, layout, self.saved if save else ())
 
         def backward(inputs, context, buffers, gradient):
-            problem = Problem.join(inputs, context)
-            tokens, maps, plan, key = problem
-            layout, (_, features) = backend.layout(problem, platform), tokens.shape
-
-            def compute(part, maps, rows, d_outputs, weights, outputs, *saved):
-                linear = functools.partial(LinearAgain, part=part, maps=maps, key=key)
-                weighted = d_outputs * weights
-                d_rows, factors = self._derive(linear, maps, rows, outputs, saved, weighted)
-                return [d_rows, row_sums(d_outputs, outputs)], factors
-
-            weights = ops.expand_dims(as_dtype(plan.weight_of_row(plan.weights), tokens.dtype), 1)
-            by_row, widths = [layout.split(weights), *buffers], [features, 1]
-            (d_rows, d_weights), d_maps = layout.run(
-                compute, maps, [tokens, gradient], by_row, widths, trained=inputs[2]
-            )
-            d_rows = layout.join(d_rows, features, tokens.dtype)
-            d_weights = layout.join(d_weights, 1, plan.weights.dtype)[:, 0]
-            return (
-                as_dtype(plan.sum_rows(d_rows), tokens.dtype),
-                as_dtype(plan.at_assignments(d_weights), plan.weights.dtype),
-                d_maps,
-            )
+            problem, trained = Problem.of(inputs, context), inputs[2]
+            layout = backend.layout(problem, platform)
+            return self._backward(problem, layout, buffers, gradient, trained)
 
         def reference(inputs, context):
-            return forward(inputs, context, False, lay_out=functools.partial(AllRows, backend))[0]
+            problem = Problem.of(inputs, context)
+            return self._forward(problem, AllRows(backend, problem, platform), ())[0]
 
-        inputs, context = problem.split()
+        inputs, context = problem.inputs_and_context()
         return backend.differentiable(forward, backward, inputs, context, reference)
 
-    def _derive(self, linear, maps, rows, outputs, saved, d_outputs):
-        """From the gradient of outputs: the gradient of rows, and factors of the maps' gradients.
+    def _forward(self, problem, layout, saved):
+        """Return the weighted sums, and buffers of the outputs and of the maps named in `saved`."""
+        tokens, maps, plan, key = problem
 
-        These are {name: (left, right)}. For each expert the gradient of the kernel is
-        `left^T right`, and of the bias the sum of `right`.
+        def compute(part, maps, rows):
+            linear = Linear(rows, part, maps, key)
+            outputs = as_dtype(self.function(rows, linear), rows.dtype)
+            return [outputs, *(linear.outputs[name] for name in saved)], {}
+
+        widths = [self.output_width, *(maps[name].kernel.shape[2] for name in saved)]
+        buffers, _ = layout.run(compute, maps, [tokens], [], widths, {})
+        outputs = layout.to_rows(buffers[0])
+        return as_dtype(plan.sum_rows(outputs, plan.weights), tokens.dtype), buffers
+
+    def _backward(self, problem, layout, buffers, gradient, trained):
+        """Return the gradients of tokens, weights and trained tensors."""
+        tokens, maps, plan, key = problem
+
+        def compute(part, maps, rows, d_outputs, weights, outputs, *saved):
+            linear = functools.partial(LinearAgain, part=part, maps=maps, key=key)
+            weighted = d_outputs * weights
+            d_rows, factors = self._derive(linear, maps, rows, outputs, saved, weighted)
+            return [d_rows, row_sums(d_outputs, outputs)], factors
+
+        weights = ops.expand_dims(as_dtype(plan.weight_of_row(plan.weights), tokens.dtype), 1)
+        by_row, widths = [layout.to_buffer(weights), *buffers], [tokens.shape[1], 1]
+        (d_rows, d_weights), d_maps = layout.run(
+            compute, maps, [tokens, gradient], by_row, widths, trained
+        )
+        d_weights = layout.to_rows(d_weights)[:, 0]
+        return (
+            as_dtype(plan.sum_rows(layout.to_rows(d_rows)), tokens.dtype),
+            as_dtype(plan.at_assignments(d_weights), plan.weights.dtype),
+            d_maps,
+        )
+
+    def _derive(self, linear, maps, rows, outputs, saved, d_outputs):
+        """Return the gradient of the rows, and factors of the gradients of the maps.
+
+        The factors are {name: (left, right)}. For each expert the gradient of the kernel is
+        `left^T right`, and that of the bias is the sum of `right`.
         """
         values = dict(zip(self.saved, saved))
         if self.last is not None:
@@ -193,10 +201,18 @@ class LinearAgain(Linear):
         self.inputs[name] = rows = self._as_input(rows)
         value, (kernel, _) = self._values[name], self._maps[name]
         if name in self._computed:
-            constant = kernel.entry(ops.stop_gradient)
+            constant = kernel.apply(ops.stop_gradient)
             value = value + self._part.product(ops.stop_gradient(rows), constant)
-        transpose = functools.partial(self._part.product, kernels=kernel, transposed=True)
-        return backend.attach_gradient(value, rows, transpose)
+
+        @ops.custom_gradient
+        def with_gradient(value, rows):
+            def gradient(*args, upstream=None):  # PyTorch names it, others pass it alone
+                upstream = args[0] if upstream is None else upstream
+                return upstream, self._part.product(upstream, kernel, transposed=True)
+
+            return value, gradient
+
+        return with_gradient(value, rows)
 
 
 def network_of(function: Callable, features: int, widths: dict) -> Network:
@@ -212,14 +228,14 @@ def _traced(function, features, widths):
     def trace(rows):
         linear = _TracedLinear(rows, widths)
         outputs = function(rows, linear)
-        names = tuple(linear.outputs)
+        names = tuple(linear.calls)
         is_last = bool(names) and outputs is linear.outputs[names[-1]]
         found.update(names=names, is_last=is_last, has_dropout=linear.num_dropouts > 0)
         return outputs
 
     outputs = compute_output_spec(trace, keras.KerasTensor((8, features), "float32"))
     shape, names = tuple(getattr(outputs, "shape", ())), found["names"]
-    if set(names) != set(widths) or len(shape) != 2 or shape[0] != 8:
+    if sorted(names) != sorted(widths) or len(shape) != 2 or shape[0] != 8:
         raise ValueError(
             "A network must call `linear` once with each name in `widths`, and return rows. "
             f"Received: calls of {sorted(names)} of {sorted(widths)}, outputs of shape {shape} "
@@ -235,15 +251,13 @@ class _TracedLinear(Linear):
     def __init__(self, rows, widths):
         super().__init__(rows, None, {})
         self._widths = widths
+        self.calls = []
 
     def __call__(self, name, rows=None):
         rows = self._as_input(rows)
-        if name not in self._widths or name in self.outputs:
-            raise ValueError(
-                "A network must call `linear` once with each name in `widths`. Received: "
-                f"{name!r}{' again' * (name in self.outputs)}, of {sorted(self._widths)}"
-            )
-        fan_in, fan_out = self._widths[name]
+        self.calls.append(name)
+        # Other names are refused when all calls are known.
+        fan_in, fan_out = self._widths.get(name, 2 * (rows.shape[-1],))
         if len(rows.shape) != 2 or rows.shape[1] != fan_in:
             raise ValueError(
                 f"`linear({name!r}, rows)` must have rows of {fan_in} features. "
