@@ -152,8 +152,8 @@ class Adaptable(BaseLayer):
                 delattr(self, weight.name)
         self.lora_rank = self.lora_alpha = None
         self.lora_enabled, self._corrected = False, ()
-        if getattr(layer, "state_is_frozen", False) and not layer.trainable_weights:
-            layer.trainable = layer.state_is_frozen = False  # as before LoRA, which a file keeps
+        if getattr(self, "state_is_frozen", False) and not self.trainable_weights:
+            self.trainable = self.state_is_frozen = False  # as before LoRA, which a file keeps
 
     def lora_scale(self):
         return (self.lora_alpha or self.lora_rank) / self.lora_rank

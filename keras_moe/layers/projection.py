@@ -120,15 +120,17 @@ class Projection:
 
     def maps(self):
         """The `LinearMap` of the projection by its name, and those of its factors by theirs."""
-        bias, a, b = map(_as_tensor, (self.bias, self.lora_a, self.lora_b))
-        maps = {self.name: LinearMap(self._kernel(), bias)}
+        values, scale, zero, bias, a, b = (
+            None if weight is None else ops.convert_to_tensor(weight)
+            for weight in (self.kernel, self.scale, self.zero, self.bias, self.lora_a, self.lora_b)
+        )
+        maps = {self.name: LinearMap(self._kernel(values, scale, zero), bias)}
         if a is not None:
             maps |= {f"{self.name}_lora_a": LinearMap(Kernel(a))}
             maps |= {f"{self.name}_lora_b": LinearMap(Kernel(b))}
         return maps
 
-    def _kernel(self):
-        values, scale, zero = map(_as_tensor, (self.kernel, self.scale, self.zero))
+    def _kernel(self, values, scale, zero):
         if self.is_vector:  # a map from one feature, whose input is 1
             values = ops.expand_dims(values, 1)
         if zero is None:
@@ -143,7 +145,8 @@ class Projection:
         if self.scale is None:
             kernel = self._whole(self.kernel)
         else:
-            kernel = ops.convert_to_numpy(self._kernel().floats("float32"))
+            kernel, _ = self.maps()[self.name]
+            kernel = ops.convert_to_numpy(kernel.floats("float32"))
         if self.lora_a is None:
             return kernel
         a, b, scale = self._whole(self.lora_a), self._whole(self.lora_b), self.bank.lora_scale()
@@ -192,10 +195,6 @@ class Projection:
             stored = self.stored(self.merged_kernel())
             values[: len(stored)] = stored
         return values
-
-
-def _as_tensor(weight):
-    return None if weight is None else ops.convert_to_tensor(weight)
 
 
 def _to_int8(kernel, largest=127):
