@@ -76,6 +76,11 @@ def generate(
     if not any(isinstance(part, TransformerDecoderBlock) for part in model._flatten_layers()):
         rule = "`model` must have `layers.TransformerDecoderBlock`s"
         raise ValueError(f"{rule}. Received: {model.name!r} without")
+    shape = getattr(model, "input_shape", None)  # which a `Sequential` does not check
+    is_fixed = isinstance(shape, tuple) and None not in shape[1:]
+    if is_fixed and not isinstance(model, keras.Sequential):
+        rule = '`model` must take texts of any length: `keras.Input((None,), dtype="int32")`'
+        raise ValueError(f"{rule}. Received: a model of inputs {shape}")
     ids = np.concatenate(prompts)  # The ids in `text` are cut to 32 bits.
     if getattr(model, "output_shape", None):
         _check_ids("prompts", ids, model.output_shape[-1])

@@ -104,9 +104,9 @@ def block():
     return layers.TransformerEncoderBlock(2, moe())
 
 
-def writer():
-    """A small language model."""
-    ids = keras.Input((None,), dtype="int32")
+def writer(shape=(None,)):
+    """A small language model for texts of a shape."""
+    ids = keras.Input(shape, dtype="int32")
     hidden = layers.TransformerDecoderBlock(2, dense())(keras.layers.Embedding(9, D)(ids))
     return keras.Model(ids, dense(9)(hidden))
 
@@ -359,6 +359,9 @@ REFUSED = [
     ("setattr(moe(), 'capacity_factor', 2.0)", "make the layer again"),
     ("setattr(built(moe()).experts, 'num_experts', 8)", "make a new layer"),
     ("setattr(built(moe()).experts, 'hidden_dim', 8)", "make a new layer"),
+    ("setattr(built(moe()), 'capacity', 1.0)", "make a new layer"),
+    ("setattr(built(moe()).router, 'score', 'sigmoid')", "make a new layer"),
+    ("setattr(built(moe()).experts, 'up_kernel', np.ones((E, D, 8)))", "up_kernel.assign("),
     ("setattr(built(moe()).experts, 'activation', 'relu')", "make a new layer"),
     ("setattr(built(moe()).router, 'balancer', 'quantile')", "make a new layer"),
     ("setattr(built(moe(shared_expert=dense())), 'gated_shared_expert', True)", "make a new"),
@@ -433,7 +436,7 @@ REFUSED = [
     ("metrics.UsageMetric(metrics.load_imbalance, 8).update_state(routing())", "E=8"),
     ("metrics.count_table(routing(), [0] * 5, 2)", "`groups` must have"),
     # Tools.
-    ("inspection.record_routings(usual(), normal(2, 5, D))", "batch 0 of float32 (5, 8)"),
+    ("inspection.record_routings(usual(), normal(2, 5, D))", "list of batches"),
     ("inspection.replay_routings(usual(), {'m': routing()})", "names of MoE layers, ['moe']"),
     ("inspection.replay_routings(usual(), {'moe': [routing()]})", "must be one routing"),
     ("inspection.moe_layers(plain())", "must have a `MixtureOfExperts`"),
@@ -441,6 +444,7 @@ REFUSED = [
     ("reported(path='no/r.html')", "a folder that exists"),
     ("keras_moe.report(plain(), normal(T, D), path='r.html')", "must have a `MixtureOfExperts`"),
     ("reported([normal(6, 5, D + 1)])", "must run on each batch"),
+    ("reported([normal(6, 5, D), normal(6, 5, D)])", "one for each of 1 inputs"),
     ("reported(labels=[1, 2])", "each of 6 documents"),
     ("reported(labels=np.zeros(6))", "must be integers or strings"),
     ("visualization.coactivation([[1, 9]], num_experts=4)", "from 0 to 3"),
@@ -448,6 +452,7 @@ REFUSED = [
     ("surgery.prune_experts(usual(), keep=1, by=[1, 2, 3, 4])", "`top_k`"),
     ("surgery.prune_experts(usual(), by=np.ones(5))", "for the 4 experts"),
     ("surgery.prune_experts(usual())", "must be measured on `data`"),
+    ("surgery.prune_experts(usual(), data=(normal(2, 5, D),) * 2)", "list of batches"),
     ("surgery.prune_experts(built(moe(router='expert_choice')))", "logits do not choose"),
     ("surgery.merge_experts(lora(moe()), data=[normal()])", "LoRA"),
     ("surgery.merge_experts(built(moe(two_activations())))", "layers, activations"),
@@ -479,6 +484,7 @@ REFUSED = [
     ("tuner.SearchSpace((5,), top_k=(2,))", "divisible by"),
     ("tuner.SearchSpace((8,), capacity_factors=(0,))", "`capacity_f"),
     ("fitted(callbacks.RouterLossSchedule(lambda e: -1))", "must be a finite"),
+    ("keras_moe.generate(writer((4,)), [[1, 2]], 3)", "keras.Input((None,)"),
     ("keras_moe.generate(writer(), [[1, 9]], 3)", "from 0 to 8"),
     ("fitted(callbacks.RouterLossSchedule(abs), router_losses=['router_z'])", "the router loss"),
     ("callbacks.ExpertMonitor(metrics=[max, max])", "different names"),

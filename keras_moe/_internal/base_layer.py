@@ -47,6 +47,10 @@ class BaseLayer(KeepsLosses, keras.layers.Layer):
         if name in self.fixed_when_built and vars(self).get("built"):
             rule = f"`{name}` of a built `{type(self).__name__}` is fixed: make a new layer"
             raise AttributeError(f"{rule}. Received: {name}={shortened(value)}")
+        is_variable = isinstance(vars(self).get(name), keras.Variable)
+        if is_variable and not isinstance(value, (keras.Variable, type(None))):
+            rule = f"`{name}` is a variable: use `{name}.assign(...)`"
+            raise AttributeError(f"{rule}. Received: {name}={shortened(value)}")
         super().__setattr__(name, value)
 
     def quantized_call(self, *args, **kwargs):

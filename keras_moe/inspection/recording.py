@@ -34,6 +34,7 @@ def record_routings(
     >>> model = keras.Sequential([keras.Input((16,)), moe])
     >>> routings = keras_moe.inspection.record_routings(model, [keras.random.normal((8, 16))])
     """
+    check_list_of_batches("batches", batches)
     layers = moe_layers(model)
     routings: dict[str, list] = {name: [] for name in layers}
 
@@ -45,6 +46,14 @@ def record_routings(
             with running(number, batch):
                 model(batch, training=training)
     return routings
+
+
+def check_list_of_batches(name, batches):
+    """Refuse one batch, whose rows or parts would be taken for batches."""
+    parts = batches if isinstance(batches, tuple) else (batches,)
+    if any(hasattr(part, "shape") for part in parts):
+        rule = f"`{name}` must be a list of batches, as in `[inputs]`"
+        raise ValueError(f"{rule}. Received: one batch")
 
 
 @contextlib.contextmanager

@@ -51,7 +51,13 @@ class LayerStudy(NamedTuple):
 def study(model, data, labels, tokens):
     """The number of documents, and a `LayerStudy` for each MoE layer of a model."""
     arrays = _as_arrays(data)
-    num_documents = len(keras.tree.flatten(arrays)[0])
+    parts = keras.tree.flatten(arrays)
+    num_documents, num_inputs = len(parts[0]), len(getattr(model, "inputs", None) or parts)
+    # Keras would leave out arrays without an input, such as further batches.
+    if len(parts) > num_inputs or any(len(part) != num_documents for part in parts):
+        rule = f"`data` must be arrays of all documents, one for each of {num_inputs} inputs"
+        shapes = ", ".join(str(part.shape) for part in parts)
+        raise ValueError(f"{rule}. Received: arrays of the shapes {shapes}")
     layers = moe_layers(model)
     labels = _for_each_layer("labels", labels, layers, num_documents)
     tokens = _for_each_layer("tokens", tokens, layers, num_documents)

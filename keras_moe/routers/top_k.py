@@ -65,7 +65,7 @@ class TopKRouter(LogitRouter):
 
     replays_indices = True
     surgeries: tuple = ("cut", "merge", "copy")
-    fixed_when_built = ("num_experts", "balancer")
+    fixed_when_built = (*LogitRouter.fixed_when_built, "balancer", "score", "use_bias")
 
     def __init__(
         self,

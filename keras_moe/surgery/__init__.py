@@ -14,6 +14,7 @@ from keras_moe._internal import Tensor
 from keras_moe._internal.checks import check_choice, check_integer, check_number, shortened
 from keras_moe._internal.keras_internals import forget_compiled, forget_old_weights
 from keras_moe.inspection import moe_layers
+from keras_moe.inspection.recording import check_list_of_batches
 from keras_moe.layers.replacement import backbones
 from keras_moe.surgery import cutting, measuring
 
@@ -233,6 +234,7 @@ def _plan(model, given, data, operation="cut"):
         # Its constructor has rules, such as for groups.
         cutting.router_like(layer.router, num_experts=numbers[name])
     _check_converted(model, numbers, _num_experts)
+    check_list_of_batches("data", data)
     return layers, numbers, list(data)
 
 
