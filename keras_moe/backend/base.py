@@ -125,6 +125,15 @@ class Backend:
         """
         raise NotImplementedError
 
+    def attach_gradient(self, value, inputs, transpose):
+        """Return `value`; the gradient of `inputs` is `transpose(gradient)`."""
+
+        @ops.custom_gradient
+        def function(value, inputs):
+            return value, lambda gradient: (gradient, transpose(gradient))
+
+        return function(value, inputs)
+
     def vjp(self, function, inputs):
         """Call `function(*inputs)`, which returns (output, others).
 

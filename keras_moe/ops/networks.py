@@ -204,15 +204,8 @@ class LinearAgain(Linear):
             constant = kernel.apply(ops.stop_gradient)
             value = value + self._part.product(ops.stop_gradient(rows), constant)
 
-        @ops.custom_gradient
-        def with_gradient(value, rows):
-            def gradient(*args, upstream=None):  # PyTorch names it, others pass it alone
-                upstream = args[0] if upstream is None else upstream
-                return upstream, self._part.product(upstream, kernel, transposed=True)
-
-            return value, gradient
-
-        return with_gradient(value, rows)
+        transpose = functools.partial(self._part.product, kernels=kernel, transposed=True)
+        return backend.attach_gradient(value, rows, transpose)
 
 
 def network_of(function: Callable, features: int, widths: dict) -> Network:
