@@ -269,6 +269,20 @@ def test_second_derivatives_are_those_of_the_reference():
 
 
 @every_mode
+def test_a_gradient_is_attached_to_a_value(mode):
+    def objective(inputs):
+        value, other = inputs
+        attached = backend.attach_gradient(value, other, lambda gradient: 5 * gradient)
+        return ops.sum(attached * ops.arange(1, 5, dtype="float32")), attached
+
+    value, other = normal(4), normal(4) + 1
+    _, attached, actual = differentiated(objective, mode)([value, other])
+    assert_close(attached, value)
+    assert_close(actual[0], [1, 2, 3, 4])
+    assert_close(actual[1], [5, 10, 15, 20])
+
+
+@every_mode
 def test_a_pullback_is_the_gradient_times_a_vector_and_zero_for_what_is_unused(mode):
     def function(x, kernel, unused, cotangent):
         others, pullback = backend.vjp(
