@@ -31,7 +31,8 @@ def expert_parallel(
         data: Integer. Number of such groups. None: as many as the devices allow.
         devices: On JAX, list of names of `keras.distribution.list_devices()`. None: all.
         layout_map: On JAX, `keras.distribution.LayoutMap` for other weights, else whole on every
-            device. Its mesh begins with the axes "data" and "expert", and sets the numbers.
+            device. Its mesh begins with the axes "data" and "expert", whose sizes take the place
+            of `data` and `experts`.
         process_group: On PyTorch, the `torch.distributed` group of the processes that share the
             experts with this one, all of one size. None makes new ones, of neighbours.
 

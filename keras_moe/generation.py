@@ -83,7 +83,7 @@ def generate(
         raise ValueError(f"{rule}. Received: a model of inputs {shape}")
     ids = np.concatenate(prompts)  # The ids in `text` are cut to 32 bits.
     if getattr(model, "output_shape", None):
-        _check_ids("prompts", ids, model.output_shape[-1])
+        _check_ids(ids, model.output_shape[-1])
     start = max(map(len, prompts))
     text: np.ndarray = np.zeros((len(prompts), start + num_tokens), "int32")
     real: np.ndarray = np.zeros(text.shape, bool)
@@ -99,8 +99,10 @@ def generate(
         vars(model)["_text_writer"] = lambda: writer
     state = writer.predict_on_batch({"ids": text[:, :start], "real": real[:, :start], "room": text})
     num_words = state["logits"].shape[-1]
-    _check_ids("prompts", ids, num_words)
-    _check_ids("stop_token", np.array(max(stop_token, 0)), num_words)
+    _check_ids(ids, num_words)
+    if stop_token >= num_words:
+        rule = f"`stop_token` must be an id from 0 to {num_words - 1}, as the model has scores"
+        raise ValueError(f"{rule}. Received: stop_token={stop_token}")
     sums = np.sum(state["logits"], axis=-1)
     if temperature and np.all(state["logits"] >= 0) and np.allclose(sums, 1, atol=1e-3):
         raise ValueError("`model` must return logits. Received: probabilities, as of a softmax")
@@ -132,9 +134,9 @@ def generate(
     return texts
 
 
-def _check_ids(name, ids, num_words):
+def _check_ids(ids, num_words):
     if ids.min() < 0 or ids.max() >= num_words:
-        rule = f"`{name}` must have ids from 0 to {num_words - 1}, as the model has scores"
+        rule = f"`prompts` must have ids from 0 to {num_words - 1}, as the model has scores"
         raise ValueError(f"{rule}. Received: ids from {ids.min()} to {ids.max()}")
 
 

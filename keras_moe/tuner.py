@@ -132,11 +132,11 @@ class SearchSpace:
             choice = hp.Fixed(name, values[0])
         else:
             choice = hp.Choice(name, sorted(values), default=values[0])
-        if choice not in values:  # KerasTuner returns the choice of an earlier space of this name.
+        # KerasTuner keeps the values of an earlier space of this name. Other scopes end alike.
+        alike = [each for each in hp.space if each.name.endswith(f"{self.name}/{name}")]
+        if not any(set(each.values) <= set(values) for each in alike):
             rule = "Spaces of one search with other values must have different names"
-            raise ValueError(
-                f"{rule}. Received: {name}={choice!r} for a second space {self.name!r}"
-            )
+            raise ValueError(f"{rule}. Received: a second space {self.name!r}, {name}={values}")
         return choice
 
 

@@ -142,9 +142,13 @@ def label_table(routing, labels, names=None):
     if not are_integers:
         most_frequent_first = np.argsort(-sizes, kind="stable")
         values, found = values[most_frequent_first], np.argsort(most_frequent_first)[found]
+    elif names is not None and values.size and values[-1] >= len(names):
+        raise ValueError(f"Labels must be from 0 to {len(names) - 1}. Received: {values[-1]}")
+    else:
+        values = values if names is None else [names[value] for value in values]
     groups = np.full(len(labels), -1)
     groups[is_used] = found
-    rows = [str(value) if names is None else names[value] for value in values]
+    rows = list(map(str, values))
     table = metrics.count_table(routing, groups, max(len(rows), 1))
     return ops.convert_to_numpy(table), rows
 

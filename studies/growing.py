@@ -89,9 +89,9 @@ class Study(typing.NamedTuple):
             half = fit(data=(self.first, self.test), folder=progress / "first")["val_loss"]
             then = half[-1]
             if after > before:
-                step = keras.ops.convert_to_numpy(model.optimizer.iterations)
+                done, schedule = steps * size.epochs, model.optimizer._learning_rate
                 surgery.add_experts(model, factor=after // before, noise=NOISE, seed=seed)
-                model.optimizer.iterations.assign(step)
+                model.optimizer.learning_rate = Later(schedule, done)
                 then = language_model.evaluate(model, self.test, BATCH_SIZE)
             rest = fit(data=(self.second, self.test), folder=progress / "second")["val_loss"]
             losses = {"losses": [*half, *rest], "half": half[-1], "then": then, "loss": rest[-1]}
@@ -100,6 +100,16 @@ class Study(typing.NamedTuple):
         run = resuming.once(self.folder / f"{name}-{seed}".replace(" ", "_"), train)
         total = 2 * steps * size.epochs
         return {**run, "steps": total, "ms_per_step": ms, "seconds": total * ms / 1000}
+
+
+class Later(keras.optimizers.schedules.LearningRateSchedule):
+    """A schedule from a later step on, for an optimizer that starts again."""
+
+    def __init__(self, schedule, start):
+        self.schedule, self.start = schedule, start
+
+    def __call__(self, step):
+        return self.schedule(step + self.start)
 
 
 if __name__ == "__main__":

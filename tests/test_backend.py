@@ -113,7 +113,6 @@ METHODS = {
         (VECTOR, KERNEL, BIAS, ints([2, 4], dtype="float32")),
         [ints([9, 7], dtype="float32"), ints([6, 10], dtype="float32")],
     ),
-    "an activation": (backend.activations.get(ops.relu, ops.relu), (ROWS,), np.maximum(ROWS, 0)),
     "a value that waits for a tensor": (backend.control_dependency, (ROWS, ints(3)), ints(3)),
     "sums, rows and counts of one replica": (
         lambda x, *counts: [
@@ -266,6 +265,13 @@ def test_second_derivatives_are_those_of_the_reference():
 
     x = normal(4)
     assert_close(gradients(loss, [x])[0], 2 * 3 * x**2 * 6 * x)
+
+
+def test_activations_are_those_of_keras():
+    for theirs, ours in backend.activations.items():
+        for dtype, tolerance in (("float32", 1e-6), ("float16", 1e-3)):
+            values = ops.cast(3 * normal(50), dtype)
+            assert_close(ours(values), theirs(values), tolerance=tolerance)
 
 
 @every_mode

@@ -122,7 +122,7 @@ def test_a_model_that_counts_positions_elsewhere_is_refused(model):
         keras_moe.generate(probabilities, PROMPTS, 2, temperature=1.0)
     with pytest.raises(ValueError, match=f"from 3 to {2**40}"):
         keras_moe.generate(model, [[3], [2**40]], 2)  # in 32 bits it is 0
-    with pytest.raises(ValueError, match="`stop_token` must have ids from 0 to 29"):
+    with pytest.raises(ValueError, match="`stop_token` must be an id from 0 to 29"):
         keras_moe.generate(model, PROMPTS, 2, stop_token=30)
     with pytest.raises(ValueError, match="TransformerDecoderBlock"):
         dense = [keras.Input((None,), dtype="int32"), keras.layers.Embedding(V, V)]

@@ -55,6 +55,8 @@ def test_only_factors_train_and_a_file_has_the_corrected_kernels(case, tmp_path)
     for weight, kernel in zip(corrected, kernels):
         np.testing.assert_array_equal(to_numpy(weight.value), kernel)
     assert all(np.any(to_numpy(each.value)) for each in named(factors, "lora_b"))
+    for part in parts(model):
+        part.lora_alpha = 12
     outputs = to_numpy(model(x))
     loaded = saved_and_loaded(model, tmp_path)
     assert_close(to_numpy(loaded(x)), outputs)

@@ -13,7 +13,7 @@ from keras_moe._internal.keras_internals import KeepsLosses, unlocked
 from keras_moe._internal.serialization import arguments_of, load_draws, save_draws
 from keras_moe.backend import backend
 
-# Who takes an argument that another layer was given.
+# Classes that have an argument, for the error of one that lacks it.
 _OWNERS = {
     "`MixtureOfExperts(num_experts=8, hidden_dim=256)` and of banks": ("num_experts", "hidden_dim"),
     "`MixtureOfExperts` and of routers such as `TopKRouter`": ("top_k",),
@@ -31,8 +31,6 @@ class BaseLayer(KeepsLosses, keras.layers.Layer):
 
     # Arguments of a parent's constructor that the constructor of the class sets itself.
     fixed_arguments: tuple[str, ...] = ()
-    # Arguments that a layer is built from: of a built layer they cannot be set.
-    fixed_when_built: tuple[str, ...] = ()
 
     def __init__(self, **kwargs: Any):
         name = next((name for name in kwargs if name in _OWNER_OF), None)
@@ -42,16 +40,6 @@ class BaseLayer(KeepsLosses, keras.layers.Layer):
             raise TypeError(f"{rule}. Received: {received}")
         super().__init__(**kwargs)
         backend.devices.separate_losses(self)
-
-    def __setattr__(self, name, value):
-        if name in self.fixed_when_built and vars(self).get("built"):
-            rule = f"`{name}` of a built `{type(self).__name__}` is fixed: make a new layer"
-            raise AttributeError(f"{rule}. Received: {name}={shortened(value)}")
-        is_variable = isinstance(vars(self).get(name), keras.Variable)
-        if is_variable and not isinstance(value, (keras.Variable, type(None))):
-            rule = f"`{name}` is a variable: use `{name}.assign(...)`"
-            raise AttributeError(f"{rule}. Received: {name}={shortened(value)}")
-        super().__setattr__(name, value)
 
     def quantized_call(self, *args, **kwargs):
         # Keras calls this in place of `call` where the dtype policy is quantized.

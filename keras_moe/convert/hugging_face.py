@@ -189,7 +189,10 @@ def _placed(mixture, rules, config, ignored=()):
 
 
 # Arguments of the parts of a layer that change how it begins or trains, not its outputs.
-_TRAINING = ("name", "trainable", "dtype", "seed", "balancer", "input_jitter", "logit_noise")
+_TRAINING = (
+    *("name", "trainable", "dtype", "seed", "balancer", "updates_selection_bias"),
+    *("input_jitter", "logit_noise"),
+)
 _SUFFIXES = ("_initializer", "_regularizer", "lora_rank", "lora_alpha")
 
 

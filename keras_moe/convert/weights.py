@@ -71,7 +71,9 @@ def tensor_reader(source):
         files = {name: file for file in opened for name in file.keys()}
         get, names = lambda name: files[name].get_tensor(name), set(files)
 
-    rule = "A block must have all its weights, as floats of at least 16 bits: dequantize others."
+    rule = (
+        "A block must have all its weights, as floats of at least 16 bits. Dequantize others first."
+    )
 
     def read(name):
         try:

@@ -36,8 +36,6 @@ class ExpertBank(BaseLayer):
         (T, D'): the weighted sum of each token's expert outputs, zero where no expert serves it.
     """
 
-    fixed_when_built: tuple[str, ...] = ("num_experts",)
-
     def __init__(self, num_experts: int, **kwargs: Any):
         # Keras would cast the float32 weights of the plan to the compute dtype.
         super().__init__(autocast=False, **kwargs)

@@ -73,8 +73,6 @@ class FeedForwardExperts(StackedExperts):
     Reference: Shazeer et al. 2017 (arXiv:1701.06538), section 2.
     """
 
-    fixed_when_built = (*StackedExperts.fixed_when_built, *("hidden_dim", "output_dim", "dropout"))
-
     def __init__(
         self,
         num_experts: int,
@@ -129,8 +127,6 @@ class GatedExperts(FeedForwardExperts):
     References: Shazeer 2020 (arXiv:2002.05202), eq. 6; Jiang et al. 2024 (arXiv:2401.04088);
     OpenAI 2025 (arXiv:2508.10925), section 2, for the limit and the shift.
     """
-
-    fixed_when_built = (*FeedForwardExperts.fixed_when_built, "clip", "up_shift")
 
     def __init__(
         self,

@@ -145,6 +145,9 @@ class LowRankExperts(StackedExperts):
         seen = features + sum(fan_out for _, fan_out in widths[:-1])
         return network_of(factors, seen, self.widths(features))
 
+    def _function(self):
+        return self._network.function
+
     def call(self, tokens: Tensor, plan: GroupedPlan, training: bool | None = None) -> Tensor:
         maps = {
             name: each.apply(lambda stack: stack[0]) for name, each in self.base._maps().items()

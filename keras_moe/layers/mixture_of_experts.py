@@ -97,7 +97,6 @@ class MixtureOfExperts(Gate):
     References: Shazeer et al. 2017 (arXiv:1701.06538); Fedus et al. 2021 (arXiv:2101.03961).
     """
 
-    fixed_when_built = ("capacity", "gated_shared_expert", "token_axes")
     # The config holds a bank instead.
     fixed_arguments = ("num_experts", "hidden_dim", "activation", "output_dim")
 

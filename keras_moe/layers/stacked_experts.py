@@ -70,7 +70,6 @@ class StackedExperts(Adaptable, ExpertBank):
     """
 
     projection_class = Projection
-    fixed_when_built: tuple[str, ...] = ("num_experts", "activation", "use_bias")
 
     def __init__(
         self,
@@ -141,17 +140,26 @@ class StackedExperts(Adaptable, ExpertBank):
         if self.lora_rank:
             self.add_factors()
 
+    def _function(self):
+        """The network as a hashable function; equal functions share compiled programs."""
+        network = self.network
+        if isinstance(network, types.MethodType):
+            network = _NetworkOfBank(weakref.WeakMethod(network))
+        return LowRankNetwork(network, self.lora_scale()) if self.lora_enabled else network
+
     def call(self, tokens: Tensor, plan: GroupedPlan, training: bool | None = None) -> Tensor:
         draws_now = self._dropout_seed is not None and training
         key = draws.key(self._dropout_seed) if draws_now else None
         problem = Problem(self._compute(tokens), self._maps(), plan, key)
-        return backend.run(self._network, problem, self.projections[0].kernel)
+        network = self._network._replace(function=self._function())
+        return backend.run(network, problem, self.projections[0].kernel)
 
     def compute_all(self, tokens):
         is_spread = backend.devices.token_shards() or self.processes is not None
         if is_spread or self._dropout_seed is not None:
             return super().compute_all(tokens)
-        return self._network.run_on_all(self._compute(tokens), self._maps())
+        network = self._network._replace(function=self._function())
+        return network.run_on_all(self._compute(tokens), self._maps())
 
     def _maps(self):
         return {name: each for part in self.projections for name, each in part.maps().items()}
@@ -161,11 +169,9 @@ class StackedExperts(Adaptable, ExpertBank):
         return (*tokens_shape[:-1], network.output_width)
 
     def _trace(self, features):
-        """The `Network` for tokens of so many features; equal ones share compiled programs."""
-        network, widths = self.network, self.widths(features)
-        if isinstance(network, types.MethodType):
-            network = _NetworkOfBank(weakref.WeakMethod(network))
-        return network_of(network, features, {n: (1, *each)[-2:] for n, each in widths.items()})
+        """The `Network` for tokens of so many features, without LoRA."""
+        widths = {name: (1, *each)[-2:] for name, each in self.widths(features).items()}
+        return network_of(self._function(), features, widths)
 
     def _take_policy(self, policy):
         self.dtype_policy = policy
@@ -173,13 +179,10 @@ class StackedExperts(Adaptable, ExpertBank):
     def add_factors(self, a_initializer="he_uniform", b_initializer="zeros"):
         for projection in self._kernels():
             projection.add_factors(a_initializer, b_initializer)
-        corrected = LowRankNetwork(self._network.function, self.lora_scale())
-        self._network = self._network._replace(function=corrected)
         self.lora_enabled = True
 
     def remove_factors(self):
         super().remove_factors()
-        self._network = self._trace(self.input_spec.axes[1])
         for projection in self.projections:
             projection.lora_a = projection.lora_b = None
 

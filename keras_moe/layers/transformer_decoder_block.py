@@ -3,11 +3,13 @@
 Axes: B batch, L length, M cached length, D features, N heads, F features of a head.
 """
 
+import operator
 import threading
 import warnings
 from typing import Any
 
 import keras
+import numpy as np
 from keras import ops
 
 from keras_moe._internal import Tensor
@@ -98,6 +100,12 @@ class TransformerDecoderBlock(TransformerBlock):
             )
             self._context_attention.prefix = "context_"
         self._build_feed_forward(inputs_shape)
+
+    def __call__(self, *args, **kwargs):
+        # Keras makes a tensor of an array, whose value is not looked at.
+        if isinstance(kwargs.get("position"), (np.ndarray, np.generic)):
+            kwargs["position"] = operator.index(kwargs["position"])
+        return super().__call__(*args, **kwargs)
 
     def call(
         self,

@@ -52,7 +52,7 @@ class Routing(NamedTuple):
     dropped: Any = None
     load: Any = None
     losses: tuple = ()
-    details: Any = {}
+    details: Any = {}  # of all routings without: replaced as a whole, never changed
 
     @backend.jit_when_eager
     def mean(self, values: Tensor) -> Tensor:

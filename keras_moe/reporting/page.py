@@ -52,12 +52,14 @@ def study(model, data, labels, tokens):
     """The number of documents, and a `LayerStudy` for each MoE layer of a model."""
     arrays = _as_arrays(data)
     parts = keras.tree.flatten(arrays)
-    num_documents, num_inputs = len(parts[0]), len(getattr(model, "inputs", None) or parts)
+    num_inputs = len(getattr(model, "inputs", None) or parts)
+    sizes = {len(part) if part.ndim else 0 for part in parts}
     # Keras would leave out arrays without an input, such as further batches.
-    if len(parts) > num_inputs or any(len(part) != num_documents for part in parts):
+    if len(parts) > num_inputs or len(sizes) != 1 or 0 in sizes:
         rule = f"`data` must be arrays of all documents, one for each of {num_inputs} inputs"
         shapes = ", ".join(str(part.shape) for part in parts)
         raise ValueError(f"{rule}. Received: arrays of the shapes {shapes}")
+    num_documents = len(parts[0])
     layers = moe_layers(model)
     labels = _for_each_layer("labels", labels, layers, num_documents)
     tokens = _for_each_layer("tokens", tokens, layers, num_documents)
@@ -243,7 +245,7 @@ def _plots(layers):
         if 0 < 2 * len(set(real)) <= len(real):  # They repeat often enough.
             by_row.append(("token, most frequent first", layer, np.array(layer.texts)))
     routings = {layer.summary.name: layer.routing for layer in layers}
-    # About NaN the page has a verdict.
+    # Left out: NaN, which a finding reports.
     sure = {name: r for name, r in routings.items() if np.isfinite(r.probs[r.mask]).all()}
     several = {name: r for name, r in routings.items() if r.indices.shape[1] > 1}
     with matplotlib.rc_context(_STYLE):

@@ -60,7 +60,6 @@ class Router(BaseLayer):
     (6, 2)
     """
 
-    fixed_when_built: tuple[str, ...] = ("num_experts",)
     _top_k: Any = None
     causal = True  # whether a token's experts depend on no other token
     default_losses: tuple = ("load_balance", "router_z")  # of a layer that is given none

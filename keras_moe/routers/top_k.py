@@ -65,7 +65,6 @@ class TopKRouter(LogitRouter):
 
     replays_indices = True
     surgeries: tuple = ("cut", "merge", "copy")
-    fixed_when_built = (*LogitRouter.fixed_when_built, "balancer", "score", "use_bias")
 
     def __init__(
         self,
@@ -124,7 +123,7 @@ class TopKRouter(LogitRouter):
         scores = SCORES[self.score](logits)
         if indices is None:
             biased = scores if self.selection_bias is None else scores + self.selection_bias
-            indices = self.select(ops.stop_gradient(biased))
+            indices = ops.convert_to_tensor(self.select(ops.stop_gradient(biased)))
         weights, probs = weigh(indices, scores, self.score, self.renormalize, self.scaling_factor)
         return Routing(indices, weights, probs, logits, mask)
 

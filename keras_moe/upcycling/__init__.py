@@ -180,9 +180,9 @@ def merge_lora(model: keras.Model) -> None:
     """Merge low-rank corrections of experts and routers into their kernels; the outputs stay.
 
     Banks and routers with `enable_lora` lose their factors. In `layers.LowRankExperts` each expert
-    gets kernels of its own. The model changes in place, with a new optimizer; merged kernels are
-    frozen, in a loaded model only if the layer was before `enable_lora`. Raises a ValueError if it
-    has no such layers.
+    gets kernels of its own. The model changes in place, with a new optimizer. Merged kernels
+    are frozen. Keras does not save that: after loading, a layer is frozen only if it was before
+    `enable_lora`. Raises a ValueError if the model has no such layers.
 
     Example:
 
