@@ -42,6 +42,7 @@ SEED = int(os.environ.get("COMBINATIONS_SEED", 0))
 TIMES = int(os.environ.get("COMBINATIONS_TIMES", 1))
 IS_COMPILED = BACKEND != "torch"
 OPERATIONS: dict = {}
+EIGHT_DEVICES = "--xla_force_host_platform_device_count=8"
 
 
 def _normalised(bank, linear, act):
@@ -90,6 +91,8 @@ class Case(NamedTuple):
     token_axes: int | None = None
     seen: int | None = None  # features that the router sees instead of the inputs
     operations: tuple = ()  # names in `OPERATIONS`
+    upcycle: dict | None = None  # arguments of `keras_moe.upcycle`
+    mesh: str | None = None  # of eight devices: "2x4" splits the experts over four
 
     def program(self, check):
         fields = "".join(
@@ -97,9 +100,10 @@ class Case(NamedTuple):
             for name, value in self._asdict().items()
             if value != self._field_defaults.get(name, "")
         )
+        devices = f"XLA_FLAGS={EIGHT_DEVICES} " if self.mesh else ""
         return (
-            f"KERAS_BACKEND={BACKEND} PYTHONPATH=.:tests python - <<END\n"
-            f"from test_combinations import *\n{check.__name__}(Case(\n{fields}))\nEND"
+            f"{devices}KERAS_BACKEND={BACKEND} PYTHONPATH=.:tests:tests/tools python - <<END\n"
+            f"from {check.__module__} import *\n{check.__name__}(Case(\n{fields}))\nEND"
         )
 
 
@@ -264,24 +268,24 @@ def draw_operations(pick):
 
 
 @st.composite
-def many_tasks(draw):
+def many_tasks(draw, noisy=(False,), leading=((5,), (2, 4), (0,))):
     """A mixture of many tasks."""
     pick = pick_from(draw)
-    leading = [(6,), (2, 3)] if IS_COMPILED else [(5,), (2, 4), (0,)]
+    leading, noisy = [(6,), (2, 3)] if IS_COMPILED else leading, pick(*noisy)
     kinds = ["feed-forward", "gated", "linear", "own", "layers"]
     number, own = pick(2, 4), pick(1, 2)
-    bank = draw_bank(pick, number, 6, 6, kinds)
-    options = dict(router=draw_router(pick, number, False, CHOOSING))
+    bank = draw_bank(pick, number, 6, 6, kinds, noisy)
+    options = dict(router=draw_router(pick, number, noisy, CHOOSING))
     options["router_losses"] = draw(st.lists(st.sampled_from(LOSSES), max_size=2))
     if pick(True, False):
-        options["task_experts"] = [draw_bank(pick, own, 6, 6, kinds) for _ in range(2)]
+        options["task_experts"] = [draw_bank(pick, own, 6, 6, kinds, noisy) for _ in range(2)]
         options["shared_output"] = pick(None, True)
-        same = options["shared_output"] and draw_router(pick, number + 2 * own, False, CHOOSING)
-        options["router"] = draw_router(pick, number + own, False, CHOOSING)
+        same = options["shared_output"] and draw_router(pick, number + 2 * own, noisy, CHOOSING)
+        options["router"] = draw_router(pick, number + own, noisy, CHOOSING)
         if same:
             options["router"] = [options["router"], code("routers.DenseRouter"), same]
     elif pick(True, False):
-        options["router"] = [options["router"], draw_router(pick, number, False, CHOOSING)]
+        options["router"] = [options["router"], draw_router(pick, number, noisy, CHOOSING)]
     return Case(
         layer=str(code("layers.MultiGateMixtureOfExperts", bank, 2, **options)),
         shape=(*pick(*leading), 6),
@@ -290,6 +294,27 @@ def many_tasks(draw):
         mode=pick(*MODES),
         seed=draw(st.integers(0, 2**16)),
     )
+
+
+@st.composite
+def dense_models(draw):
+    """Dense feed-forward networks, and how they are upcycled."""
+    pick = pick_from(draw)
+    granularity, copies = pick(1, 1, 2, 4), pick(1, 2, 3)
+    shape = (*pick((6,), (2, 3)), 6)
+    parts = [code("keras.Input", (*[None] * (len(shape) - 2), 6))]
+    for _ in range(pick(1, 2)):
+        act = pick("gelu", "relu", "silu", "tanh", "sigmoid", "leaky_relu")
+        own, between = pick((act, []), (None, [code("keras.layers.Activation", act)]))
+        between += pick([], [code("keras.layers.Dropout", 0.0)])
+        width, use_bias = granularity * pick(2, 3, 8), pick(None, False)
+        parts += [code("keras.layers.Dense", width, own, use_bias=use_bias), *between]
+        parts.append(code("keras.layers.Dense", 6, use_bias=pick(None, False)))
+    options = dict(num_experts=granularity * copies, granularity=granularity)
+    options["top_k"] = granularity * pick(*range(1, copies + 1))
+    options["rank"] = pick(None, 2) if granularity == 1 else None
+    layer = str(code("keras.Sequential", parts))
+    return Case(layer, shape, seed=draw(st.integers(0, 2**16)), upcycle=options)
 
 
 # What is done with it
@@ -671,13 +696,18 @@ def save(model, made, folder):
         if part.trainable:
             for weight, other in zip(part._trainable_variables, loaded._trainable_variables):
                 other.trainable = weight.trainable
-    target = np.zeros_like(before, "float32")
+    same_step(model, again, made.inputs, np.zeros_like(before, "float32"))
+    return again
+
+
+def same_step(model, again, inputs, targets):
+    """Weights of both models are equal to the bit after another step."""
     for each in (model, again):
-        each.train_on_batch(made.inputs, target)
-    for one, other in zip(model.weights, again.weights, strict=True):
+        each.train_on_batch(inputs, targets)
+    weights = ([*each.weights, *each.optimizer.variables] for each in (model, again))
+    for one, other in zip(*weights, strict=True):
         if "value_" not in one.path:  # sums for the logs of an epoch
             np.testing.assert_array_equal(array(other), array(one), err_msg=one.path)
-    return again
 
 
 def prune(model, made, folder):
@@ -828,6 +858,38 @@ def check_tasks(case):
                     assert_close(array(getattr(gate.router, name)), value, 1.0, 1e-5)
 
 
+def check_saved_tasks(case):
+    """Outputs of a loaded model are equal to the bit, and so are weights after another step."""
+    with policy_of(case), tempfile.TemporaryDirectory() as folder:
+        made = make(case._replace(mask=None))
+        inputs = keras.Input(case.shape[1:])
+        model = keras.Model(inputs, made.layer(inputs))
+        model.compile(keras.optimizers.Adam(0.01), "mse", jit_compile=QUICK_JIT)
+        targets = [np.zeros(each.shape, "float32") for each in model(made.inputs)]
+        # So that states differ from their initial values.
+        model.train_on_batch(made.inputs, targets)
+        again = saved_and_loaded(model, pathlib.Path(folder))
+        for one, other in zip(model(made.inputs), again(made.inputs), strict=True):
+            np.testing.assert_array_equal(array(other), array(one))
+        same_step(model, again, made.inputs, targets)
+
+
+def check_upcycling(case):
+    """Outputs stay when dense networks become mixtures."""
+    keras.utils.set_random_seed(case.seed)
+    rng = np.random.default_rng(case.seed)
+    model = eval(case.layer, dict(NAMES))
+    for variable in model.trainable_variables:
+        variable.assign(0.5 * rng.normal(size=variable.shape))
+    inputs = rng.normal(size=case.shape).astype("float32")
+    before = array(model(inputs))
+    model = keras_moe.upcycle(model, **case.upcycle)
+    assert {type(layer) for layer in model.layers} == {layers.MixtureOfExperts}
+    for training in (False, True):
+        after = array(model(inputs, training=training))
+        assert_close(after, before, max(1.0, np.max(np.abs(before))), 1e-5)
+
+
 ONE_TENSOR = [kind for kind in ROUTERS if kind != "Hash"]
 # Of each kind the check, what is drawn, and how often on each backend.
 KINDS = {
@@ -844,18 +906,28 @@ KINDS = {
         dict(torch=30, tensorflow=4, jax=2),
     ),
     "tasks": (check_tasks, many_tasks(), dict(torch=40, tensorflow=8, jax=2)),
+    "saved tasks": (
+        check_saved_tasks,
+        many_tasks((False, True), leading=[(5,), (2, 4)]),
+        dict(torch=6),
+    ),
+    "upcycling": (check_upcycling, dense_models(), dict(torch=10)),
 }
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if BACKEND in KINDS[kind][-1]])
 def test_drawn_combinations(kind):
     check, strategy, numbers = KINDS[kind]
+    check_draws(check, strategy, TIMES * numbers[BACKEND])
+
+
+def check_draws(check, strategy, number):
     # Where cases are compiled, looking for the smallest one takes too long.
     phases = [hypothesis.Phase.generate] + ([] if IS_COMPILED else [hypothesis.Phase.shrink])
 
     @hypothesis.seed(SEED)
     @hypothesis.settings(
-        max_examples=TIMES * numbers[BACKEND],
+        max_examples=number,
         phases=phases,
         derandomize=False,
         suppress_health_check=list(hypothesis.HealthCheck),

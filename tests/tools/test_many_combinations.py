@@ -10,6 +10,7 @@ import random
 
 import pytest
 from backends import BACKEND, ROOT, run_python
+from test_combinations import EIGHT_DEVICES
 
 SEED = int(os.environ.get("COMBINATIONS_SEED") or random.SystemRandom().randrange(2**32))
 # As many times as in the tests of the package.
@@ -24,3 +25,11 @@ def test_many_drawn_combinations(part):
     settings = {"COMBINATIONS_SEED": str(SEED + part), "COMBINATIONS_TIMES": str(TIMES_OF_PROCESS)}
     print(f"COMBINATIONS_SEED={SEED}")
     run_python("-m", "pytest", "-q", ROOT / "tests" / "test_combinations.py", **settings)
+
+
+@pytest.mark.backends("jax")  # Keras splits weights there only
+def test_drawn_mixtures_on_eight_devices():
+    file = ROOT / "tests" / "tools" / "drawn_on_eight_devices.py"
+    settings = {"COMBINATIONS_SEED": str(SEED), "COMBINATIONS_TIMES": str(TIMES)}
+    print(f"COMBINATIONS_SEED={SEED}")
+    run_python("-m", "pytest", "-q", file, XLA_FLAGS=EIGHT_DEVICES, **settings)
