@@ -163,23 +163,6 @@ class Adaptable(BaseLayer):
         return layer
 
 
-def factors_for(layer, name, shape, a_initializer, b_initializer):
-    """Freeze a kernel (D, H) of a layer, and add float32 factors A and B."""
-    layer.freeze_kernel(name)
-    (fan_in, fan_out), rank = shape, layer.lora_rank
-    factors = ("a", (fan_in, rank), a_initializer), ("b", (rank, fan_out), b_initializer)
-    return [
-        layer.add_weight(
-            name=f"{name}_lora_{letter}",
-            shape=shape,
-            initializer=keras.initializers.get(initializer),
-            dtype="float32",
-            autocast=False,
-        )
-        for letter, shape, initializer in factors
-    ]
-
-
 def reseeded(initializer, *keys):
     """Return a copy whose seed is derived from its own and integer keys, so that kernels differ."""
     seed = getattr(initializer, "seed", None)

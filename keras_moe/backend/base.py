@@ -61,7 +61,7 @@ class Backend:
     """Operations that need a framework's own calls. Everything else is written in `keras.ops`."""
 
     devices: "Devices"  # that a model runs on
-    activations: dict = {}  # by those of Keras that have slower operations, or cannot be exported
+    activations: dict = {}  # activations of Keras, and faster ones here to use instead
 
     # What is computed, or traced to be compiled
 
@@ -137,7 +137,8 @@ class Backend:
     def vjp(self, function, inputs):
         """Call `function(*inputs)`, which returns (output, others).
 
-        Return others, and a function that maps the gradient of the output to those of the inputs.
+        Return others, and the pullback: a function from a gradient of the output to gradients of
+        the inputs.
         """
         raise NotImplementedError
 

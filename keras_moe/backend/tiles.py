@@ -112,7 +112,7 @@ class TileLoop:
         """The linear map of one expert. Cast per expert on use: idle ones are never cast."""
         few_rows = isinstance(self.num_rows, int) and self.num_rows <= MAX_BLOCK_ROWS
         kernel, bias = linear_map.apply(lambda stack: _at(self.backend, stack, expert))
-        # Integers of 4 bits are multiplied faster as they are, and those of 8 bits for few rows.
+        # Products with int4 are faster without a conversion first, with int8 only for few rows.
         if not (kernel.bits == 4 or (few_rows and kernel.bits == 8)):
             kernel = kernel._replace(values=kernel.floats(self.dtype), scale=None)
         bias = None if bias is None else ops.cast(bias, self.dtype)

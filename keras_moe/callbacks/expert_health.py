@@ -160,7 +160,7 @@ class ExpertHealth(ExpertCallback):
 
 
 class _Watch:
-    """The checks of one layer, and what they remember."""
+    """Checks one layer, and keeps what the next check needs."""
 
     def __init__(self, layer, patience):
         self.layer = layer

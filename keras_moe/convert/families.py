@@ -246,7 +246,7 @@ FAMILIES = {
     ),
 }
 
-# Families whose block is that of another family.
+# Further families, by the family with the same block.
 _ALIKE = {
     "mixtral": "minimax",
     "qwen2_moe": "qwen3_next",

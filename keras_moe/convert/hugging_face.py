@@ -197,7 +197,7 @@ _SUFFIXES = ("_initializer", "_regularizer", "lora_rank", "lora_alpha")
 
 
 def _differences(mixture, config, ignored):
-    """What a layer computes differently from the block of a config, some arguments ignored."""
+    """List how a layer differs from the block of a config, except in the `ignored` arguments."""
     found, parts = [], _parts_of(config)
     for name in sorted({"router", "experts", "shared_expert"}.difference(ignored)):
         part, wanted = getattr(mixture, name), parts[name]

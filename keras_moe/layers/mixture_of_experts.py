@@ -195,10 +195,6 @@ class MixtureOfExperts(Gate):
             if not self.shared_gate.built:
                 self.shared_gate.build(inputs_shape)
 
-    def tokens_of(self, inputs: Tensor, mask: Tensor | None = None) -> Tokens:
-        """Return the `Tokens` of inputs (batch, ..., D)."""
-        return Tokens.of(inputs, mask, self.token_axes)
-
     def __call__(self, *args, **kwargs):
         if args and args[0] is None:  # Keras would call `build` without a shape.
             raise TypeError(f"`{self.name}` must be called with tensors. Received: None")

@@ -24,7 +24,7 @@ def replace(model, replacements):
     removed = {layer for layer, new in replacements.items() if new is None}
 
     def new(layer):
-        """What replaces a layer of the model: another layer, or mostly the layer itself."""
+        """The layer that takes the place of a layer of the model, which may be itself."""
         if layer in replacements:
             # The surrounding layer still calls the removed one.
             nothing = keras.layers.Identity(name=layer.name, dtype=layer.dtype_policy.name)

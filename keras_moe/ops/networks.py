@@ -43,8 +43,8 @@ class Problem(NamedTuple):
             if bias is not None:
                 trained[name, "bias"] = bias
             if kernel.trains:
-                trained[name, "kernel"] = kernel.values
-            frozen[name] = None if kernel.trains else kernel
+                trained[name, "kernel"], kernel = kernel.values, None
+            frozen[name] = kernel
         inputs = self.tokens, self.plan.weights, trained
         return inputs, (self.plan._replace(weights=None), frozen, self.key)
 
@@ -130,8 +130,8 @@ class Network(NamedTuple):
     def _derive(self, linear, maps, rows, outputs, saved, d_outputs):
         """Return the gradient of the rows, and factors of the gradients of the maps.
 
-        The factors are {name: (left, right)}. For each expert the gradient of the kernel is
-        `left^T right`, and that of the bias is the sum of `right`.
+        The factors are {name: (left, right)}. The gradient of an expert's kernel is `left^T right`
+        over its rows, and the gradient of its bias is the sum of `right`.
         """
         values = dict(zip(self.saved, saved))
         if self.last is not None:

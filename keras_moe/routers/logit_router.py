@@ -7,7 +7,7 @@ import keras
 from keras import ops
 
 from keras_moe._internal import Tensor
-from keras_moe._internal.base_layer import Adaptable, factors_for
+from keras_moe._internal.base_layer import Adaptable
 from keras_moe._internal.checks import check_integer, check_number, check_tensors
 from keras_moe._internal.keras_internals import own_variables
 from keras_moe._internal.serialization import load_draws, save_draws
@@ -123,10 +123,16 @@ class LogitRouter(Adaptable, Router):
             raise NotImplementedError(f"{rule}. Received: a `{type(self).__name__}`")
 
     def add_factors(self, a_initializer="he_uniform", b_initializer="zeros"):
-        self.kernel_lora_a, self.kernel_lora_b = factors_for(
-            self, "kernel", self.kernel.shape, a_initializer, b_initializer
-        )
+        self.freeze_kernel("kernel")
+        fan_in, fan_out = self.kernel.shape
+        self.kernel_lora_a = self._add_factor("a", (fan_in, self.lora_rank), a_initializer)
+        self.kernel_lora_b = self._add_factor("b", (self.lora_rank, fan_out), b_initializer)
         self.lora_enabled = True
+
+    def _add_factor(self, letter, shape, initializer):
+        return self.add_weight(
+            name=f"kernel_lora_{letter}", shape=shape, initializer=initializer, autocast=False
+        )
 
     def _saved_variables(self):
         """The variables in a file: all but factors, whose product is in the kernel there."""
