@@ -93,18 +93,18 @@ def compile_for(distribution, num_tokens, options):
     def sharding_of(variable):
         return distribution.get_variable_layout(variable).backend_layout
 
-    # A topology has no memory: weights have shapes and layouts, but no values.
-    with keras.StatelessScope(initialize_variables=False):
+    # A topology has no memory: weights have shapes and layouts, but no values. The distribution is
+    # set before the layer is made, as banks tell it which of their weights are split.
+    with keras.StatelessScope(initialize_variables=False), distribution.scope():
         shared_expert = contestants.DenseTwin(options) if options.overlap else None
         router = contestants.skewed_router(options.experts[0], options)
         layer = contestants.mixture_of(router, options, shared_expert=shared_expert)
         for variable in layer.variables:
             variable._layout = distribution.get_variable_layout(variable)
         data_layout = distribution.get_data_layout((num_tokens, options.features))
-        with distribution.scope():
-            lowered = chips.lowered_step(
-                layer, num_tokens, options, sharding_of, data_layout.backend_layout
-            )
+        lowered = chips.lowered_step(
+            layer, num_tokens, options, sharding_of, data_layout.backend_layout
+        )
     return lowered.compile(ASYNCHRONOUS if options.overlap else None)
 
 

@@ -1,11 +1,14 @@
 """grouped_matmul: every group of rows times its own kernel, and nothing else."""
 
+import itertools
+
 import numpy as np
+import pytest
 import reference
-from backends import assert_close, differentiated
+from backends import assert_close, differentiated, on_one_backend
 from keras import ops
 
-from keras_moe.backend.padded import tile_length
+from keras_moe.backend.padded import most_tiles, tile_length
 from keras_moe.ops import grouped_matmul
 
 
@@ -64,3 +67,14 @@ def test_group_sizes_may_be_a_list_or_any_integer_tensor():
     for sizes in ([1, 2], np.array([1, 2], "int64"), np.array([1, 2], "uint8")):
         output = ops.convert_to_numpy(grouped_matmul(rows, kernels, sizes))
         np.testing.assert_array_equal(output, expected)
+
+
+@on_one_backend
+@pytest.mark.parametrize("num_experts", [1, 2, 3])
+@pytest.mark.parametrize("length", [1, 4])
+def test_there_are_as_many_tiles_as_the_worst_groups_need(num_experts, length):
+    for num_rows in range(14):
+        every_group = itertools.product(range(num_rows + 1), repeat=num_experts)
+        groups = (sizes for sizes in every_group if sum(sizes) <= num_rows)
+        needed = max(sum(-(-size // length) for size in sizes) for sizes in groups)
+        assert most_tiles(num_rows, num_experts, length) == max(needed, 1)

@@ -57,6 +57,15 @@ def tile_length(num_rows, num_experts, platform=None):
     return min(max(length, shortest), longest)
 
 
+def most_tiles(num_rows, num_experts, length):
+    """Return the largest number of tiles that groups of R rows together can need, at least 1."""
+    if not isinstance(num_rows, int):
+        return num_rows // length + num_experts
+    # They need most where each group has a row, and further rows fill tiles.
+    num_groups = min(num_experts, num_rows)
+    return max((num_rows - num_groups) // length + num_groups, 1)
+
+
 def _pad_tiles(rows, sizes, platform):
     num_rows = ops.shape(rows)[0]
     return pad_tiles(sizes, num_rows, tile_length(num_rows, sizes.shape[0], platform))
@@ -86,13 +95,10 @@ class PaddedTiles(NamedTuple):
 def pad_tiles(sizes, num_rows, length):
     """Return the `PaddedTiles` of `length` rows for groups of sizes (E,) int32.
 
-    There are at most `R // B + E` tiles, and no more than rows if their number is known. There is
-    one at least: XLA of TensorFlow differentiates no loop of length 0.
+    There is one tile at least: XLA of TensorFlow differentiates no loop of length 0.
     """
     num_experts = sizes.shape[0]
-    num_tiles = num_rows // length + num_experts
-    if isinstance(num_rows, int):
-        num_tiles = max(min(num_rows, num_tiles), 1)
+    num_tiles = most_tiles(num_rows, num_experts, length)
     tiles_of_expert = (sizes + length - 1) // length
     last_tiles, ends = ops.cumsum(tiles_of_expert), ops.cumsum(sizes)
     first_tiles, starts = last_tiles - tiles_of_expert, ends - sizes

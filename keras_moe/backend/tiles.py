@@ -13,7 +13,7 @@ import keras
 from keras import ops
 
 from keras_moe.backend.layouts import AllRows
-from keras_moe.backend.padded import tile_length
+from keras_moe.backend.padded import most_tiles, tile_length
 
 # Of all experts together: with so few rows integer kernels are converted in blocks. Each tile of an
 # expert converts its kernel again: with more rows that would happen too often.
@@ -38,7 +38,7 @@ def layout_on_cpu(backend, problem):
     if are_floats and isinstance(num_rows, int) and num_cores() > 1:
         num_experts = kernels[0].shape[0]
         length = tile_length(num_rows, num_experts, "cpu")
-        num_tiles = num_rows // length + num_experts
+        num_tiles = most_tiles(num_rows, num_experts, length)
         sizes = [num_tiles * math.prod(kernel.shape[1:]) for kernel in kernels]
         sizes += [num_rows * max(kernel.shape[1:]) for kernel in kernels]
         # A copy of a kernel should serve more than a few rows.
