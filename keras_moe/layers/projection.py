@@ -11,7 +11,7 @@ from keras import ops
 
 from keras_moe._internal.base_layer import EachExpert, mark_stack
 from keras_moe._internal.keras_internals import untrack
-from keras_moe.ops.linears import FrozenKernel, Int4Kernel, Kernel, LinearMap
+from keras_moe.ops.linears import Int4Kernel, Kernel, LinearMap
 from keras_moe.ops.sorting import ceil_divide
 
 # In the order in which they are saved.
@@ -134,7 +134,7 @@ class Projection:
         if self.is_vector:  # a map from one feature, whose input is 1
             values = ops.expand_dims(values, 1)
         if zero is None:
-            return Kernel(values, scale) if self.lora_a is None else FrozenKernel(values, scale)
+            return Kernel(values, scale)
         num_rows = values.shape[1]
         group = np.arange(num_rows, dtype="int32") // (self.bank.block_size() or num_rows)
         group = ops.convert_to_tensor(np.broadcast_to(group, values.shape[:2]))

@@ -37,11 +37,6 @@ class Kernel(NamedTuple):
         return None if self.scale is None else 8
 
     @property
-    def trains(self):
-        """Whether the kernel gets a gradient."""
-        return self.scale is None
-
-    @property
     def shape(self):
         return self.values.shape
 
@@ -66,14 +61,6 @@ class Kernel(NamedTuple):
         return product if bias is None else product + bias
 
 
-class FrozenKernel(Kernel):
-    """Kernels of floats that get no gradient."""
-
-    @property
-    def trains(self):
-        return False
-
-
 class Int4Kernel(NamedTuple):
     """Kernels as integers of 4 bits: `(integer - zero) * scale` of their group of rows."""
 
@@ -85,10 +72,6 @@ class Int4Kernel(NamedTuple):
     @property
     def bits(self):
         return 4
-
-    @property
-    def trains(self):
-        return False
 
     @property
     def shape(self):

@@ -42,7 +42,8 @@ class Problem(NamedTuple):
         for name, (kernel, bias) in self.maps.items():
             if bias is not None:
                 trained[name, "bias"] = bias
-            if kernel.trains:
+            # Integers, and kernels that LoRA corrects, are frozen.
+            if kernel.bits is None and f"{name}_lora_a" not in self.maps:
                 trained[name, "kernel"], kernel = kernel.values, None
             frozen[name] = kernel
         inputs = self.tokens, self.plan.weights, trained
