@@ -68,11 +68,11 @@ def generate(
     if is_limited and not temperature:
         raise ValueError("`top_k` and `top_p` need a `temperature` above 0. Received: 0")
     stop_token = -1 if stop_token is None else check_integer("stop_token", stop_token, minimum=0)
-    prompts = [np.asarray(ops.convert_to_numpy(prompt)) for prompt in prompts]
+    given, prompts = prompts, [np.asarray(ops.convert_to_numpy(prompt)) for prompt in prompts]
     are_ids = [each.ndim == 1 and each.size and each.dtype.kind in "iu" for each in prompts]
     if not prompts or not all(are_ids):
         rule = "`prompts` must be a list of lists of integers, each of at least one"
-        raise ValueError(f"{rule}. Received: {shortened(prompts)}")
+        raise ValueError(f"{rule}. Received: {shortened(given)}")
     if not any(isinstance(part, TransformerDecoderBlock) for part in model._flatten_layers()):
         rule = "`model` must have `layers.TransformerDecoderBlock`s"
         raise ValueError(f"{rule}. Received: {model.name!r} without")

@@ -68,9 +68,9 @@ class ExpertMonitor(ExpertCallback):
         self.history: dict = {}
         self.shares: dict = {}
         self.validation_shares: dict = {}
-        self._metrics = {function.__name__: function for function in metrics}
-        if len(self._metrics) < len(metrics):
-            rule = "`metrics` must be functions of different names, which the logs show"
+        self._metrics = {getattr(each, "__name__", ""): each for each in metrics}
+        if "" in self._metrics or len(self._metrics) < len(metrics):
+            rule = "`metrics` must be functions of counts, of different names, which the logs show"
             raise ValueError(f"{rule}. Received: metrics={shortened(metrics)}")
         # Readings of the counters at the start of the epoch, None outside of training, and of the
         # evaluation.

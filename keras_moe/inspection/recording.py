@@ -24,7 +24,7 @@ def record_routings(
 
     Args:
         model: A Keras model with MoE layers.
-        batches: List of inputs, each as `model(...)` takes them, else a ValueError is raised.
+        batches: List of inputs without targets, each as `model(...)` takes them.
         training: Boolean. Whether the model is called as in training: with the noise of routers,
             and with counters and selection biases that change.
 
@@ -58,14 +58,14 @@ def check_list_of_batches(name, batches):
 
 @contextlib.contextmanager
 def running(number, batch):
-    """Run a model on a batch; another error before its own has the batch's number and shapes."""
+    """Run a model on a batch; a note on its error has the batch's number and shapes."""
     try:
         yield
     except Exception as error:
         arrays = [each for each in keras.tree.flatten(batch) if hasattr(each, "shape")]
         shapes = ", ".join(f"{each.dtype} {tuple(each.shape)}" for each in arrays)
-        rule = "The model must run on each batch"
-        raise ValueError(f"{rule}. Received: batch {number} of {shapes}") from error
+        error.add_note(f"The model ran on batch {number}: {shapes}")
+        raise
 
 
 def listening(listeners):
