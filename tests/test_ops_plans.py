@@ -142,6 +142,15 @@ def served(**limits):
     return compiled(function, FAST_MODE)(np.log(PROBS).astype("float32"))
 
 
+def test_indices_and_priorities_may_be_unsigned():
+    indices = np.array([[0], [1], [1], [0]], "uint8")
+    mask = np.array([True, True, True, False])
+    routing = top_k_routing(np.zeros((4, 2), "float32"), 1, mask)
+    routing = routing._replace(indices=ops.convert_to_tensor(indices))
+    plan = plan_groups(routing, capacity=1, priority=np.array([0, 1, 2, 3], "uint8"))
+    assert plan.experts.tolist() == [[0], [-1], [1], [-1]]
+
+
 def test_by_urgency_the_most_urgent_are_served():
     urgency = keras.ops.convert_to_tensor(PROBS.max(axis=1).astype("float32"))
     sizes, is_served = served(capacity=2, priority=urgency)

@@ -264,3 +264,39 @@ def test_counters_stay_exact_beyond_the_integers_of_float32_and_the_end_of_int32
     counted = layer.read_counts().since(before).assignments
     assert counted.sum() == 9 * 2 and counted.min() >= 0
     assert layer.read_counts().assignments.min() >= 2**31 - 5
+    layer.keep_counters_of(np.array([0, 0, 1, 2]))
+    shares = layer.read_counts().assignments
+    assert abs(shares[0] - 2**30) < 20 and abs(shares[2] - 2**31) < 20
+
+
+class UnawareRouter(routers.DenseRouter):
+    """It knows about no padding."""
+
+    def route(self, tokens, mask, training, **context):
+        return super().route(tokens, mask | True, training, **context)
+
+
+def test_padding_that_a_router_does_not_know_is_counted_nowhere():
+    mask = np.arange(6) < 2
+    counts = array(UnawareRouter(E)(X, mask=mask).counts)
+    np.testing.assert_allclose(counts, array(routers.DenseRouter(E)(X, mask=mask).counts), 1)
+    assert np.isclose(counts.sum(), 2 * E) and counts.min() > 0
+
+
+@pytest.mark.backends("torch")
+def test_autocast_does_not_change_what_a_float32_layer_computes():
+    import torch
+
+    layer = moe(layers.FeedForwardExperts(1, 16), router_losses=())
+    x = torch.from_numpy(X).requires_grad_()
+
+    def gradients():
+        weights = [x, *(weight.value for weight in layer.experts.trainable_weights)]
+        return torch.autograd.grad(layer(x).square().sum(), weights)
+
+    expected = gradients()
+    with torch.autocast("cpu", torch.bfloat16):
+        outputs, inside = layer(x), gradients()
+    for each, gradient in zip(inside, expected):
+        assert torch.equal(each, gradient)
+    outputs.sum().backward()

@@ -19,6 +19,7 @@ from keras import ops
 from layer_checks import normal
 
 from keras_moe import layers, routers
+from keras_moe.ops import grouped_outer, platform
 
 T, D, H, E = 6, 4, 5, 3
 
@@ -123,6 +124,33 @@ def test_transformations_of_jax():
     assert_close(ops.tensordot(hessian, direction, 2), curvature, tolerance=1e-2)
     _, slope = jax.jvp(loss, (x,), (direction,))
     assert_close(slope, np.vdot(gradients[1], direction), tolerance=1e-4)
+
+
+@pytest.mark.backends("jax")
+def test_rows_without_a_group_reach_no_second_derivative_on_accelerators():
+    import jax
+
+    experts = layers.FeedForwardExperts(E, H, activation="tanh")
+    layer = layers.MixtureOfExperts(experts, routers.TopPRouter(E))
+    layer.build((None, D))
+
+    def slope(x):
+        return ops.sum(jax.grad(lambda x: ops.sum(layer(x) ** 2))(x) ** 2)
+
+    def product(left):
+        return ops.sum(grouped_outer(left, normal(T, H), [1, 2]) ** 2)
+
+    found = []
+    for name in ("cpu", "gpu", "tpu"):
+        with platform(name):
+            # New functions, as the platform is no argument.
+            functions = [
+                jax.jit(jax.grad(lambda x, each=each: each(x))) for each in (slope, product)
+            ]
+            found.append([function(normal(T, D)) for function in functions])
+    for others in found[1:]:
+        for expected, each in zip(found[0], others):
+            assert_close(each, expected)
 
 
 @on_one_backend

@@ -147,8 +147,9 @@ class Backend:
     def product(self, rows, kernels, sizes, transposed=False, platform=None):
         """Multiply each group of rows (R, D) by its kernel (E, D, H), or its transpose: (R, H).
 
-        It has derivatives of any order. Rows past the last group may be anything. `kernels` are of
-        `ops.linears`, `sizes` (E,) int32; `platform` is the one that is compiled for.
+        It has derivatives of any order. Rows past the last group may be anything, in the result and
+        in derivatives too. `kernels` are of `ops.linears`, `sizes` (E,) int32; `platform` is the
+        one that is compiled for.
         """
         if self.needs_static_shapes() or self._is_transformed() or kernels.bits is not None:
             return padded.product(rows, kernels, sizes, transposed, platform)

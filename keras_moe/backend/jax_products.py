@@ -120,11 +120,13 @@ def _transpose_of_product(upstream, rows, kernels, sizes, *, transposed, platfor
 
 
 def _transpose_of_outer(upstream, left, right, sizes, *, dtype, platform):
-    if ad.is_undefined_primal(left):
-        upstream = _product.bind(right, upstream, sizes, transposed=True, platform=platform)
-        return upstream.astype(left.aval.dtype), None, None
-    upstream = _product.bind(left, upstream, sizes, transposed=False, platform=platform)
-    return None, upstream.astype(right.aval.dtype), None
+    for_left = ad.is_undefined_primal(left)
+    rows, dtype = (right, left.aval.dtype) if for_left else (left, right.aval.dtype)
+    product = _product.bind(rows, upstream, sizes, transposed=for_left, platform=platform)
+    # No kernel writes rows past the last group.
+    served = jnp.arange(rows.shape[0])[:, None] < sizes.sum()
+    gradient = jnp.where(served, product, 0).astype(dtype)
+    return (gradient, None, None) if for_left else (None, gradient, None)
 
 
 def _padded_product(rows, kernels, sizes, transposed):

@@ -43,10 +43,7 @@ class TorchBackend(Backend):
                 "where `keras.RematScope` marks only a layer of your own around it. Received: "
                 f"a call of `{layer.name}` in a backward pass"
             )
-        kind = tensor.device.type
-        if kind == "meta" or not torch.is_autocast_enabled(kind):
-            return contextlib.nullcontext()
-        return torch.autocast(kind, enabled=False)
+        return _without_autocast(tensor)
 
     def run(self, network, problem, kernel=None):
         platform = _platform_of(problem.tokens)
@@ -56,14 +53,15 @@ class TorchBackend(Backend):
 
     def differentiable(self, forward, backward, inputs, context, reference=None):
         reference = reference or (lambda inputs, context: forward(inputs, context, save=False)[0])
-        if self._is_transformed():
-            return reference(inputs, context)
         tensors, structure = _flatten(inputs)
-        # In the function gradients are always off, and `needs_input_grad` does not ask whether.
-        save = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
-        if self.is_exporting() or not save:
-            return forward(inputs, context, save=False)[0]
-        return _Differentiable.apply(forward, backward, reference, structure, context, *tensors)
+        with _without_autocast(tensors[0]):
+            if self._is_transformed():
+                return reference(inputs, context)
+            # In the function gradients are always off, and `needs_input_grad` does not ask whether.
+            save = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+            if self.is_exporting() or not save:
+                return forward(inputs, context, save=False)[0]
+            return _Differentiable.apply(forward, backward, reference, structure, context, *tensors)
 
     def attach_gradient(self, value, inputs, transpose):
         # Keras's `custom_gradient` would save all tensors, which takes a tenth of a small step.
@@ -163,6 +161,14 @@ class TorchBackend(Backend):
         return split(rows, numbers), numbers
 
 
+def _without_autocast(tensor):
+    """A context of `torch.autocast` in which operations compute in the dtype of their tensors."""
+    kind = tensor.device.type
+    if kind == "meta" or not torch.is_autocast_enabled(kind):
+        return contextlib.nullcontext()
+    return torch.autocast(kind, enabled=False)
+
+
 def _platform_of(tensor):
     return named_platform() or ("cpu" if tensor.device.type in ("cpu", "meta") else "gpu")
 
@@ -184,6 +190,11 @@ class _Differentiable(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, upstream):
+        with _without_autocast(upstream):
+            return _Differentiable._backward(ctx, upstream)
+
+    @staticmethod
+    def _backward(ctx, upstream):
         tensors = ctx.saved_tensors  # once: each access unpacks, and may compute again
         num_inputs = ctx.structure.num_leaves
         tensors, saved = tensors[:num_inputs], tensors[num_inputs:]

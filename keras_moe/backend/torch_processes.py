@@ -135,7 +135,11 @@ class ExpertParallel:
         experts = experts.unsqueeze(1)
         received = _Exchange.apply(rows[:num_served], there, back, self.process_group)
         weights = torch.ones_like(experts, dtype=torch.float32)
-        problem = problem._replace(tokens=received, maps=maps, plan=plan.of(experts, weights, own))
+        key = problem.key
+        if key is not None:  # Rows are numbered from 0 in each process.
+            key = key + key.new_tensor([0, 7919 * torch.distributed.get_rank()])
+        plan_here = plan.of(experts, weights, own)
+        problem = problem._replace(tokens=received, maps=maps, plan=plan_here, key=key)
         outputs = _Exchange.apply(network.run(platform, problem), back, there, self.process_group)
         # Rows past the last group are padding.
         padding = outputs.new_zeros((len(rows) - num_served, outputs.shape[1]))

@@ -62,9 +62,12 @@ class Counters(NamedTuple):
 
     def continue_from(self, earlier: "Counters", experts: np.ndarray) -> None:
         """Take what earlier ones have counted, of these experts, which may be copies."""
-        counts = ops.convert_to_numpy(earlier.assignments)[experts] / np.bincount(experts)[experts]
+        shares = earlier.read().assignments[experts] / np.bincount(experts)[experts]
         # Copies share what their expert has counted, in whole numbers.
-        self.assignments.assign(np.diff(np.round(np.cumsum(counts)), prepend=0))
+        counts = np.diff(np.round(np.cumsum(shares)), prepend=0)
+        if self.assignments.dtype == "int32":  # which `read` takes for unsigned
+            counts = counts.astype("int64").astype("uint32").view("int32")
+        self.assignments.assign(counts)
         for variable, before in zip(self[1:], earlier[1:]):
             variable.assign(ops.convert_to_numpy(before))
 

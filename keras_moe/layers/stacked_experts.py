@@ -115,6 +115,8 @@ class StackedExperts(Adaptable, ExpertBank):
             self.activation(keras.KerasTensor((None, next(iter(widths.values()))[-1])))
         names = [part for name, each in widths.items() for part in weight_names(name, each)]
         taken = [name for name in names if hasattr(self, name) or names.count(name) > 1]
+        # A map by the name of another's factors would be taken for one.
+        taken += [name for name, each in widths.items() if len(each) > 1 and name in names]
         if taken:
             rule = "Weights by the names in `widths` must have names that the bank has not yet"
             raise ValueError(f"{rule}. Received: {list(dict.fromkeys(taken))}")

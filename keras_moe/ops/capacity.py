@@ -6,6 +6,7 @@ Axes: T tokens, E experts, K experts per token.
 import numbers
 from fractions import Fraction
 
+import keras
 import numpy as np
 from keras import ops
 
@@ -104,7 +105,10 @@ def _drop_excess(experts, priority, num_experts, capacity, sequence_length, num_
         num_queues = num_queues * at_least(1, ceil_divide(num_tokens, sequence_length))
     order = None
     if priority is not None:
-        best_first = ops.cast(ops.argsort(-ops.stop_gradient(priority)), "int32")
+        # The negative of an unsigned integer is none.
+        is_float = keras.backend.is_float_dtype(priority.dtype)
+        falling = -ops.stop_gradient(priority) if is_float else ops.bitwise_not(priority)
+        best_first = ops.cast(ops.argsort(falling), "int32")
         choices = ops.expand_dims(ops.arange(top_k, dtype="int32"), 1)
         order = ops.reshape(choices * num_tokens + best_first, (-1,))
     has_slot = position_in_expert(queue, num_queues, order) < capacity

@@ -21,7 +21,7 @@ from keras import ops
 
 from keras_moe._internal.keras_internals import compute_output_spec
 from keras_moe.backend import backend
-from keras_moe.backend.layouts import AllRows, AllTokens
+from keras_moe.backend.layouts import AllTokens, ServedRows
 from keras_moe.ops.draws import hashed
 from keras_moe.ops.linears import Kernel, LinearMap
 from keras_moe.ops.plans import row_sums
@@ -87,7 +87,7 @@ class Network(NamedTuple):
 
         def reference(inputs, context):
             problem = Problem.of(inputs, context)
-            return self._forward(problem, AllRows(backend, problem, platform), ())[0]
+            return self._forward(problem, ServedRows(backend, problem, platform), ())[0]
 
         inputs, context = problem.inputs_and_context()
         return backend.differentiable(forward, backward, inputs, context, reference)

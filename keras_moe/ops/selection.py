@@ -3,6 +3,7 @@
 from keras import ops
 
 from keras_moe.backend import backend
+from keras_moe.ops.sorting import as_dtype
 
 # Added to scores that could otherwise be zero: a router that pushed all of a token's scores there
 # would divide zero by zero, or escape the balance loss, whose gradient vanishes with the scores.
@@ -86,6 +87,7 @@ def chosen_experts(indices, num_experts):
 @backend.jit_when_eager
 def mask_invalid(indices, num_experts, mask=None):
     """Indices (T, K) with -1 in place of invalid ones, or where a mask (T,) is False."""
+    indices = as_dtype(indices, "int32")  # -1 is no number of an unsigned dtype
     known = (indices >= 0) & (indices < num_experts)
     if mask is not None:
         known = known & ops.expand_dims(mask, 1)

@@ -161,11 +161,12 @@ class Router(BaseLayer):
             raise TypeError(f"{rule}. Received: an object of type {type(routing).__name__}")
         sizes = {"T": tokens.shape[0], "E": self.num_experts, "K": self.max_top_k}
         check_routing(routing, sizes)
-        if self.counted_by_weight and indices is None:
-            counts = weighted_counts(routing.indices, routing.weights, real)
-            routing = routing._replace(counts=counts)
         # A user-defined router may not know about all of the padding.
-        routing = complete(routing, None if routing.mask is real else real)
+        mask = real if routing.mask is real else routing.mask & real
+        if self.counted_by_weight and indices is None:
+            counts = weighted_counts(routing.indices, routing.weights, mask)
+            routing = routing._replace(counts=counts, mask=mask)
+        routing = complete(routing, None if routing.mask is mask else mask)
         for loss in routing.losses:
             self.add_loss(as_dtype(loss, keras.config.floatx()))
         if training and self.updates_state and indices is None:
