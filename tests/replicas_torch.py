@@ -140,6 +140,15 @@ def expert_parallelism(rank, size, folder, experts=None):
     }
 
 
+def draws_alike():
+    """Whether equal experts in two processes of one seed drop the same numbers of a token."""
+    keras.utils.set_random_seed(0)
+    bank = layers.FeedForwardExperts(2, 64, dropout=0.5, kernel_initializer="ones")
+    layer = layers.MixtureOfExperts(bank, top_k=2)
+    _, outputs = layer(torch.ones(3, 4), training=True, return_expert_outputs=True)
+    return torch.equal(outputs[:, 0], outputs[:, 1])
+
+
 def groups_of_one_choice():
     """Experts and gradients that process groups of ranks that are no neighbours share."""
     group, _ = torch.distributed.new_subgroups_by_enumeration([[0, 2], [1, 3]])
@@ -174,6 +183,8 @@ def main(folder):
     if size <= 2:
         results |= data_parallelism(rank, size)
     results["experts"] = expert_parallelism(rank, size, folder)
+    if size == 2:
+        results["draws_alike"] = draws_alike()
     if size == 4:
         results["grid"] = expert_parallelism(rank, size, folder, experts=2)
         results["groups"] = groups_of_one_choice()

@@ -138,6 +138,11 @@ def test_experts_in_several_processes_are_those_of_one_and_saved_whole(processes
 
 
 @on_torch
+def test_processes_of_one_seed_draw_different_dropout():
+    assert [each["draws_alike"] for each in trained_on(2)] == [False, False]
+
+
+@on_torch
 def test_a_process_group_says_who_shares_experts():
     groups = [each["groups"] for each in trained_on(4)]
     # Of the ranks 0 and 2, and of 1 and 3: so 0 and 1 hold the same experts, and 2 and 3.

@@ -332,6 +332,11 @@ def split_rows(rows, sizes):
     return [rows[start:end] for start, end in itertools.pairwise(bounds)]
 
 
+def other_key(key, number):
+    """Another key of dropout, or None, for rows whose numbers start at 0 again."""
+    return None if key is None else key + ops.stack([0, number])
+
+
 def packed_order(sort, integers, bound):
     """Return a stable order, by a sort of distinct integers."""
     number = ops.shape(integers)[0]

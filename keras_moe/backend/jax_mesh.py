@@ -24,7 +24,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from keras_moe.backend import jax_derivatives
-from keras_moe.backend.base import named_platform
+from keras_moe.backend.base import named_platform, other_key
 from keras_moe.backend.padded import interval
 
 
@@ -41,7 +41,7 @@ def _run(network, platform, shards, expert_axis, problem):
 
     def on_device(tokens, maps, experts, weights, key):
         device = lax.axis_index((*shards.axes, *({expert_axis} - {None, *shards.axes})))
-        own = problem._replace(tokens=tokens, maps=maps, key=_other_key(key, 7919 * device))
+        own = problem._replace(tokens=tokens, maps=maps, key=other_key(key, 7919 * device))
         num_experts = _num_experts(own)
         num_rows = plan.num_rows() * tokens.shape[0] // max(num_tokens, 1)
         lengths = _chunk_lengths(num_rows)
@@ -75,11 +75,6 @@ def _run(network, platform, shards, expert_axis, problem):
 
 def _num_experts(problem):
     return next(iter(problem.maps.values())).kernel.shape[0]
-
-
-def _other_key(key, number):
-    """Another key of dropout, for rows whose numbers start at 0 again."""
-    return None if key is None else key.at[1].add(number)
 
 
 # A chunk is a span of rows, the same for every device. `lengths` are two integers: the rows of the
@@ -133,7 +128,7 @@ def _run_in_chunks(run, problem, lengths):
         return run(problem)
 
     def run_chunk(problem, start, length):
-        plan, key = _chunk(problem.plan, start, length), _other_key(problem.key, 104729 * start)
+        plan, key = _chunk(problem.plan, start, length), other_key(problem.key, 104729 * start)
         return run(problem._replace(plan=plan, key=key))
 
     return _sum_chunks(run_chunk, lengths, lambda plan: jnp.sum(plan.sizes), problem)
@@ -173,7 +168,7 @@ def _by_all_to_all(run, problem, num_shards, shards, axis):
         expert = exchange(local_expert)
         received = plan.of(expert[:, None], weight[:, None], num_local)
         tokens = exchange(buckets.dispatch(problem.tokens))
-        key = _other_key(problem.key, 104729 * start)
+        key = other_key(problem.key, 104729 * start)
         outputs = run(problem._replace(tokens=tokens, plan=received, key=key))
         return buckets._replace(weights=None).combine(exchange(outputs))
 

@@ -121,11 +121,11 @@ def _transpose_of_product(upstream, rows, kernels, sizes, *, transposed, platfor
 
 def _transpose_of_outer(upstream, left, right, sizes, *, dtype, platform):
     for_left = ad.is_undefined_primal(left)
-    rows, dtype = (right, left.aval.dtype) if for_left else (left, right.aval.dtype)
+    rows, sought = (right, left) if for_left else (left, right)
     product = _product.bind(rows, upstream, sizes, transposed=for_left, platform=platform)
     # No kernel writes rows past the last group.
     served = jnp.arange(rows.shape[0])[:, None] < sizes.sum()
-    gradient = jnp.where(served, product, 0).astype(dtype)
+    gradient = jnp.where(served, product, 0).astype(sought.aval.dtype)
     return (gradient, None, None) if for_left else (None, gradient, None)
 
 

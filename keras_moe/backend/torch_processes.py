@@ -6,7 +6,7 @@ import keras
 import torch
 
 from keras_moe._internal.checks import shortened
-from keras_moe.backend.base import Devices
+from keras_moe.backend.base import Devices, other_key
 
 
 class TorchDevices(Devices):
@@ -135,9 +135,7 @@ class ExpertParallel:
         experts = experts.unsqueeze(1)
         received = _Exchange.apply(rows[:num_served], there, back, self.process_group)
         weights = torch.ones_like(experts, dtype=torch.float32)
-        key = problem.key
-        if key is not None:  # Rows are numbered from 0 in each process.
-            key = key + key.new_tensor([0, 7919 * torch.distributed.get_rank()])
+        key = other_key(problem.key, 7919 * torch.distributed.get_rank())
         plan_here = plan.of(experts, weights, own)
         problem = problem._replace(tokens=received, maps=maps, plan=plan_here, key=key)
         outputs = _Exchange.apply(network.run(platform, problem), back, there, self.process_group)

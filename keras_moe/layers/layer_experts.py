@@ -13,7 +13,7 @@ from keras_moe._internal.checks import shortened
 from keras_moe._internal.keras_internals import parameters_of, recompute_as_one, stored_dtypes
 from keras_moe._internal.serialization import note_part, register
 from keras_moe.backend import backend
-from keras_moe.backend.padded import pad_tiles, tile_length
+from keras_moe.backend.padded import most_tiles, pad_tiles, tile_length
 from keras_moe.layers.expert_bank import ExpertBank
 from keras_moe.layers.gate import Gate
 from keras_moe.layers.sublayers import (
@@ -315,4 +315,4 @@ def _unrolled_length(rows, sizes):
     if not isinstance(num_rows, int):
         return 0
     length = max(num_rows // (2 * num_experts), 1)
-    return length if num_rows // length + num_experts <= MAX_UNROLLED else 0
+    return length if most_tiles(num_rows, num_experts, length) <= MAX_UNROLLED else 0

@@ -21,7 +21,6 @@ from keras_moe.ops.selection import (
     top_k_indices,
     weights_of_experts,
 )
-from keras_moe.ops.sorting import as_dtype
 
 
 class Routing(NamedTuple):
@@ -133,7 +132,7 @@ def complete(routing, mask=None):
         counts, load = (x if x is None else x - ops.cast(extra, x.dtype) for x in (counts, load))
         routing = routing._replace(mask=routing.mask & mask)
     # Nothing is read or written out of range, whatever a user-defined router returns.
-    indices = mask_invalid(as_dtype(routing.indices, "int32"), num_experts, routing.mask)
+    indices = mask_invalid(routing.indices, num_experts, routing.mask)
     counts = backend.count_integers(indices, num_experts) if counts is None else counts
     return routing._replace(
         indices=indices,
