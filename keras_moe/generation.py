@@ -9,10 +9,13 @@ from keras import ops
 
 from keras_moe._internal import Tensor
 from keras_moe._internal.checks import check_integer, check_number, shortened
+from keras_moe._internal.keras_internals import state_of_compilation
 from keras_moe.layers.transformer_decoder_block import Decoding, TransformerDecoderBlock
 
-# Tokens that are written between two updates of the progress bar.
+# Tokens that are written between two updates of the progress bar, fewer if the random numbers for
+# them would take more memory than so many.
 TOKENS_AT_ONCE = 64
+DRAWS_AT_ONCE = 2**22
 
 
 def generate(
@@ -92,11 +95,7 @@ def generate(
         text[row, start - len(prompt) : start] = prompt
         real[row, start - len(prompt) :] = True
 
-    writer = vars(model).get("_text_writer", lambda: None)()  # It holds the compiled functions.
-    if writer is None or writer.model is not model:  # A copied model has the writer of the first.
-        writer = _Writer(model)
-        # In a function: Keras would save and load an attribute that is a layer.
-        vars(model)["_text_writer"] = lambda: writer
+    writer = _writer_of(model)
     state = writer.predict_on_batch({"ids": text[:, :start], "real": real[:, :start], "room": text})
     num_words = state["logits"].shape[-1]
     _check_ids(ids, num_words)
@@ -110,12 +109,15 @@ def generate(
     rng = np.random.default_rng(seed)
     progress = keras.utils.Progbar(num_tokens, unit_name="token")
     shown = num_tokens > TOKENS_AT_ONCE if verbose == "auto" else verbose
+    at_once = TOKENS_AT_ONCE
+    if temperature:
+        at_once = min(at_once, max(DRAWS_AT_ONCE // (len(text) * num_words), 1))
     while state["position"] < text.shape[1] and not np.all(state["stopped"]):
         inputs = {"state": state, "stop_token": np.int32(stop_token)}
-        inputs["end"] = np.int32(min(state["position"] + TOKENS_AT_ONCE, text.shape[1]))
+        inputs["end"] = np.int32(min(state["position"] + at_once, text.shape[1]))
         if temperature:
-            size = (len(text), TOKENS_AT_ONCE, num_words)
-            inputs["noise"] = rng.gumbel(size=size).astype("float32")
+            draws = rng.standard_exponential((at_once, len(text), num_words))
+            inputs["noise"] = -np.log(draws.astype("float32"))
             inputs["temperature"] = np.float32(temperature)
         if is_limited:
             inputs["top_k"] = np.int32(top_k or num_words)
@@ -132,6 +134,18 @@ def generate(
         end = start + stops[0] + 1 if len(stops) else state["position"]
         texts.append(row[start - len(prompt) : end])
     return texts
+
+
+def _writer_of(model):
+    """The model's writer, which holds compiled functions; a new one if these would be stale."""
+    now = state_of_compilation(model)
+    writer, before = vars(model).get("_text_writer", lambda: (None, []))()
+    # A copied model has the writer of the first.
+    if writer is None or writer.model is not model or [*map(id, now)] != [*map(id, before)]:
+        writer = _Writer(model)
+        # In a function: Keras would save and load an attribute that is a layer.
+        vars(model)["_text_writer"] = lambda: (writer, now)
+    return writer
 
 
 def _check_ids(ids, num_words):
@@ -172,8 +186,8 @@ class _Writer(keras.Model):
             position, logits = state["position"], state["logits"]
             token = ops.argmax(logits, axis=-1)
             if noise is not None:
-                size = (num_texts, 1, logits.shape[-1])
-                of_token = ops.slice(noise, (0, position - begin, 0), size)[:, 0]
+                size = (1, num_texts, logits.shape[-1])
+                of_token = ops.slice(noise, (position - begin, 0, 0), size)[0]
                 token = _draw(logits, of_token, **sampling)
             token = ops.where(state["stopped"], stop_token, ops.cast(token, "int32"))[:, None]
             real = ops.ones_like(token, "bool")

@@ -1,6 +1,7 @@
 """Texts written token by token are those of passes over the whole text."""
 
 import concurrent.futures
+import functools
 
 import keras
 import numpy as np
@@ -17,9 +18,14 @@ V, PROMPTS = 30, [[3, 4, 5, 6], [7], [9, 8]]
 
 
 class Positions(keras.layers.Layer):
+    def __init__(self, factor=1.0):
+        super().__init__()
+        self.factor = factor * np.resize([1.0, 0.0], 16).astype("float32")
+
     def call(self, inputs):
         length = keras.ops.shape(inputs)[1]
-        return inputs + keras.ops.cast(keras.ops.arange(length), inputs.dtype)[:, None]
+        place = keras.ops.cast(keras.ops.arange(length), "float32")
+        return inputs + place[:, None] * keras.ops.convert_to_tensor(self.factor)
 
 
 def model_of(*extra, mask_zero=False, **block):
@@ -69,6 +75,35 @@ def test_another_number_of_experts_for_each_token_holds_for_texts_too():
     assert text.tolist() == best_continuation(model, PROMPTS[0], 4)
 
 
+@on_each_backend
+def test_texts_are_those_of_the_weights_and_arguments_of_now():
+    model = model_of()
+    keras_moe.generate(model, PROMPTS, 2)
+    block = next(part for part in model.layers if hasattr(part, "feedforward"))
+    bank = block.feedforward.experts
+    bank.enable_lora(2, b_initializer="he_uniform")
+    text = keras_moe.generate(model, PROMPTS[:1], 4)[0]
+    assert text.tolist() == best_continuation(model, PROMPTS[0], 4)
+    bank.merge_factors()
+    bank.quantize("int4")
+    text = keras_moe.generate(model, PROMPTS[:1], 4)[0]
+    assert text.tolist() == best_continuation(model, PROMPTS[0], 4)
+
+
+def test_each_token_of_a_long_text_has_draws_of_its_own(model, monkeypatch):
+    kernel = np.array(to_numpy(model.layers[-1].kernel.value))
+    model.layers[-1].kernel.assign(np.zeros_like(kernel))  # so that only draws decide
+    draw = functools.partial(keras_moe.generate, model, [[3], [4]], 70, temperature=1, seed=0)
+    texts = draw()
+    for limit in ("TOKENS_AT_ONCE", "DRAWS_AT_ONCE"):
+        monkeypatch.setattr(keras_moe.generation, limit, 9 if limit[0] == "T" else 5 * 2 * V)
+        assert np.array_equal(draw(), texts)
+        monkeypatch.undo()
+    counts = np.bincount(np.ravel(texts), minlength=V)
+    assert np.count_nonzero(counts) > 25 and counts.max() < 20
+    model.layers[-1].kernel.assign(kernel)
+
+
 def test_a_text_ends_with_its_stop_token(model):
     text = keras_moe.generate(model, [PROMPTS[0]], 5)[0]
     stop = int(text[-2])
@@ -115,8 +150,9 @@ def test_several_threads_write_at_once(model):
 
 
 def test_a_model_that_counts_positions_elsewhere_is_refused(model):
-    with pytest.raises(ValueError, match="each position alone"):
-        keras_moe.generate(model_of(Positions()), PROMPTS, 2)
+    for factor in (1.0, 0.005):  # The smaller one moves logits by a fourteenth of their range.
+        with pytest.raises(ValueError, match="each position alone"):
+            keras_moe.generate(model_of(Positions(factor)), PROMPTS, 2)
     probabilities = keras.Sequential([model, keras.layers.Softmax()])
     with pytest.raises(ValueError, match="logits"):
         keras_moe.generate(probabilities, PROMPTS, 2, temperature=1.0)

@@ -199,6 +199,11 @@ def forget_compiled(model, functions=_COMPILED):
                 setattr(layer, function, None)
 
 
+def state_of_compilation(model):
+    """Objects that are replaced when functions compiled of a model no longer hold."""
+    return [*model.variables, getattr(model, "_compile_config", None)]
+
+
 def compile_like(model, other):
     """Move the compile state of `other` to `model`, with its losses and metrics."""
     if other.compiled:

@@ -155,7 +155,7 @@ class MixtureNegativeLogLikelihood(keras.losses.Loss):
         means, log_scales = self._parameters(y_pred)
         wanted = (*means.shape[:-2], means.shape[-1])
         targets = ops.expand_dims(ops.cast(_targets(y_true, wanted), "float32"), -2)
-        distances = ops.square((targets - means) / ops.exp(log_scales))
+        distances = _squared_distances(targets - means, log_scales)
         if normalized:
             distances = distances + 2 * log_scales + math.log(2 * math.pi)
         return _log_weights(y_pred) - 0.5 * ops.sum(distances, axis=-1)
@@ -179,6 +179,17 @@ class MixtureNegativeLogLikelihood(keras.losses.Loss):
     def get_config(self):
         names = ("distribution", "scale", "normalized")
         return {**super().get_config(), **{name: getattr(self, name) for name in names}}
+
+
+def _squared_distances(residuals, log_scales):
+    """`(residual / scale)^2` in log space; past e^50 linear in its logarithm.
+
+    So one expert with a tiny scale does not make the gradients of all infinite or NaN.
+    """
+    is_zero = ops.abs(residuals) < 1e-15  # which have no logarithm
+    logs = ops.log(ops.abs(ops.where(is_zero, 1.0, residuals))) - log_scales
+    bounded = ops.minimum(2 * logs, 50.0)
+    return ops.where(is_zero, 0.0, ops.exp(bounded) * (1 + 2 * logs - bounded))
 
 
 def _log_weights(y_pred):
