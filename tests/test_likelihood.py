@@ -176,12 +176,12 @@ def test_extreme_logits_and_scales_give_no_nan(scale):
 def test_one_expert_of_any_scale_leaves_finite_gradients():
     loss = losses.MixtureNegativeLogLikelihood(scale=None, reduction="none")
     scales = np.concatenate([np.arange(-200.0, 201.0, 5.0), [-43.0, -30.0]])
+    target = np.zeros((len(scales), 1), "float32")
     for residual in (0.0, 1e-20, 1e-10, 1.0, 1e4):
         for other in (0.0, None):  # one bad expert of two, or both
             logs = np.stack([scales, scales if other is None else 0 * scales], axis=1)
             means = np.full_like(logs, residual)
             pred = packed(np.full_like(logs, 0.5), np.stack([means, logs], axis=-1))
-            target = np.zeros((len(scales), 1), "float32")
             (gradient,) = gradients(lambda pred: ops.sum(loss(target, pred)), [pred])
             assert np.isfinite(to_numpy(loss(target, pred))).all()
             assert np.isfinite(to_numpy(gradient)).all(), (residual, other)
