@@ -12,6 +12,7 @@ from backends import (
     assert_close,
     compiled,
     differentiated,
+    most_bytes,
     on_each_backend,
     on_one_backend,
     to_numpy,
@@ -478,3 +479,22 @@ def test_skipping_experts_of_weight_zero_changes_no_output_and_no_gradient(per_e
     for ours, theirs in zip(*(each.values() for each in found), strict=True):
         assert_close(to_numpy(ours), to_numpy(theirs))
         assert np.any(to_numpy(ours))
+
+
+@pytest.mark.parametrize("name", ["dense", "top_k"])
+def test_no_tensor_has_all_experts_for_each_choice_of_a_token(name):
+    """A dense router chooses 64 of 64 experts: (T, 64, 64) is 16 to 64 times the logits."""
+    router = routers.get(name, 64, top_k=16) if name == "top_k" else routers.get(name, 64)
+    router.build((None, 4))
+    loss = losses.LoadBalance(scope="sequence")
+
+    def objective(tokens):
+        routing = router(tokens, training=True)
+        plan = router.plan(routing, routing.indices)
+        value = ops.sum(ops.square(routing.weights))
+        if name == "dense":
+            value = value + loss(routing, sequence_length=64)
+        return value, (plan.sizes, routing.counts)
+
+    logits = 256 * 64 * 4
+    assert most_bytes(objective, normal(256, 4)) <= 6 * logits
