@@ -126,7 +126,7 @@ def gradients(function, inputs, mode=FAST_MODE):
 
 
 def most_bytes(function, array):
-    """Bytes of the largest tensor of a function and of its gradient; on JAX of all that XLA stores."""
+    """Bytes of the largest tensor of a function and its gradient, on JAX of all that XLA stores."""
     (tensor,) = to_tensors([array])
     both = _GRADIENTS[BACKEND](lambda inputs: function(*inputs))
     if BACKEND == "jax":

@@ -222,7 +222,7 @@ def weigh(indices, scores, score, renormalize=None, scale=1.0):
 def weighted_counts(indices, weights, mask):
     """Counts (E,), float32: shares of the combine weight, without a gradient.
 
-    Place e of the indices (T, E) is e, or -1 where it does not serve. The sum is that of assignments.
+    Place e of indices (T, E) is e, or -1 where it does not serve. The sum is that of assignments.
     """
     # A sum that is NaN once would stay so in the counters.
     served = ops.logical_and(ops.expand_dims(mask, 1), indices >= 0)
