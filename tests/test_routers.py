@@ -114,13 +114,13 @@ CASES = {
         make("Cosine", e, projection_dim=e, top_k=k),
         oracle.of_directions(oracle.top_k(k), scale=2.0),
     ),
-    "top_p": lambda e, k, s: (make("TopP", e, 0.6, max_top_k=k), oracle.top_p(0.6, k)),
+    "top_p": lambda e, k, s: (make("TopP", e, threshold=0.6, max_top_k=k), oracle.top_p(0.6, k)),
     "relu": lambda e, k, s: (make("ReLU", e, 1, max_top_k=k), oracle.relu(k)),
     "dense": lambda e, k, s: (make("Dense", e), oracle.dense),
     "dselect_k": dselect(per_example=True),
     "dselect_k for all": dselect(per_example=False),
     "expert_choice": lambda e, k, s: (
-        make("ExpertChoice", e, 0.75 * k),
+        make("ExpertChoice", e, capacity_factor=0.75 * k),
         oracle.expert_choice(0.75 * k, s),
     ),
     "soft": lambda e, k, s: (
@@ -228,7 +228,10 @@ def test_nan_in_one_column_of_the_kernel_is_not_hidden():
 def test_experts_choose_a_token_of_nan_last(factor, has_nan, mode):
     logits, mask = normal(6, 2), np.arange(6) < 5
     logits[1] = np.nan
-    router, expected = make("ExpertChoice", 2, factor), oracle.expert_choice(factor, 6)
+    router, expected = (
+        make("ExpertChoice", 2, capacity_factor=factor),
+        oracle.expert_choice(factor, 6),
+    )
     routing = compiled(lambda *given: routing_of(router, *given, 6, False), mode)(logits, mask)
     weights = to_numpy(dense_weights(routing))
     np.testing.assert_allclose(weights, expected(logits, mask)[0], rtol=1e-5)

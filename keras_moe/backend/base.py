@@ -214,7 +214,7 @@ class Backend:
         return self.on_its_platform(self._take_columns, matrix, columns)
 
     def _take_columns(self, platform, matrix, columns):
-        if platform == "cpu":
+        if platform == "cpu" or not self.needs_static_shapes():
             existing = ops.clip(columns, 0, matrix.shape[1] - 1)
             return ops.where(existing == columns, self._gather_columns(matrix, existing), 0.0)
         chosen = _one_hot(columns, matrix.shape[1])
@@ -229,7 +229,8 @@ class Backend:
         return self.on_its_platform(functools.partial(self._count_integers, number), integers)
 
     def _count_integers(self, number, platform, integers):
-        if platform == "cpu":  # with one more count, of all others
+        if platform == "cpu" or not self.needs_static_shapes():
+            # One more count, of all others.
             places = ops.reshape(ops.clip(ops.cast(integers, "int32"), -1, number), (-1,))
             places = places % (number + 1)
             return ops.segment_sum(ops.ones_like(places), places, number + 1)[:number]

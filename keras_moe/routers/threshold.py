@@ -35,6 +35,7 @@ class TopPRouter(LogitRouter):
     def __init__(
         self,
         num_experts: int | None = None,
+        *,
         threshold: float = 0.4,
         max_top_k: int | None = None,
         **kwargs: Any,
