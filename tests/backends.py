@@ -125,6 +125,31 @@ def gradients(function, inputs, mode=FAST_MODE):
     return differentiated(lambda inputs: (function(*inputs), ()), mode)(inputs)[2]
 
 
+def most_bytes(function, array):
+    """Bytes of the largest tensor of a function and its gradient, on JAX of all that XLA stores."""
+    (tensor,) = to_tensors([array])
+    both = _GRADIENTS[BACKEND](lambda inputs: function(*inputs))
+    if BACKEND == "jax":
+        return jax.jit(both).lower([tensor]).compile().memory_analysis().temp_size_in_bytes
+    sizes = []
+    if BACKEND == "tensorflow":
+        graph = tf.function(both, autograph=False).get_concrete_function([tensor]).graph
+        for output in (each for operation in graph.get_operations() for each in operation.outputs):
+            sizes.append((output.shape.num_elements() or 0) * (output.dtype.size or 0))
+        return max(sizes)
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Sizes(TorchDispatchMode):
+        def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+            outputs = operation(*args, **(kwargs or {}))
+            sizes.extend(each.nbytes for each in keras.tree.flatten(outputs) if ops.is_tensor(each))
+            return outputs
+
+    with Sizes():
+        both([tensor])
+    return max(sizes)
+
+
 def run_python(*arguments, fails=False, **environment):
     """What a process of this package printed, or its errors where it `fails`."""
     done = subprocess.run(

@@ -266,7 +266,9 @@ CASES = {
     routers.ExpertChoiceRouter: _logit_router(capacity_factor=1.5),
     routers.GShardRouter: _logit_router(threshold=0.3),
     routers.NoisyTopKRouter: _logit_router(top_k=3),
-    routers.ReLURouter: _logit_router(top_k=1, max_top_k=3, growth=1.5, initial_strength=1e-3),
+    routers.ReLURouter: _logit_router(
+        top_k=1, max_top_k=3, growth=1.5, initial_strength=1e-3, accumulation_steps=2
+    ),
     routers.SinkhornRouter: _logit_router(top_k=2, iterations=3),
     routers.SoftRouter: _logit_router(slots=2),
     routers.TopPRouter: _logit_router(threshold=0.7, max_top_k=2),

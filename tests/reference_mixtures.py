@@ -395,7 +395,7 @@ def next_state(layer, routed, read=None):
     if isinstance(router, routers.ReLURouter):
         load = np.sum((routed.logits > 0) & routed.mask[:, None]) / max(np.sum(routed.mask), 1)
         error = np.sign(load - router.top_k) if np.any(routed.mask) else 0
-        strength = read(router.strength) * router.growth**error
+        strength = read(router.strength) * router.growth ** (error / router.accumulation_steps)
         return {"strength": np.maximum(strength, router.initial_strength)}
     if balancer is None:
         return {}

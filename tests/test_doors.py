@@ -256,13 +256,14 @@ ARGUMENTS = [
     ("losses.LoadBalance({})", "weight=-1", "weight=NAN", "weight='0.1'", "scope='device'"),
     ("losses.MixtureNegativeLogLikelihood({})", "distribution='x'", "scale=0", "dtype='bfloat16'"),
     ("metrics.UsageMetric(metrics.expert_share, {})", "num_experts=0"),
-    ("callbacks.ExpertHealth({})", "every=0", "patience=1.5"),
+    ("callbacks.ExpertHealth({})", "every=0", "patience=1.5", "stop=1.5", "rebalance='yes'"),
     ("upcycle(plain(), {})", "num_experts=0", "every=0", "reinitialized=1.0"),
     ("surgery.add_experts(usual(), {})", "factor=1", "noise=-1"),
     ("tuner.SearchSpace({})", "active_width='64'", "active_width=()"),
     ("tuner.SearchSpace((8,), {})", "routers=('soft',)", "loss_weights=dict(x=[1])"),
 ]
 
+OWN_QUANTIZER = keras.quantizers.Int8QuantizationConfig(keras.quantizers.AbsMaxQuantizer(0))
 REFUSED = [
     ("moe(dense_experts(D, D), token_axes=1)(X, mask=true(2, 5))", "`mask` must have"),
     ("(lambda each: tasks(task_experts=[each, each]))(bank())", "different objects"),
@@ -380,7 +381,7 @@ REFUSED = [
     ("routers.TopKRouter(E, dtype='bfloat16')", "always computes in float32"),
     ("routers.TopKRouter(E, balancer=losses.LoadBalance())", "`balancer` must"),
     ("routers.TopKRouter(E, kernel_initializer=lambda s, dtype: t(D, 1))(t())", "`kernel_i"),
-    ("routers.GroupLimitedRouter(8, 4, 1, top_k=4)", "`top_groups`"),
+    ("routers.GroupLimitedRouter(8, num_groups=4, top_groups=1, top_k=4)", "`top_groups`"),
     ("losses.LoadBalance(scope='global')(routing())", "outside of one"),
     ("losses.LoadBalance()(t(), t())", "one of `router_losses`"),
     ("trained(router_losses=[own_part(losses.RouterLoss)])", "must implement `compute(routing)`"),
@@ -482,6 +483,15 @@ REFUSED = [
     ("callbacks.ExpertMonitor(metrics=[max, max])", "different names"),
     ("callbacks.ExpertMonitor(metrics=['load_imbalance'])", "must be functions of counts"),
     ("built(bank()).quantize('float8')", '`mode` must be "int8"'),
+    ("built(bank()).quantize(config=OWN_QUANTIZER)", "`weight_quantizer`"),
+    # Their second argument is none that all routers have.
+    ("routers.CosineRouter(8, 4)", "positional argument"),
+    ("routers.DenseRouter(8, 0.1)", "positional argument"),
+    ("routers.ExpertChoiceRouter(8, 4)", "positional argument"),
+    ("routers.GShardRouter(8, 0.5)", "positional argument"),
+    ("routers.GroupLimitedRouter(8, 4)", "positional argument"),
+    ("routers.SoftRouter(8, 4)", "positional argument"),
+    ("routers.TopPRouter(8, 0.5)", "positional argument"),
 ]
 REFUSED += [
     (call.format(argument), f"`{argument.partition('=')[0]}` must be")
@@ -563,6 +573,7 @@ TAKEN = [
     "moe()(X, indices=[[0, 1]] * 10)",
     "moe()(X, router_inputs=X.tolist())",
     "ids_layer()(X, token_ids=LIST)",
+    "ids_layer()(keras.Input((5, D)), None, None, None, keras.Input((5,), dtype='int32'))",
     "moe(bank(kernel_initializer=lambda s, dtype: kops.ones(s)))(X)",
     "moe(bank(activation=keras.layers.LeakyReLU(0.1)))(X)",
     "moe(router=routers.CosineRouter(E, kernel_initializer=lambda s, dtype: kops.ones(s)))(X)",

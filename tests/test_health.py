@@ -187,6 +187,35 @@ def test_a_router_of_nan_and_exploding_logits_are_found():
     assert findings[-1][0] == 2
 
 
+@on_one_backend
+@pytest.mark.parametrize("num_batches", [1, 40])
+@pytest.mark.parametrize("make", [expert_layer, collapsed_layer])
+def test_logits_of_nan_are_no_collapse(num_batches, make):
+    """A router of NaN, and one that is frozen, after one step and after many."""
+    layer, (x, y) = make(router_losses=["load_balance"]), clustered(0, num_batches * BATCH)
+    findings, _ = watched(model_of(layer), x * np.nan, y, ExpertHealth(rebalance=True))
+    assert [finding.text for *_, finding in findings] == ["The router's logits are NaN."]
+    np.testing.assert_allclose(layer.loss_weights_in_force, [0.01])
+
+
+class WithoutTraining(keras.Model):
+    def __init__(self):
+        super().__init__()
+        self.moe = expert_layer()
+
+    def call(self, inputs):
+        return self.moe(inputs)
+
+
+@on_one_backend
+@pytest.mark.parametrize("callback", [ExpertHealth, ExpertMonitor])
+def test_a_model_that_does_not_tell_its_layers_of_training_is_found(callback):
+    model = WithoutTraining()
+    model.compile("sgd", "mse")
+    with pytest.warns(UserWarning, match="Training counts no token.*`self.moe"):
+        model.fit(*clustered(0, BATCH), callbacks=[callback()], verbose=0)
+
+
 WEIGHTS = {
     1e-7: "LoadBalance(weight=1e-07) is too weak to have any effect.",
     1000.0: "not counting the constant 1e+03 of",

@@ -11,7 +11,10 @@ from keras_moe import layers, routers
 
 E, H, RANK = 4, 6, 2
 MODELS = {
-    "gated, cosine": (lambda: layers.GatedExperts(E, H), lambda: routers.CosineRouter(E, 5)),
+    "gated, cosine": (
+        lambda: layers.GatedExperts(E, H),
+        lambda: routers.CosineRouter(E, projection_dim=5),
+    ),
     "linear, dense": (lambda: layers.LinearExperts(E, D), lambda: routers.DenseRouter(E)),
     "biased, top-k": (
         lambda: layers.FeedForwardExperts(E, H),

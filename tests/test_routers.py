@@ -12,6 +12,7 @@ from backends import (
     assert_close,
     compiled,
     differentiated,
+    most_bytes,
     on_each_backend,
     on_one_backend,
     to_numpy,
@@ -113,13 +114,13 @@ CASES = {
         make("Cosine", e, projection_dim=e, top_k=k),
         oracle.of_directions(oracle.top_k(k), scale=2.0),
     ),
-    "top_p": lambda e, k, s: (make("TopP", e, 0.6, max_top_k=k), oracle.top_p(0.6, k)),
+    "top_p": lambda e, k, s: (make("TopP", e, threshold=0.6, max_top_k=k), oracle.top_p(0.6, k)),
     "relu": lambda e, k, s: (make("ReLU", e, 1, max_top_k=k), oracle.relu(k)),
     "dense": lambda e, k, s: (make("Dense", e), oracle.dense),
     "dselect_k": dselect(per_example=True),
     "dselect_k for all": dselect(per_example=False),
     "expert_choice": lambda e, k, s: (
-        make("ExpertChoice", e, 0.75 * k),
+        make("ExpertChoice", e, capacity_factor=0.75 * k),
         oracle.expert_choice(0.75 * k, s),
     ),
     "soft": lambda e, k, s: (
@@ -227,7 +228,10 @@ def test_nan_in_one_column_of_the_kernel_is_not_hidden():
 def test_experts_choose_a_token_of_nan_last(factor, has_nan, mode):
     logits, mask = normal(6, 2), np.arange(6) < 5
     logits[1] = np.nan
-    router, expected = make("ExpertChoice", 2, factor), oracle.expert_choice(factor, 6)
+    router, expected = (
+        make("ExpertChoice", 2, capacity_factor=factor),
+        oracle.expert_choice(factor, 6),
+    )
     routing = compiled(lambda *given: routing_of(router, *given, 6, False), mode)(logits, mask)
     weights = to_numpy(dense_weights(routing))
     np.testing.assert_allclose(weights, expected(logits, mask)[0], rtol=1e-5)
@@ -478,3 +482,22 @@ def test_skipping_experts_of_weight_zero_changes_no_output_and_no_gradient(per_e
     for ours, theirs in zip(*(each.values() for each in found), strict=True):
         assert_close(to_numpy(ours), to_numpy(theirs))
         assert np.any(to_numpy(ours))
+
+
+@pytest.mark.parametrize("name", ["dense", "top_k"])
+def test_no_tensor_has_all_experts_for_each_choice_of_a_token(name):
+    """A dense router chooses 64 of 64 experts: (T, 64, 64) is 16 to 64 times the logits."""
+    router = routers.get(name, 64, top_k=16) if name == "top_k" else routers.get(name, 64)
+    router.build((None, 4))
+    loss = losses.LoadBalance(scope="sequence")
+
+    def objective(tokens):
+        routing = router(tokens, training=True)
+        plan = router.plan(routing, routing.indices)
+        value = ops.sum(ops.square(routing.weights))
+        if name == "dense":
+            value = value + loss(routing, sequence_length=64)
+        return value, (plan.sizes, routing.counts)
+
+    logits = 256 * 64 * 4
+    assert most_bytes(objective, normal(256, 4)) <= 6 * logits

@@ -139,14 +139,18 @@ def test_a_soft_mixture_equals_the_oracle_with_padding(slots=2):
     assert array(routing.counts).tolist() == [2 * slots] * 3
 
 
-def test_the_strength_of_a_relu_router_follows_its_load_and_does_not_vanish():
-    router, ones = routers.ReLURouter(E, 2, max_top_k=2, initial_strength=1e-3), np.ones((6, D))
+@pytest.mark.parametrize("steps", [1, 4])
+def test_the_strength_of_a_relu_router_follows_its_load_and_does_not_vanish(steps):
+    ones, arguments = np.ones((6, D), "float32"), {"max_top_k": 2, "initial_strength": 1e-3}
+    router = routers.ReLURouter(E, 2, accumulation_steps=steps, **arguments)
     router.build((None, D))
 
     def strength_after(sign, trainable=True, **kwargs):
+        """The strength after one step of an optimizer."""
         router.trainable = trainable
         router.kernel.assign(sign * np.ones((D, E)))
-        router(ones.astype("float32"), training=True, **kwargs)
+        for _ in range(steps):
+            router(ones, training=True, **kwargs)
         return array(router.strength)
 
     assert_close(strength_after(1, trainable=False), 1e-3)

@@ -6,6 +6,12 @@ import keras
 
 from keras_moe.inspection.summaries import find_layers
 
+# What to do where a layer counts no token.
+PASS_TRAINING = (
+    "In a model of your own, `call` needs the argument `training` and must pass it on: "
+    "`self.moe(x, training=training)`."
+)
+
 
 class ExpertCallback(keras.callbacks.Callback):
     """Abstract: a callback about MoE layers, which warns of a model without any."""

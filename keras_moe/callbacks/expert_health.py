@@ -7,8 +7,8 @@ import numpy as np
 from keras import ops
 
 from keras_moe import health
-from keras_moe._internal.checks import check_integer
-from keras_moe.callbacks.base import ExpertCallback
+from keras_moe._internal.checks import check_choice, check_integer
+from keras_moe.callbacks.base import PASS_TRAINING, ExpertCallback
 from keras_moe.inspection.summaries import named_layers
 from keras_moe.metrics import is_dead
 
@@ -28,7 +28,7 @@ class ExpertHealth(ExpertCallback):
     - a collapse: nearly all work goes to the same few experts, and it does not get better;
     - experts that are dead (`metrics.dead_experts`) in three times `patience` checks in a row;
     - a capacity that drops more than half of the assignments;
-    - a router with weights that are NaN, or so large that each choice is absolute;
+    - a router whose logits are NaN, or weights so large that each choice is absolute;
     - a balancing loss with a `usual_weight`, as `losses.LoadBalance`, far too weak or too heavy.
 
     At the end of the training, one check of 5 assignments per expert is enough for a collapse, and
@@ -63,8 +63,8 @@ class ExpertHealth(ExpertCallback):
         super().__init__()
         self.every = check_integer("every", every)
         self.patience = check_integer("patience", patience)
-        self.stop = stop
-        self.rebalance = rebalance
+        self.stop = check_choice("stop", stop, (True, False))
+        self.rebalance = check_choice("rebalance", rebalance, (True, False))
         self.findings: list = []
 
     def on_train_begin(self, logs=None):
@@ -100,6 +100,9 @@ class ExpertHealth(ExpertCallback):
         added = {}
         for name, watch in self._watched():
             layer, counted = watch.layer, watch.count().since(watch.epoch_began)
+            if not counted.assignments.any():
+                unused = health.Finding(health.HINT, "Training counts no token.", PASS_TRAINING)
+                self._report(name, "unused", unused)
             if not counted.assignments.any() or not layer.router_losses:
                 continue
             means = counted.means.losses
@@ -171,6 +174,7 @@ class _Watch:
         # Assignments and dropped ones since the last check with enough of them.
         self._window = np.zeros(len(self.seen.assignments))
         self._dropped = 0.0
+        self._is_nan = False  # all logits since the last check that counted any
         self._first_size = _router_size(layer.router)
         self.restart()
 
@@ -181,11 +185,10 @@ class _Watch:
 
     def check(self):
         """Yield tuples of a kind, a finding or None, and perhaps the experts it is about."""
-        size = _router_size(self.layer.router)
-        most = max(health.EXPLODED_LOGIT, _GROWTH * self._first_size)
-        yield "router", health.bad_logits(size, most)
         self.count()
-        if self._window.mean() >= health.ENOUGH:
+        is_finite, finding = self._judge_router()
+        yield "router", finding
+        if is_finite and self._window.mean() >= health.ENOUGH:
             self._judge_window()
             idle = ops.convert_to_numpy(is_dead(self._window))
             self._idle = np.where(idle, self._idle + 1, 0)
@@ -196,15 +199,26 @@ class _Watch:
         """Add what was counted since the last time, and return the counters."""
         counted = self.layer.read_counts()
         new, self.seen = counted.since(self.seen), counted
+        self._is_nan = np.isnan(new.means.entropy) or (self._is_nan and not new.assignments.any())
         self._window += new.assignments
         self._dropped += new.dropped
         return counted
 
     def conclude(self, checks):
         """Findings at the end of the training, of a collapse after so many checks."""
+        is_finite, finding = self._judge_router()
+        yield "router", finding
+        if not is_finite:  # NaN ranks first: its tokens choose the first experts.
+            return
         if self._window.mean() >= health.FEW:
             self._judge_window()
         yield from self._lasting(checks, 1, self.patience)
+
+    def _judge_router(self):
+        """Return whether no logit is NaN, and a finding or None."""
+        size = np.nan if self._is_nan else _router_size(self.layer.router)
+        most = max(health.EXPLODED_LOGIT, _GROWTH * self._first_size)
+        return np.isfinite(size), health.bad_logits(size, most)
 
     def _judge_window(self):
         self._judged = self._window

@@ -12,7 +12,7 @@ from keras import ops
 from keras_moe import metrics
 from keras_moe._internal.checks import shortened
 from keras_moe._internal.keras_internals import forget_compiled, renew_test_function
-from keras_moe.callbacks.base import ExpertCallback
+from keras_moe.callbacks.base import PASS_TRAINING, ExpertCallback
 from keras_moe.inspection.summaries import named_layers
 from keras_moe.layers.gate import Observer
 
@@ -123,11 +123,7 @@ class ExpertMonitor(ExpertCallback):
         self._add_logs(logs, numbers)
         unused = [name for name, share in shares.items() if not np.any(share)]
         if unused:
-            warnings.warn(
-                f"{unused} served no token in training. In a model of your own, `call` needs the "
-                "argument `training` and must pass it on: `self.moe(x, training=training)`.",
-                stacklevel=2,
-            )
+            warnings.warn(f"{unused}: Training counts no token. {PASS_TRAINING}", stacklevel=2)
         losses = [each["router_loss"] for each in numbers.values() if "router_loss" in each]
         if losses:
             logs["router_loss"] = sum(losses)

@@ -281,7 +281,15 @@ class MixtureOfExperts(Gate):
         return (*inputs_shape[:num_axes], *outputs_shape[1:])
 
     def compute_output_spec(
-        self, inputs, mask=None, token_ids=None, indices=None, router_inputs=None, **kwargs
+        self,
+        inputs,
+        mask=None,
+        training=None,
+        return_routing=False,
+        token_ids=None,
+        indices=None,
+        router_inputs=None,
+        return_expert_outputs=False,
     ):
         sublayers.warn_of_repetition(self, inputs)
         num_axes = self.token_axes or len(inputs.shape) - 1
@@ -290,10 +298,10 @@ class MixtureOfExperts(Gate):
         shape = self.compute_output_shape(inputs.shape)
         sizes = inputs.shape[:num_axes]
         returned = [keras.KerasTensor(shape, self.compute_dtype)]
-        if kwargs.get("return_routing"):
+        if return_routing:
             tokens = keras.KerasTensor((None if None in sizes else math.prod(sizes), None))
             returned.append(self.router.compute_output_spec(tokens, indices=indices))
-        if kwargs.get("return_expert_outputs"):
+        if return_expert_outputs:
             shape = (*sizes, self.router.max_top_k, *shape[num_axes:])
             returned.append(keras.KerasTensor(shape, self.compute_dtype))
         return tuple(returned) if len(returned) > 1 else returned[0]

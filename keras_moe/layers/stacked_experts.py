@@ -206,10 +206,11 @@ class StackedExperts(Adaptable, ExpertBank):
             ValueError: If the bank is not built, or quantized already.
         """
         mode, config = quantization(self, mode, config)
-        if mode not in ("int8", "int4"):
-            raise NotImplementedError(
-                f'`mode` must be "int8" or "int4". Received: mode={mode!r} for `{self.name}`'
-            )
+        quantizer = getattr(config, "weight_quantizer", None)
+        if mode not in ("int8", "int4") or quantizer is not None:
+            rule = '`mode` must be "int8" or "int4", without a `weight_quantizer`'
+            received = f"mode={mode!r}, weight_quantizer={quantizer}"
+            raise NotImplementedError(f"{rule}. Received: {received} for `{self.name}`")
         if self.processes is not None:
             rule = "Experts must be in one process to be quantized: save the model, load it in one"
             received = f"`{self.name}` in {self.processes.num_processes} processes"

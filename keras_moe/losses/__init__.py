@@ -261,9 +261,9 @@ def _mean_of_sequences(routing, sequence_length):
     num_real = ops.sum(ops.cast(mask, "float32"), axis=1)
     probs = ops.where(mask, ops.reshape(routing.probs, by_sequence), 0.0)
     mean_probs = ops.sum(probs, axis=1) / ops.maximum(num_real, 1.0)
-    is_by_weight = keras.backend.is_float_dtype(routing.counts.dtype)
-    weights = routing.weights if is_by_weight else ops.ones_like(routing.weights)
-    chosen = weights_of_experts(routing.indices, ops.stop_gradient(weights), num_experts)
+    chosen = ops.stop_gradient(routing.weights)
+    if not keras.backend.is_float_dtype(routing.counts.dtype):  # counted by weight
+        chosen = weights_of_experts(routing.indices, ops.ones_like(chosen), num_experts)
     counts = ops.sum(ops.where(mask, ops.reshape(chosen, by_sequence), 0.0), axis=1)
     losses = _balance(counts, mean_probs)
     num_sequences = ops.sum(ops.cast(num_real > 0, "float32"))

@@ -19,7 +19,6 @@ from keras_moe.ops.selection import (
     entropy,
     mask_invalid,
     top_k_indices,
-    weights_of_experts,
 )
 
 
@@ -223,13 +222,12 @@ def weigh(indices, scores, score, renormalize=None, scale=1.0):
 def weighted_counts(indices, weights, mask):
     """Counts (E,), float32: shares of the combine weight, without a gradient.
 
-    Indices (T, E) have all experts, -1 where one does not serve. The sum is that of assignments.
+    Place e of indices (T, E) is e, or -1 where it does not serve. The sum is that of assignments.
     """
     # A sum that is NaN once would stay so in the counters.
-    counted = ops.logical_and(ops.expand_dims(mask, 1), ops.isfinite(weights))
-    weights = ops.stop_gradient(ops.where(counted, weights, 0.0))
-    totals = ops.sum(weights_of_experts(indices, weights, indices.shape[1]), axis=0)
     served = ops.logical_and(ops.expand_dims(mask, 1), indices >= 0)
+    counted = ops.logical_and(served, ops.isfinite(weights))
+    totals = ops.sum(ops.where(counted, ops.stop_gradient(weights), 0.0), axis=0)
     assigned = ops.sum(ops.cast(served, "float32"))
     return totals * (assigned / ops.maximum(ops.sum(totals), SMALLEST_SCORE))
 

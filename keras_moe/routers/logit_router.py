@@ -41,6 +41,7 @@ class LogitRouter(Adaptable, Router):
     def __init__(
         self,
         num_experts: int | None = None,
+        *,
         input_jitter: float = 0.0,
         logit_noise: float = 0.0,
         kernel_initializer: str | Callable | None = None,

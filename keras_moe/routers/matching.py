@@ -114,7 +114,9 @@ class ExpertChoiceRouter(LogitRouter):
     default_losses = ()
     tokens_choose = False
 
-    def __init__(self, num_experts: int | None = None, capacity_factor: float = 2.0, **kwargs: Any):
+    def __init__(
+        self, num_experts: int | None = None, *, capacity_factor: float = 2.0, **kwargs: Any
+    ):
         super().__init__(num_experts, **kwargs)
         self.capacity_factor = check_number("capacity_factor", capacity_factor, above=0)
 

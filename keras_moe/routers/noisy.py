@@ -142,7 +142,7 @@ class GShardRouter(LogitRouter):
 
     _top_k = 2
 
-    def __init__(self, num_experts: int | None = None, threshold: float = 0.2, **kwargs: Any):
+    def __init__(self, num_experts: int | None = None, *, threshold: float = 0.2, **kwargs: Any):
         super().__init__(num_experts, **kwargs)
         self.threshold = check_number("threshold", threshold, above=0)
         self.check_num_experts()

@@ -66,7 +66,7 @@ class Router(BaseLayer):
     tokens_choose = True  # so that too many may choose an expert
     replays_indices = False  # whether `route` chooses `indices` where they are given
     serves_all = False  # whether all experts serve each token
-    counted_by_weight = False  # whether an expert's load is the sum of its weights; K is E
+    counted_by_weight = False  # whether its load sums weights; place e of the K is expert e
     has_smooth_load = False  # whether the `load` of its routings has a gradient in training
     serves_tasks = True  # whether it can be the router of one of many tasks
     has_logits = False  # whether its logits are learned, so that reports judge them

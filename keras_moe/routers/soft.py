@@ -68,7 +68,7 @@ class SoftRouter(LogitRouter):
     serves_tasks = False
     normalizes_kernel = True
 
-    def __init__(self, num_experts: int | None = None, slots: int = 1, **kwargs: Any):
+    def __init__(self, num_experts: int | None = None, *, slots: int = 1, **kwargs: Any):
         super().__init__(num_experts, **kwargs)
         self.slots = check_integer("slots", slots)
 

@@ -35,6 +35,7 @@ class TopPRouter(LogitRouter):
     def __init__(
         self,
         num_experts: int | None = None,
+        *,
         threshold: float = 0.4,
         max_top_k: int | None = None,
         **kwargs: Any,
@@ -74,6 +75,8 @@ class ReLURouter(LogitRouter):
             `top_k`. The cost of moving rows grows with it, used or not.
         growth: Float above 1. Factor by which the strength of the loss changes in a step.
         initial_strength: Float above 0. Strength of the loss at first, and the least.
+        accumulation_steps: Integer. Micro-batches of an optimizer step, as for a
+            `SelectionBalancer`. Each changes the strength by this root of `growth`.
 
     Other arguments, errors, call arguments and returns: as for `LogitRouter`, without `indices`.
 
@@ -92,6 +95,7 @@ class ReLURouter(LogitRouter):
         max_top_k: int | None = None,
         growth: float = 1.2,
         initial_strength: float = 1e-8,
+        accumulation_steps: int = 1,
         **kwargs: Any,
     ):
         super().__init__(num_experts, **kwargs)
@@ -99,6 +103,7 @@ class ReLURouter(LogitRouter):
         self.max_top_k = None if max_top_k is None else check_integer("max_top_k", max_top_k)
         self.growth = check_number("growth", growth, above=1)
         self.initial_strength = check_number("initial_strength", initial_strength, above=0)
+        self.accumulation_steps = check_integer("accumulation_steps", accumulation_steps)
         self.check_num_experts()
 
     def check_num_experts(self):
@@ -137,18 +142,15 @@ class ReLURouter(LogitRouter):
         # Over all scores above zero: those beyond `max_top_k` must shrink as well.
         real = ops.expand_dims(routing.mask, 1)
         counted = ops.concatenate([ops.logical_and(scores > 0, real), real], axis=1)
-        totals = ops.sum(ops.cast(counted, "float32"), axis=0)
-        totals = backend.devices.sum(totals)
-        num_serving, num_real = totals[:-1], totals[-1]
-        load = num_serving / ops.maximum(num_real, 1.0)
+        totals = backend.devices.sum(ops.sum(ops.cast(counted, "float32"), axis=0))
+        num_real = totals[-1]
+        load = totals[:-1] / ops.maximum(num_real, 1.0)
         share = load * self.num_experts / self.top_k
-        mean_scores = routing.mean(scores)
         # A copy: PyTorch needs the old value for the gradient, after the assignment.
         strength = self.strength + 0.0
         if self.updates_state:
-            error = ops.sign(ops.sum(load) - self.top_k)
-            error = ops.where(num_real > 0, error, 0.0)
-            changed = strength * ops.power(self.growth, error)
+            error = ops.where(num_real > 0, ops.sign(ops.sum(load) - self.top_k), 0.0)
+            changed = strength * ops.power(self.growth ** (1 / self.accumulation_steps), error)
             # Below its initial value it has no effect and takes long to recover.
             self.strength.assign(ops.maximum(changed, self.initial_strength))
-        return strength * ops.sum(ops.stop_gradient(share) * mean_scores)
+        return strength * ops.sum(ops.stop_gradient(share) * routing.mean(scores))

@@ -166,7 +166,7 @@ class CosineRouter(TopKRouter):
 
     normalizes_kernel = True
 
-    def __init__(self, num_experts: int | None = None, projection_dim: int = 256, **kwargs: Any):
+    def __init__(self, num_experts: int | None = None, *, projection_dim: int = 256, **kwargs: Any):
         super().__init__(num_experts, **kwargs)
         self.projection_dim = check_integer("projection_dim", projection_dim)
 
@@ -213,6 +213,7 @@ class GroupLimitedRouter(TopKRouter):
     def __init__(
         self,
         num_experts: int | None = None,
+        *,
         num_groups: int = 4,
         top_groups: int = 2,
         top_k: int = 2,
