@@ -8,7 +8,8 @@ import pytest
 from backends import QUICK_JIT, assert_close, gradients, on_one_backend, to_numpy
 from layer_checks import normal
 
-from keras_moe import layers, routers
+import keras_moe
+from keras_moe import inspection, layers, routers
 
 D, H, E, LENGTH = 8, 16, 4, 6
 
@@ -72,6 +73,34 @@ def test_remat_of_a_stateless_call():
     )
     for one, other in zip(again, plain):
         assert_close(one, other)
+
+
+def test_experts_with_state_and_draws_are_recomputed():
+    with keras.RematScope("full"):
+        experts = [keras.layers.BatchNormalization() for _ in range(2)]
+        experts.append(keras.layers.Dropout(0.3))
+        layer = layers.MixtureOfExperts(layers.LayerExperts(experts))
+    model = keras.Sequential([keras.Input((D,)), layer])
+    model.compile("sgd", "mse", jit_compile=QUICK_JIT)
+    model.train_on_batch(normal(8, D), normal(8, D, seed=1))
+    assert to_numpy(experts[0].moving_mean.value).any()
+
+
+def test_inference_and_watched_calls_are_not_recomputed():
+    """Caches and observers take what is computed: in a recomputed function they find no values."""
+    with keras.RematScope("full"):
+        once = layers.TransformerDecoderBlock(
+            2, layers.MixtureOfExperts(num_experts=4, hidden_dim=D)
+        )
+    parts = [keras.layers.Embedding(9, D), once, keras.layers.Dense(9)]
+    model = keras.Sequential([keras.Input((None,), dtype="int32"), *parts])
+    assert len(keras_moe.generate(model, [[1, 2]], 2)[0]) == 4
+    ids = np.arange(12).reshape(3, 4) % 9
+    for training in (False, True):
+        ((routing,),) = inspection.record_routings(model, [ids], training=training).values()
+        assert routing.counts.sum() == 24
+    keras_moe.surgery.merge_experts(model, keep=3, data=[ids])
+    assert once.feedforward.router.num_experts == 3
 
 
 class CountingRouter(routers.TopKRouter):

@@ -222,6 +222,12 @@ class Gate(Recomputable):
         # The latest comes first: of nested contexts the inner one replays.
         self._observers = (weakref.ref(observer), *self._observers)
 
+    @property
+    def is_watched(self) -> bool:
+        """Whether an observer with a function sees the routings of calls."""
+        observers = [each() for each in self._observers]
+        return any(each is not None and each.on_routing is not None for each in observers)
+
     def remove_observer(self, observer: Observer) -> None:
         """Remove an observer, if it is there."""
         others = (each for each in self._observers if each() not in (observer, None))

@@ -23,6 +23,7 @@ from keras_moe.layers.feed_forward_experts import FeedForwardExperts
 from keras_moe.layers.gate import Gate
 from keras_moe.layers.layer_experts import LayerExperts
 from keras_moe.layers.tokens import Tokens, check_call, pass_mask_on, token_shape, zero_padding
+from keras_moe.ops.routing import Routing
 from keras_moe.ops.soft import SoftPlan
 from keras_moe.routers.router import Router
 
@@ -72,7 +73,8 @@ class MixtureOfExperts(Gate):
         mask: (batch, ...) bool or integer tensor, False or 0 for padding. Default: the Keras mask
             of the inputs, which `+` and other operations drop.
         training: Boolean. Whether router losses are added, noise drawn and assignments counted.
-        return_routing: Boolean. Whether the routing is returned as well.
+        return_routing: Boolean. Whether the routing is returned as well. In a functional model it
+            has only the fields of tokens: without `counts`, `dropped` and `load`.
         token_ids: (batch, ...) integer tensor of vocabulary ids, for `routers.HashRouter`.
         indices: (T, K) integer tensor of experts to replay instead of choosing, such as the
             `indices` of a recorded routing, -1 for none. Weights come from the live scores. The
@@ -211,6 +213,10 @@ class MixtureOfExperts(Gate):
                 received = f"{len(returned)} results of `{self.name}`"
                 raise ValueError(f"{rule}: {fix}. Received: {received}")
             pass_mask_on(self.token_axes or len(returned[0].shape) - 1, *returned)
+            outputs, second, *third = returned
+            if isinstance(outputs, keras.KerasTensor) and isinstance(second, Routing):
+                # `predict` joins what a model returns for its batches along the first axis.
+                return outputs, second._replace(counts=(), dropped=(), load=()), *third
         return returned
 
     def compute_mask(self, inputs, previous_mask):

@@ -20,13 +20,20 @@ from keras_moe._internal.keras_internals import (
 
 
 class Recomputable(BaseLayer):
-    """Abstract: a layer that `keras.RematScope` recomputes without repeating its effects."""
+    """Abstract: a layer that `keras.RematScope` recomputes without repeating its effects.
+
+    In training only: inference keeps nothing for a gradient. While a function of the user sees
+    routings nothing is recomputed, or it would see them twice, on JAX without their values.
+    """
 
     def rematerialized_call(self, call, *args, **kwargs):
         # Keras's own wrapper fails with effects on JAX, and with `training` on TensorFlow.
         if super().rematerialized_call(call, *args, **kwargs) is call:
             return call
         recompute_as_one(self)
+        parts = self._flatten_layers()
+        if not kwargs.get("training") or any(getattr(part, "is_watched", False) for part in parts):
+            return call
         return functools.partial(_recomputed, self, call)
 
 
@@ -71,5 +78,5 @@ def _recomputed(layer, call, *args, **kwargs):
         for number in found["changed"]:
             state[number].assign(next(results))
     for loss in results:
-        layer.add_loss(loss)
+        layer.add_loss(ops.convert_to_tensor(loss))  # JAX returns a constant as a literal
     return outputs
