@@ -106,6 +106,10 @@ class Backend:
         """
         return function
 
+    def uncompiled(self, function):
+        """Return the function, which `torch.compile` calls as it is."""
+        return function
+
     def control_dependency(self, tensor, value):
         """Return the value, which is then computed only if the tensor is."""
         return value

@@ -51,6 +51,18 @@ class TorchBackend(Backend):
             return self.devices.expert_processes().run(network, platform, problem)
         return network.run(platform, problem)
 
+    def uncompiled(self, function):
+        # Dynamo would trace hundreds of small operations for each size of a batch, and give up at
+        # sizes of groups, which depend on the tokens.
+        apart = torch.compiler.disable(function)
+
+        @functools.wraps(function)
+        def call(*args, **kwargs):
+            is_compiled = torch.compiler.is_dynamo_compiling() and not self.is_exporting()
+            return (apart if is_compiled else function)(*args, **kwargs)
+
+        return call
+
     def differentiable(self, forward, backward, inputs, context, reference=None):
         reference = reference or (lambda inputs, context: forward(inputs, context, save=False)[0])
         tensors, structure = _flatten(inputs)
@@ -59,7 +71,7 @@ class TorchBackend(Backend):
                 return reference(inputs, context)
             # In the function gradients are always off, and `needs_input_grad` does not ask whether.
             save = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
-            if self.is_exporting() or not save:
+            if is_traced() or not save:
                 return forward(inputs, context, save=False)[0]
             return _Differentiable.apply(forward, backward, reference, structure, context, *tensors)
 
@@ -177,13 +189,14 @@ class _Differentiable(torch.autograd.Function):
     def forward(ctx, forward, backward, reference, structure, context, *tensors):
         output, saved = forward(structure.unflatten(tensors), context, save=True)
         ctx.run_backward, ctx.reference = backward, reference
-        ctx.structure, ctx.context, ctx.was_traced = structure, context, is_traced()
+        ctx.structure, ctx.context = structure, context
         # All tensors in the list that PyTorch frees, and may offload or compute again.
         saved, ctx.structure_of_saved = _flatten(saved)
         ctx.save_for_backward(*tensors, *saved)
         return output
 
     @staticmethod
+    @torch.compiler.disable
     def backward(ctx, upstream):
         with _without_autocast(upstream):
             return _Differentiable._backward(ctx, upstream)
@@ -193,20 +206,15 @@ class _Differentiable(torch.autograd.Function):
         tensors = ctx.saved_tensors  # once: each access unpacks, and may compute again
         num_inputs = ctx.structure.num_leaves
         tensors, saved = tensors[:num_inputs], tensors[num_inputs:]
-        create_graph = torch.is_grad_enabled() and not torch.compiler.is_compiling()
-        # Dynamo may trace one of the two passes only, and rows then lie in other parts.
-        if create_graph or is_traced() != ctx.was_traced:
+        if torch.is_grad_enabled():  # a second derivative may follow
             # Views: an input may depend on another, which autograd would follow.
             tensors = [
-                each.view_as(each)
-                if create_graph and each.requires_grad
-                else each.detach().requires_grad_()
+                each.view_as(each) if each.requires_grad else each.detach().requires_grad_()
                 for each in tensors
             ]
-            with torch.enable_grad():
-                output = ctx.reference(ctx.structure.unflatten(tensors), ctx.context)
+            output = ctx.reference(ctx.structure.unflatten(tensors), ctx.context)
             gradients = torch.autograd.grad(
-                output, tensors, upstream, create_graph=create_graph, allow_unused=True
+                output, tensors, upstream, create_graph=True, allow_unused=True
             )
         else:
             inputs = ctx.structure.unflatten(tensors)

@@ -10,6 +10,7 @@ from keras_moe._internal import Tensor
 from keras_moe._internal.base_layer import BaseLayer
 from keras_moe._internal.checks import check_integer
 from keras_moe._internal.serialization import resolve
+from keras_moe.backend import backend
 from keras_moe.ops.plans import GroupedPlan
 from keras_moe.ops.soft import SoftPlan
 from keras_moe.ops.sorting import as_dtype
@@ -42,6 +43,7 @@ class ExpertBank(BaseLayer):
         self.num_experts = check_integer("num_experts", num_experts)
         self.has_own_policy = kwargs.get("dtype") is not None
 
+    @backend.uncompiled
     def __call__(self, tokens, plan=None, **kwargs):
         if plan is None:
             rule = "A bank is called with the plan of a router: use `MixtureOfExperts(bank)`"

@@ -16,6 +16,7 @@ from keras import ops
 from keras_moe._internal import Tensor
 from keras_moe._internal.checks import check_indices, check_integer, fixed, shortened
 from keras_moe._internal.serialization import config_of, register, resolve
+from keras_moe.backend import backend
 from keras_moe.layers import expert_bank, sublayers
 from keras_moe.layers.capacity import Capacity
 from keras_moe.layers.expert_bank import ExpertBank
@@ -197,6 +198,7 @@ class MixtureOfExperts(Gate):
             if not self.shared_gate.built:
                 self.shared_gate.build(inputs_shape)
 
+    @backend.uncompiled
     def __call__(self, *args, **kwargs):
         if args and args[0] is None:  # Keras would call `build` without a shape.
             raise TypeError(f"`{self.name}` must be called with tensors. Received: None")

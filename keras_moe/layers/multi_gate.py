@@ -14,6 +14,7 @@ from keras_moe._internal import Tensor
 from keras_moe._internal.base_layer import reseeded
 from keras_moe._internal.checks import check_integer, check_tensors, shortened
 from keras_moe._internal.serialization import register
+from keras_moe.backend import backend
 from keras_moe.layers import expert_bank, sublayers
 from keras_moe.layers.expert_bank import ExpertBank
 from keras_moe.layers.gate import Gate
@@ -159,6 +160,10 @@ class MultiGateMixtureOfExperts(Recomputable):
             raise ValueError(f"{rule}. Received: {widths}")
         for task, shape in zip(self.tasks, [*shapes, shared_shape]):
             task.build(shape)
+
+    @backend.uncompiled
+    def __call__(self, *args, **kwargs):
+        return super().__call__(*args, **kwargs)
 
     def call(
         self, inputs: Tensor | list, mask: Tensor | list | None = None, training: bool | None = None

@@ -112,6 +112,7 @@ class Router(BaseLayer):
                 f"Received: top_k={largest}, num_experts={self.num_experts}"
             )
 
+    @backend.uncompiled
     def __call__(self, *args, **kwargs):
         if self.num_experts is None:
             raise ValueError("A router that is called needs `num_experts`. Received: None")
