@@ -31,8 +31,8 @@ from keras_moe.routers.router import Router
 class MixtureOfExperts(Gate):
     """Routes each token to its top-K experts; the cost grows with K, not with E.
 
-    A drop-in for the feed-forward layer of a Transformer, or for a `Dense` layer anywhere. Its short
-    name is `layers.MoE`. By default no token is dropped: outputs do not depend on the batch.
+    A drop-in for the feed-forward layer of a Transformer, or for any `Dense` layer; also available
+    as `layers.MoE`. By default no token is dropped: outputs do not depend on the rest of the batch.
 
     In training the layer adds its router losses and counts the assignments of each expert in the
     weight `expert_counts` (E,), which `callbacks.ExpertMonitor` reports after each epoch. Padding,
