@@ -315,7 +315,17 @@ REFUSED = [
     ("moe(router='topk')", "'top_k', 'top_p'"),
     ("moe(balancer='quantile')", "`balancer` is an argument of `TopKRouter`"),
     ("moe(dropout=0.1)", "`dropout` is an argument of the bank"),
-    ("moe(d_ff=64)", "Unrecognized keyword arguments"),
+    ("moe(d_fff=64)", "Unrecognized keyword arguments"),
+    ("moe(units=64)", "`units` is `hidden_dim` here"),
+    ("routers.TopKRouter(E, k=2)", "`k` is `top_k` here"),
+    ("moe(aux_loss_weight=0.1)", "`aux_loss_weight` is `router_losses` here, such as `[losses.Loa"),
+    ("moe(load_balancing_loss=0.1)", "`load_balancing_loss` is `router_losses` here"),
+    ("moe(losses=[])", "`losses` is `router_losses` here"),
+    ("moe(num_shared_experts=2)", "`num_shared_experts` is `shared_expert` here"),
+    ("layers.MixtureOfExperts(expert=[])", "`expert` is `experts` here"),
+    ("moe(noisy_gating=True)", '`noisy_gating` is a router here, `router="noisy_top_k"`'),
+    ("layers.MoE(8, 64)", "did you mean `hidden_dim=64`?"),
+    ("layers.MoE(num_experts=8, hidden_dim=64, activation='swiglu')", "`GatedExperts`"),
     ("layers.TransformerEncoderBlock(4)", "`MixtureOfExperts(num_experts=8, hidden_dim=256)`"),
     ("layers.TransformerEncoderBlock(4, num_experts=8)", "`MixtureOfExperts(num_experts=8,"),
     (
@@ -361,6 +371,7 @@ REFUSED = [
     ("setattr(moe(), 'router_losses', [])", "`layer.set_router_loss_weight(index, weight)`"),
     ("setattr(moe().router_losses[0], 'weight', 1)", "`layer.set_router_loss_weight(index"),
     ("built(moe()).quantize('int8')", "`layer.experts.quantize(mode)`"),
+    ("built(moe()).enable_lora(4)", "`layer.experts.enable_lora(rank)`"),
     ("moe().read_counts()", "must be built"),
     ("built(moe()).read_counts().since([1])", "of the same layer"),
     ("built(moe()).read_counts().since(built(moe(bank(1))).read_counts())", "of the same layer"),
@@ -557,6 +568,7 @@ class OtherName(routers.TopKRouter):
 TRUE = np.bool_(True)
 LIST = [[1, 1, 1, 0, 0]] * 2
 TAKEN = [
+    "layers.MoE.from_config(layers.MoE(num_experts=E, hidden_dim=8).get_config())",
     "bank(np.int64(E), use_bias=TRUE)",
     "layers.GatedExperts(np.array(4), np.array(8), output_dim=np.int8(3), use_bias=TRUE)",
     "layers.Capacity(np.float32(1.5), per_sequence=TRUE)",

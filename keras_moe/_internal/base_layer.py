@@ -13,17 +13,25 @@ from keras_moe._internal.keras_internals import KeepsLosses, unlocked
 from keras_moe._internal.serialization import arguments_of, load_draws, save_draws
 from keras_moe.backend import backend
 
-# Classes that have an argument, for the error of one that lacks it.
-_OWNERS = {
-    "`MixtureOfExperts(num_experts=8, hidden_dim=256)` and of banks": ("num_experts", "hidden_dim"),
-    "`MixtureOfExperts` and of routers such as `TopKRouter`": ("top_k",),
-    "`MixtureOfExperts`": ("capacity_factor", "router", "router_losses", "shared_expert"),
-    "`TopKRouter` and routers derived from it": ("balancer", "score"),
-    "the bank, such as `FeedForwardExperts`": (
-        *("use_bias", "dropout", "kernel_initializer", "bias_initializer", "kernel_regularizer"),
-    ),
+# What an argument is that a layer does not have: one of another class, or a name used elsewhere.
+_IS = {
+    "an argument of banks, and of `MixtureOfExperts(num_experts=8, hidden_dim=256)`": "num_experts "
+    "hidden_dim",
+    "an argument of `MixtureOfExperts` and of routers such as `TopKRouter`": "top_k",
+    "an argument of `MixtureOfExperts`": "capacity_factor router router_losses shared_expert",
+    "an argument of `TopKRouter` and routers derived from it": "balancer score",
+    "an argument of the bank, such as `FeedForwardExperts`": "use_bias dropout kernel_initializer "
+    "bias_initializer kernel_regularizer",
+    "`num_experts` here": "n_experts num_local_experts n_routed_experts",
+    "`hidden_dim` here": "units d_ff ffn_dim mlp_dim expert_dim intermediate_size hidden_size",
+    "`top_k` here": "k topk num_selected_experts num_experts_per_tok",
+    "`experts` here, a bank or a list of layers": "expert expert_layers",
+    "`router_losses` here, such as `[losses.LoadBalance(0.01)]`": "losses aux_loss "
+    "aux_loss_weight aux_loss_coef load_balancing_loss router_aux_loss_coef z_loss_weight",
+    "`shared_expert` here, one layer as wide as all of them": "num_shared_experts n_shared_experts",
+    'a router here, `router="noisy_top_k"`': "noisy_gating noisy",
 }
-_OWNER_OF = {name: owner for owner, names in _OWNERS.items() for name in names}
+_IS_OF_NAME = {name: text for text, names in _IS.items() for name in names.split()}
 
 
 class BaseLayer(KeepsLosses, keras.layers.Layer):
@@ -33,11 +41,9 @@ class BaseLayer(KeepsLosses, keras.layers.Layer):
     fixed_arguments: tuple[str, ...] = ()
 
     def __init__(self, **kwargs: Any):
-        name = next((name for name in kwargs if name in _OWNER_OF), None)
-        if name is not None:
+        for name in filter(_IS_OF_NAME.get, kwargs):
             received = f"{name}={shortened(kwargs[name])} for a `{type(self).__name__}`"
-            rule = f"`{name}` is an argument of {_OWNER_OF[name]}"
-            raise TypeError(f"{rule}. Received: {received}")
+            raise TypeError(f"`{name}` is {_IS_OF_NAME[name]}. Received: {received}")
         super().__init__(**kwargs)
         backend.devices.separate_losses(self)
 

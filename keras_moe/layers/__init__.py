@@ -17,6 +17,8 @@ from keras_moe.layers.transformer_block import TransformerEncoderBlock
 from keras_moe.layers.transformer_decoder_block import TransformerDecoderBlock
 from keras_moe.layers.zero_computation_experts import ZeroComputationExperts
 
+MoE = MixtureOfExperts
+
 __all__ = [
     "Capacity",
     "ExpertBank",
@@ -27,6 +29,7 @@ __all__ = [
     "LinearExperts",
     "LowRankExperts",
     "MixtureOfExperts",
+    "MoE",
     "MultiGateMixtureOfExperts",
     "StackedExperts",
     "TransformerDecoderBlock",

@@ -106,9 +106,11 @@ class Gate(Recomputable):
         return self._router_losses
 
     def quantize(self, *args: Any, **kwargs: Any) -> None:
-        """Raise: only the bank is quantized."""
-        rule = "The bank of a mixture is quantized: `layer.experts.quantize(mode)`"
+        """Raise: a mixture is quantized and has LoRA in its parts."""
+        rule = "Call `layer.experts.quantize(mode)` or `layer.experts.enable_lora(rank)`"
         raise NotImplementedError(f"{rule}. Received: the mixture `{self.name}`")
+
+    enable_lora = quantize
 
     def _build_gate(self, features):
         """Build the router, for tokens of so many features, and the state of the gate."""

@@ -33,8 +33,8 @@ from keras_moe.routers.router import Router
 class MixtureOfExperts(Gate):
     """Routes each token to its top-K experts; the cost grows with K, not with E.
 
-    A drop-in for the feed-forward layer of a Transformer, or for a `Dense` layer anywhere. By
-    default no token is ever dropped, so a token's output does not depend on the rest of the batch.
+    A drop-in for the feed-forward layer of a Transformer, or for any `Dense` layer; also available
+    as `layers.MoE`. By default no token is dropped: outputs do not depend on the rest of the batch.
 
     In training the layer adds its router losses and counts the assignments of each expert in the
     weight `expert_counts` (E,), which `callbacks.ExpertMonitor` reports after each epoch. Padding,
@@ -120,6 +120,9 @@ class MixtureOfExperts(Gate):
         **kwargs: Any,
     ):
         super().__init__(**kwargs)
+        if isinstance(router, (int, np.integer)):
+            rule = f"`router` must not be a number: did you mean `hidden_dim={router}`?"
+            raise TypeError(f"{rule} Received: router={router}")
         self.experts = _bank_of(
             experts,
             num_experts=num_experts,
