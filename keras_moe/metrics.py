@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 import keras
+import numpy as np
 from keras import ops
 
 from keras_moe._internal import Tensor
@@ -30,6 +31,7 @@ __all__ = [
     "load_imbalance",
     "mutual_information",
     "router_entropy",
+    "typical_words",
     "unserved_fraction",
 ]
 __dir__ = __all__.copy
@@ -141,6 +143,29 @@ def mutual_information(table: Tensor) -> Tensor:
     rows, columns = ops.sum(joint, axis=1, keepdims=True), ops.sum(joint, axis=0, keepdims=True)
     ratio = joint / ops.where(joint > 0, rows * columns, 1.0)
     return ops.sum(joint * ops.log(ops.where(joint > 0, ratio, 1.0)))
+
+
+def typical_words(routing: Routing, texts: list[str], num_words: int = 10) -> list[list[str]]:
+    """The words that are most typical of each expert, a list of strings for each.
+
+    They have the highest lift: the expert's share of a word's assignments, divided by its share of
+    all. Ten more assignments of each word, divided as all are, keep out words that are rare.
+
+    Args:
+        routing: An `ops.Routing`.
+        texts: List of T strings, padding included. Each is split at blanks into words.
+        num_words: Integer. The most words of an expert; only those with a lift above 1.
+    """
+    words, found = np.unique(np.array(" ".join(texts).split(), object), return_inverse=True)
+    sizes = [len(text.split()) for text in texts]
+    indices = np.repeat(ops.convert_to_numpy(routing.indices), sizes, axis=0)
+    table = np.zeros((len(words), len(routing.counts) + 1))
+    np.add.at(table, (found[:, None], indices), 1)
+    table = table[:, :-1]  # The last column is of no expert, -1.
+    share = table.sum(axis=0) / max(table.sum(), 1)
+    lift = (table + 10 * share) / (table.sum(axis=1) + 10)[:, None] / np.maximum(share, 1e-9)
+    best = np.argsort(-lift, axis=0, kind="stable")[:num_words].T
+    return [words[row[lift[row, expert] > 1]].tolist() for expert, row in enumerate(best)]
 
 
 @register

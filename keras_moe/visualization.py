@@ -99,7 +99,7 @@ def specialization(
 
     Colours are the share of the label's assignments. The title gives the mutual information of
     label and expert in bits, which is 0 if all labels have the same experts, and its upper bound.
-    The first 30 labels are drawn: integers in their order, strings the most frequent first.
+    30 labels are drawn: integers in their order, the most frequent strings sorted by expert.
 
     Args:
         routings: As in `coactivation`.
@@ -138,19 +138,23 @@ def label_table(routing, labels, names=None):
     labels = labels_of_tokens(labels, len(routing.mask))
     are_integers = labels.dtype.kind in "iu"
     is_used = routing.mask & (labels >= 0) if are_integers else routing.mask
-    values, found, sizes = np.unique(labels[is_used], return_inverse=True, return_counts=True)
-    if not are_integers:
-        most_frequent_first = np.argsort(-sizes, kind="stable")
-        values, found = values[most_frequent_first], np.argsort(most_frequent_first)[found]
-    elif names is not None and values.size and values[-1] >= len(names):
-        raise ValueError(f"Labels must be from 0 to {len(names) - 1}. Received: {values[-1]}")
-    else:
-        values = values if names is None else [names[value] for value in values]
+    values, found = np.unique(labels[is_used], return_inverse=True)
+    if are_integers and names is not None:
+        if values.size and values[-1] >= len(names):
+            raise ValueError(f"Labels must be from 0 to {len(names) - 1}. Received: {values[-1]}")
+        values = [names[value] for value in values]
     groups = np.full(len(labels), -1)
     groups[is_used] = found
     rows = list(map(str, values))
-    table = metrics.count_table(routing, groups, max(len(rows), 1))
-    return ops.convert_to_numpy(table), rows
+    table = ops.convert_to_numpy(metrics.count_table(routing, groups, max(len(rows), 1)))
+    if rows and not are_integers:
+        sizes, columns = table.sum(axis=1), np.maximum(table.sum(axis=0), 1)
+        shown = np.argsort(-sizes, kind="stable")[:MAX_ROWS]
+        lift = table[shown] / columns / np.maximum(sizes[shown, None], 1)
+        shown = shown[np.lexsort((-lift.max(axis=1), lift.argmax(axis=1)))]
+        order = [*shown, *np.setdiff1d(np.arange(len(rows)), shown)]
+        table, rows = table[order], [rows[row] for row in order]
+    return table, rows
 
 
 def mutual_bits(table):

@@ -4,8 +4,12 @@ python studies/text_classification.py
 python studies/text_classification.py --compare --seeds 3
 """
 
+import colorsys
 import functools
+import os
 import pathlib
+import sys
+import time
 import typing
 
 import datasets
@@ -14,7 +18,6 @@ import numpy as np
 import plots
 from command_line import parser_of, positive
 from comparisons import (
-    PARAMETERS,
     compile_classifier,
     count_parameters,
     dense_feedforward,
@@ -28,7 +31,7 @@ from resuming import StepTimer, say
 from vocabulary import Vocabulary, split_words
 
 import keras_moe
-from keras_moe import callbacks, inspection, layers, routers, visualization
+from keras_moe import callbacks, inspection, layers, metrics, routers, visualization
 
 
 class Size(typing.NamedTuple):
@@ -43,6 +46,7 @@ class Size(typing.NamedTuple):
 
 FULL = Size(40_000, 50_021, 400, 16, features=64, hidden_dim=256, documents=None)
 SMOKE = Size(500, 251, 32, 4, features=16, hidden_dim=16, documents=256)
+HAS_COLOURS = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
 TOP_K, BATCH_SIZE, LEARNING_RATE, LABEL_SMOOTHING = 2, 128, 3e-3, 0.3
 
 
@@ -53,7 +57,7 @@ def main(arguments=None):
     data = load(options.dataset, options.data_dir, size)
     results: dict = {}
     histories, models = {}, {}
-    for name in ("mixture of experts", "dense twin")[: 1 + options.compare]:
+    for name in ("mixture of experts", "dense")[: 1 + options.compare]:
         experts = options.experts if name == "mixture of experts" else None
         feedforward = functools.partial(feedforward_of, experts, size)
         results[name] = []
@@ -65,26 +69,29 @@ def main(arguments=None):
             histories.setdefault(name, []).append(history)
             models.setdefault(name, model)
             results[name].append(run)
-
-    report = {"dataset": options.dataset, "results": results}
     if options.compare:
         say("logistic regression")
-        report["logistic_regression"] = logistic_regression(*data.splits)
-    print_runs(
-        options.dataset, results, {"test accuracy": ("{:.2%}", "test_accuracy"), **PARAMETERS}
-    )
-    print("Active: weights that work on a token. Of the table of words it only reads its rows.")
-    if options.compare:
-        print(f"TF-IDF, logistic regression: {report['logistic_regression']:.2%}")
-        print(verdict(*results.values(), len(data.splits[0].texts)))
-    shown = models["mixture of experts"]
-    show_experts(shown, data, options.output / "experts_by_class.png")
+        results["logistic regression"] = [logistic_regression(*data.splits)]
+
+    report = {"dataset": options.dataset, "results": results}
     write_json(options.output / "results.json", report)
     path = options.output / "learning_curves.png"
     plots.courses({options.dataset: histories}, path, ["epochs"], "val_accuracy")
-    if options.report:
-        write_report(shown, data, options.output / "report.html")
-    print(f"\nPlots and results are in {options.output}.")
+    page = show_experts(models["mixture of experts"], data, size, options.output)
+    columns = {
+        "test accuracy": ("{:.2%}", "test_accuracy"),
+        "seconds": ("{:.1f}", "seconds"),
+        "weights": ("{:,.0f}", "parameters"),
+    }
+    print_runs(options.dataset, results, columns)
+    print("Seconds of processor time, for training. After +-, the standard deviation.")
+    if options.compare:
+        mixture, dense, _ = results.values()
+        active = [f"{runs[0]['active_parameters']:,}" for runs in (mixture, dense)]
+        print("On a phrase work {} weights of the mixture, {} of the dense model,".format(*active))
+        print("besides the rows of its words.")
+        print(verdict(mixture, dense, len(data.splits[0].texts)))
+    print(f"\nA page about the experts: {page}\nPlots and results: {options.output}")
     return report
 
 
@@ -93,7 +100,6 @@ def parse_options(arguments):
     parser.add_argument("--experts", type=positive, default=8)
     parser.add_argument("--epochs", type=positive, default=6)
     parser.add_argument("--compare", action="store_true", help="train dense models as well")
-    parser.add_argument("--report", action="store_true", help="write a page about the experts")
     options = parser.parse_args(arguments)
     options.output = options.output or pathlib.Path("text_classifier") / options.dataset
     return options
@@ -121,7 +127,7 @@ def load(name, data_dir, size):
 
 
 def feedforward_of(experts, size):
-    """A mixture; without a number of experts its dense twin."""
+    """A mixture; without a number of experts a dense layer as wide as those of a token."""
     if experts is None:
         return dense_feedforward(TOP_K, size.hidden_dim, size.features)
     return layers.MixtureOfExperts(
@@ -170,7 +176,7 @@ def fit(model, arrays, epochs):
     batches = shuffled_batches(*train, BATCH_SIZE)
     loss = keras.losses.CategoricalCrossentropy(from_logits=True, label_smoothing=LABEL_SMOOTHING)
     compile_classifier(model, loss, LEARNING_RATE, epochs * len(batches))
-    timer, monitors = StepTimer(), []
+    timer, monitors, start = StepTimer(), [], time.process_time()
     if is_sparse(model):
         monitors = [callbacks.ExpertMonitor(), callbacks.ExpertHealth()]
     history = model.fit(
@@ -182,6 +188,7 @@ def fit(model, arrays, epochs):
         callbacks=[*monitors, timer],
         verbose=0,
     ).history
+    seconds = time.process_time() - start
     history["epochs"] = [*range(1, 1 + epochs)]
     _, accuracy = model.evaluate(*test, batch_size=BATCH_SIZE, verbose=0)
     counts = count_parameters(model)
@@ -189,6 +196,7 @@ def fit(model, arrays, epochs):
     run = {
         "test_accuracy": float(accuracy),
         "validation_accuracy": history["val_accuracy"][-1],
+        "seconds": seconds,
         "ms_per_step": timer.ms_per_step[-1],
         **counts,
     }
@@ -207,15 +215,15 @@ def verdict(mixture, dense, documents):
     gain = float(np.subtract(*means))
     if abs(gain) > 0.01:
         word = "better" if gain > 0 else "worse"
-        return f"The mixture is {word} than its dense twin by {abs(gain):.1%}."
+        return f"The mixture is {word} than the dense model by {abs(gain):.1%}."
     return (
-        f"Mixture and dense twin are about equal here: {documents:,} documents are few, and dense "
-        "layers learn them as well. Experts gain where there is more to learn."
+        f"Mixture and dense model are about equal: {documents:,} documents are few, and dense "
+        "layers\nlearn them as well. Experts gain where there is more to learn."
     )
 
 
 def logistic_regression(train, validation, test):
-    """Test accuracy of a linear model of TF-IDF, which has no use for a validation split."""
+    """A linear model of TF-IDF, which has no use for a validation split."""
     from sklearn.feature_extraction.text import TfidfVectorizer
     from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline
@@ -223,30 +231,84 @@ def logistic_regression(train, validation, test):
     model = make_pipeline(
         TfidfVectorizer(sublinear_tf=True, min_df=2), LogisticRegression(C=10, max_iter=300)
     )
+    start = time.process_time()
     model.fit(train.texts + validation.texts, np.concatenate([train.labels, validation.labels]))
-    return float(model.score(test.texts, test.labels))
+    seconds = time.process_time() - start
+    accuracy = float(model.score(test.texts, test.labels))
+    return {"test_accuracy": accuracy, "seconds": seconds, "parameters": model[-1].coef_.size}
 
 
-def show_experts(model, data, path, per_class=64):
-    """Print what share of all tokens each expert serves, and draw those of each class."""
-    labels = data.splits[2].labels
+def show_experts(model, data, size, folder, per_class=64, documents=300):
+    """Print what experts do, draw it, and return the path of a page about them.
+
+    A token is a phrase: each word is served by the experts of its phrase.
+    """
+    texts, labels = data.splits[2]
     shown = np.concatenate(
         [np.flatnonzero(labels == label)[:per_class] for label in range(len(data.class_names))]
     )
+    classes = np.array(data.class_names)[labels]
+    phrases = [phrases_of(texts[row], size) for row in shown]
     routings = inspection.record_routings(model, [data.arrays[2][0][shown]])
     ((routing,),) = routings.values()
     shares = routing.counts / routing.counts.sum()
-    print("\nShare of the tokens that each expert serves:")
-    print(*(f"{expert}: {share:.1%}" for expert, share in enumerate(shares)), sep="  ")
-    save_figure(visualization.specialization(routings, labels[shown], data.class_names), path)
+    print("\nThe most typical words of each expert, and its share of all phrases:")
+    for expert, words in enumerate(metrics.typical_words(routing, sum(phrases, []))):
+        print(painted(f" {expert} ", expert), f"{shares[expert]:4.0%} ", *words)
+    number, each = len(data.class_names), len(phrases[0])
+    bits = []
+    for given in (labels[shown], np.random.default_rng(0).permutation(labels[shown])):
+        table = metrics.count_table(routing, np.repeat(given, each), number)
+        bits.append(float(metrics.mutual_information(table)) / np.log(2))
+    print(
+        "\nThe expert of a phrase tells {:.2f} bits about the class of its document, or {:.2f} if "
+        "classes are shuffled.".format(*bits)
+    )
+    figure = visualization.specialization(routings, classes[shown])
+    save_figure(figure, folder / "experts_by_class.png")
+
+    first = next((n for n, text in enumerate(phrases) if all(text[:10])), 0)
+    print(
+        f"\nA document of {classes[shown[first]]}, each phrase in the colour of its first expert:"
+    )
+    print(in_colours(phrases[first], routing.indices[first * len(phrases[first]) :, 0]))
+    words = [split_words(text)[: size.length] for text in texts[:documents]]
+    page = folder / "report.html"
+    arrays = data.arrays[2][0][:documents]
+    return keras_moe.report(model, arrays, classes[:documents], words, page)
 
 
-def write_report(model, data, path, documents=300):
-    """A page about the experts, with the first documents coloured by expert."""
-    texts, labels = (column[:documents] for column in data.splits[2])
-    words = [split_words(text)[: data.vocabulary.length] for text in texts]
-    labels = np.array(data.class_names)[labels]
-    keras_moe.report(model, data.vocabulary.encode(texts), labels, words, path)
+def phrases_of(text, size):
+    """The text of each phrase of a document, empty after its end."""
+    words = split_words(text)
+    starts = range(0, size.length, size.phrase_length)
+    return [" ".join(words[start : start + size.phrase_length]) for start in starts]
+
+
+def in_colours(phrases, experts, width=92):
+    """Lines of text: words in the colours of their experts, or after the number of an expert."""
+    lines, used, before = [""], 0, None
+    for phrase, expert in zip(phrases, experts):
+        words = phrase.split()
+        if words and not HAS_COLOURS and expert != before:
+            words = [f"[{expert}]", *words]
+        before = expert
+        for word in words:
+            if used + len(word) >= width:
+                lines.append("")
+                used = 0
+            lines[-1] += painted(f"{word} ", expert)
+            used += len(word) + 1
+    return "\n".join(lines)
+
+
+def painted(text, expert):
+    """Text on the colour that an expert has in the report, in a terminal that has colours."""
+    if not HAS_COLOURS:
+        return text
+    rgb = colorsys.hls_to_rgb(expert * 137.508 / 360 % 1, 0.75, 0.75)
+    red, green, blue = (round(5 * part) for part in rgb)
+    return f"\x1b[48;5;{16 + 36 * red + 6 * green + blue};38;5;16m{text}\x1b[0m"
 
 
 if __name__ == "__main__":

@@ -177,3 +177,14 @@ def test_a_plan_knows_whom_it_serves(router):
     outputs = array(moe(router=router)(tokens, mask=mask))
     np.testing.assert_array_equal(served[mask], (outputs[mask] != 0).any(axis=1))
     assert_close(metrics.unserved_fraction(routing, plan), 1 - served[:4].mean())
+
+
+def test_typical_words_are_served_more_often_than_others():
+    indices = [[0, 1]] * 30 + [[0, 2]] * 30 + [[1, 2]] * 2 + [[-1, -1]]
+    texts = ["the cat"] * 30 + ["the dog"] * 30 + ["rare", "the"] + ["padding"]
+    routing = top_k_routing(np.zeros((63, 3), "float32"), 2)._replace(indices=np.array(indices))
+    of_first, *others = metrics.typical_words(routing, texts)
+    assert "the" not in sum(others, []) and "padding" not in of_first
+    assert [words[0] for words in others] == ["cat", "dog"] and others[0][1:] == ["rare"]
+    assert metrics.typical_words(routing, texts, 1)[1:] == [["cat"], ["dog"]]
+    assert metrics.typical_words(routing, [""] * 63) == [[], [], []]

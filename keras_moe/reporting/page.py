@@ -5,6 +5,7 @@ All text from the model or the data is escaped here.
 
 import html
 import io
+import itertools
 import json
 import math
 import operator
@@ -164,7 +165,7 @@ def render(model_name, num_documents, layers):
         title=_escape(f"Experts of the model “{model_name}”"),
         subtitle=f"{documents}, {tokens:,} token{'s' * (tokens != 1)} routed",
         verdicts="\n".join(_verdicts(layers)),
-        layers=_table(layers),
+        layers=_table(layers, num_documents),
         plots="\n".join(_plots(layers)),
         # Inside a script element only its own end tag and comments mean anything.
         data=text.replace("<", "\\u003c"),
@@ -196,18 +197,21 @@ def _verdict(level, text, more):
     )
 
 
-def _table(layers):
-    rows = list(map(_row, layers))
+def _table(layers, num_documents):
+    rows = [_row(layer, num_documents) for layer in layers]
     head = "".join(f'<th scope="col">{name}</th>' for name in rows[0])
     cells = ("".join(f"<td>{cell}</td>" for cell in row.values()) for row in rows)
     body = "".join(f"<tr>{row}</tr>" for row in cells)
     return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
 
 
-def _row(layer):
+def _row(layer, num_documents):
     counts, bits = layer.routing.counts, "–"
     if layer.labels is not None:
-        bits = f"{mutual_bits(label_table(layer.routing, layer.labels)[0]):.2f}"
+        # A control: few tokens tell something about any label.
+        documents = np.random.default_rng(0).permutation(layer.labels.reshape(num_documents, -1))
+        tables = [label_table(layer.routing, each)[0] for each in (layer.labels, documents.ravel())]
+        bits = "{:.2f}; {:.2f} if shuffled".format(*map(mutual_bits, tables))
     row = table_row(layer.summary._replace(counts=counts.tolist()))
     del row["FLOPs a token"], row["dtype"]
     return {
@@ -239,27 +243,14 @@ def _bars(counts):
 
 def _plots(layers):
     layers = [layer for layer in layers if layer.routing.counts.sum()]
-    by_row: list = [("label", layer, layer.labels) for layer in layers]
-    for layer in layers:
-        real = [text for text, is_real in zip(layer.texts, layer.routing.mask) if is_real]
-        if 0 < 2 * len(set(real)) <= len(real):  # They repeat often enough.
-            by_row.append(("token, most frequent first", layer, np.array(layer.texts)))
     routings = {layer.summary.name: layer.routing for layer in layers}
-    # Left out: NaN, which a finding reports.
-    sure = {name: r for name, r in routings.items() if np.isfinite(r.probs[r.mask]).all()}
     several = {name: r for name, r in routings.items() if r.indices.shape[1] > 1}
     with matplotlib.rc_context(_STYLE):
-        for kind, layer, rows in by_row:
-            if rows is not None:
-                plot = visualization.specialization({layer.summary.name: layer.routing}, rows)
-                yield _figure(
-                    f"Which expert serves which {kind}: {layer.summary.name}. The mutual "
-                    "information is how much the row tells about the expert: 0 if all rows are "
-                    "alike, at most the second number.",
-                    plot,
-                )
-        if sure:
-            yield _figure("How sure the router is", visualization.confidence(sure))
+        for layer in layers:
+            if layer.labels is not None:
+                name = layer.summary.name
+                plot = visualization.specialization({name: layer.routing}, layer.labels)
+                yield _figure(f"Which expert serves which label: {name}", plot)
         if several:
             plot = visualization.coactivation(several)
             yield _figure("Which experts serve the same tokens", plot)
@@ -288,12 +279,16 @@ def _layer_data(layer, num_documents):
     chosen = np.take_along_axis(routing.probs, np.maximum(indices, 0), axis=1)
     rows = np.reshape([] if layer.labels is None else layer.labels, (num_documents, -1))
     same = rows.size and (rows == rows[:, :1]).all()
+    texts = list(map(as_text, layer.texts))
+    real = " ".join(itertools.compress(texts, routing.mask)).split()
     return {
         "name": as_text(layer.summary.name),
         "topK": indices.shape[1],
         "positions": len(routing.mask) // num_documents,
         "counts": routing.counts.tolist(),
-        "texts": list(map(as_text, layer.texts)),
+        "texts": texts,
+        # Only if words repeat often enough.
+        "words": metrics.typical_words(routing, texts) if 2 * len(set(real)) <= len(real) else [],
         # A heading for each document, where all of its tokens have one label.
         "labels": [as_text(row[0]) for row in rows] if same else None,
         "padding": np.flatnonzero(~routing.mask).tolist(),

@@ -1,6 +1,7 @@
 """Each study in its small size, on made-up text that needs no network."""
 
 import json
+import re
 
 import compare_routers
 import comparisons
@@ -24,7 +25,7 @@ import transformers
 import translation
 import translation_causes
 import upcycling
-from made_up_text import made_up_text, use_made_up_data
+from made_up_text import TOPICS, made_up_text, use_made_up_data
 
 # KerasTuner asks the current thread for its name in an old way.
 pytestmark = [
@@ -53,20 +54,34 @@ def test_the_classifier_learns_and_shows_its_experts(study, monkeypatch, tmp_pat
     data = made_up_text((256, 32, 32), num_words=12)
     monkeypatch.setattr(datasets, "load", lambda name, data_dir: data)
     monkeypatch.setattr(text_classification, "BATCH_SIZE", 16)
-    report = study(text_classification, "--epochs", "3", "--experts", "4", "--report", "--compare")
-    sparse, dense = (runs[0] for runs in report["results"].values())
-    assert min(sparse["test_accuracy"], report["logistic_regression"]) > 0.8
+    report = study(text_classification, "--epochs", "3", "--experts", "4", "--compare")
+    sparse, dense, linear = (runs[0] for runs in report["results"].values())
+    assert min(sparse["test_accuracy"], linear["test_accuracy"]) > 0.8
+    assert min(sparse["seconds"], dense["seconds"], linear["seconds"]) > 0
     # They differ by a router and the output biases of the second expert.
     assert 0 < sparse["active_parameters"] - dense["active_parameters"] < 100
     assert sparse["active_parameters"] < dense["parameters"] / 2, "a table of words is not active"
     printed = capsys.readouterr().out
-    assert "Share of the tokens that each expert serves" in printed
-    assert "about equal here" in text_classification.verdict([dense], [dense], 9)
+    typical = printed.partition("typical words of each expert")[2]
+    assert any(word in typical.splitlines()[1] for word in " ".join(TOPICS.values()).split())
+    assert f"page about the experts: {tmp_path / 'report.html'}" in printed
+    assert "about equal" in text_classification.verdict([dense], [dense], 9)
     worse = {"test_accuracy": dense["test_accuracy"] - 0.05}
-    assert "better than its dense twin by 5.0%" in text_classification.verdict([dense], [worse], 9)
+    assert "better than the dense model by 5.0%" in text_classification.verdict([dense], [worse], 9)
     assert json.loads((tmp_path / "results.json").read_text()) == report
     for written in ("learning_curves.png", "experts_by_class.png", "report.html"):
         assert (tmp_path / written).stat().st_size > 1000
+
+
+def test_words_have_the_colours_of_their_experts_in_a_terminal_alone(monkeypatch):
+    phrases, experts = ["moon and", "orbit", "brake", ""], [3, 3, 0, 1]
+    assert text_classification.in_colours(phrases, experts) == "[3] moon and orbit [0] brake "
+    monkeypatch.setattr(text_classification, "HAS_COLOURS", True)
+    coloured = text_classification.in_colours(phrases, experts, width=12)
+    assert [line.count("moon") for line in coloured.split("\n")] == [1, 0]
+    colours = re.findall(r"\x1b\[48;5;(\d+);38;5;16m(\w+) \x1b\[0m", coloured)
+    assert [word for _, word in colours] == ["moon", "and", "orbit", "brake"]
+    assert colours[0][0] == colours[2][0] != colours[3][0]
 
 
 def test_language_models_are_compared(study, tmp_path):
