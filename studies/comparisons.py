@@ -66,19 +66,17 @@ def loss_at(run, seconds):
     return float(np.interp(seconds, run["seconds"], run["losses"], left=np.nan))
 
 
-def step_times(make, names, rows, folder, clock=time.perf_counter, rounds=None):
-    """Milliseconds of a training step of each language model `make(name)`, a dict by name.
+def step_times(make, names, batch, folder, clock=time.perf_counter, rounds=None):
+    """Milliseconds of a training step of each compiled model `make(name)`, a dict by name.
 
-    They take single steps in turns, so that what else the machine does slows all alike, and the
-    median of each counts. What was measured before, of the same models, is read from the folder.
+    `batch` has the arguments of `train_on_batch`. The models take single steps in turns, so that
+    what else the machine does slows all alike, and the median of each counts. What was measured
+    before, of the same models, is read from the folder.
     """
     path = folder / f"step_times-{resuming.digest(*names)}.json"
     if path.exists():
         return json.loads(path.read_text(encoding="utf-8"))
-    steps = {
-        name: functools.partial(make(name).train_on_batch, rows[:, :-1], rows[:, 1:])
-        for name in names
-    }
+    steps = {name: functools.partial(make(name).train_on_batch, *batch) for name in names}
     times: dict = {name: [] for name in names}
     resuming.say("timing steps ", end="")
     for _ in range(1 + (rounds or TIMED_ROUNDS)):

@@ -23,6 +23,7 @@ import sparsity
 from command_line import parse_with_models, parser_of
 from comparisons import count_parameters, each_run, print_ends, step_times
 from files import claim
+from id_batches import shifted
 
 from keras_moe import surgery
 
@@ -47,7 +48,7 @@ def main(arguments=None):
     folder = options.output / "runs" / resuming.digest(*settings)
     study = Study(size, num_tokens, train[::2], train[1::2], test, folder)
     ms_per_step = step_times(
-        study.make, ["8", "32"], train[:BATCH_SIZE], study.folder, time.process_time
+        study.make, ["8", "32"], shifted(train[:BATCH_SIZE]), study.folder, time.process_time
     )
     for results in each_run(options, options.models, study.run, ms_per_step):
         halves = {"after half": ("{:.4f}", "half"), "then": ("{:.4f}", "then")}

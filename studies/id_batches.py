@@ -14,6 +14,11 @@ def rows(texts, length):
     return np.lib.stride_tricks.sliding_window_view(ids, length + 1)[::length][:number]
 
 
+def shifted(rows):
+    """Inputs and targets: each id and the one that follows it."""
+    return rows[:, :-1], rows[:, 1:]
+
+
 class Batches(keras.callbacks.Callback):
     """Endless batches of rows, in another order in each pass.
 
@@ -40,4 +45,4 @@ class Batches(keras.callbacks.Callback):
             passes, batch = divmod(step, batches_a_pass)
             order = np.random.default_rng([self.seed, passes]).permutation(len(self.rows))
             chosen = self.rows[order[batch * self.batch_size :][: self.batch_size]]
-            yield chosen[:, :-1], chosen[:, 1:]
+            yield shifted(chosen)

@@ -32,7 +32,7 @@ import transformers
 from command_line import parse_with_models, parser_of
 from comparisons import count_parameters, course, each_run, print_ends, step_times
 from files import claim
-from id_batches import Batches, rows
+from id_batches import Batches, rows, shifted
 from keras import ops
 
 import keras_moe
@@ -97,7 +97,7 @@ def main(arguments=None):
     ms_per_step = step_times(
         study.compiled,
         options.models,
-        study.train[:BATCH_SIZE],
+        shifted(study.train[:BATCH_SIZE]),
         folder,
         time.process_time,
         rounds=10,

@@ -26,7 +26,7 @@ import upcycling
 from command_line import parse_with_models, parser_of
 from comparisons import count_parameters, each_run, print_ends, step_times
 from files import claim, whole
-from id_batches import rows
+from id_batches import rows, shifted
 from subwords import Subwords
 
 import keras_moe
@@ -51,7 +51,7 @@ def main(arguments=None):
     folder = options.output / "runs" / resuming.digest(*settings)
     study = Study(size, num_tokens, languages, test, folder)
     ms_per_step = step_times(
-        study.timed, [DENSE, COPIES], test[:BATCH_SIZE], study.folder, time.process_time
+        study.timed, [DENSE, COPIES], shifted(test[:BATCH_SIZE]), study.folder, time.process_time
     )
     for results in each_run(options, options.models, study.run, ms_per_step):
         print_ends(results, before=("{:.4f}", "before"))

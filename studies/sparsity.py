@@ -31,7 +31,7 @@ from comparisons import (
     step_times,
 )
 from files import claim
-from id_batches import rows
+from id_batches import rows, shifted
 from subwords import Subwords
 
 from keras_moe import layers, losses, routers
@@ -92,7 +92,9 @@ def main(arguments=None):
     print(f"{parts[0][:, 1:].size:,} subwords to learn from, {size.steps * size.epochs} steps")
     name = resuming.digest(size, options.dataset, BATCH_SIZE, BALANCE_WEIGHT)
     study = Study(size, num_tokens, *parts, options.output / "runs" / name)
-    ms_per_step = step_times(study.make, options.models, study.train[:BATCH_SIZE], study.folder)
+    ms_per_step = step_times(
+        study.make, options.models, shifted(study.train[:BATCH_SIZE]), study.folder
+    )
     for results in each_run(options, options.models, study.run, ms_per_step):
         drawn = {name: [*runs.values()] for name, runs in results.items()}
         costs = ("steps", "FLOPs", "seconds")

@@ -51,6 +51,11 @@ class Subwords:
         """Texts of rows of ids: what comes before the first `END`, specials left out."""
         return [self._processor.decode(_content(row)) for row in rows]
 
+    def pieces(self, ids):
+        """The text of each id; a piece inside a word begins with "-"."""
+        pieces = (self._processor.id_to_piece(int(index)) for index in ids)
+        return [piece[1:] if piece.startswith("\u2581") else f"-{piece}" for piece in pieces]
+
 
 def _content(row):
     row = [int(index) for index in row]

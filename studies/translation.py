@@ -2,31 +2,39 @@
 
 KERAS_BACKEND=jax python studies/translation.py
 KERAS_BACKEND=jax python studies/translation.py --compare --seeds 3
-KERAS_BACKEND=jax python studies/translation.py --sides decoder --experts 32
+KERAS_BACKEND=jax python studies/translation.py --compare --seeds 3 \\
+    --epochs 4 --sides decoder --experts 32
 """
 
-import json
+import time
 import typing
 
 import datasets
 import keras
-import numpy as np
 import plots
 import resuming
-import sacrebleu
 from command_line import parser_of, positive
 from comparisons import (
-    PARAMETERS,
     count_parameters,
+    course,
     dense_feedforward,
-    interval,
+    each_run,
     is_sparse,
-    print_runs,
+    print_comparison,
+    step_times,
 )
 from decoding import write
-from files import claim, write_json
+from files import claim
 from sentence_batches import SentenceBatches, Shapes
 from subwords import Subwords
+from translations import (
+    METRICS,
+    print_differences,
+    print_drawn,
+    print_words,
+    score,
+    words_by_expert,
+)
 from translator import SmoothedCrossentropy, Translator, bilingual_embedding
 
 from keras_moe import callbacks, layers, losses, routers
@@ -44,7 +52,7 @@ class Size(typing.NamedTuple):
 FULL = Size(4000, 128, 256, blocks=2, shapes=Shapes((24, 32, 48), 1024), pairs=None)
 SMOKE = Size(300, 8, 8, blocks=1, shapes=Shapes((64,), 512), pairs=256)
 DROPOUT, LABEL_SMOOTHING, LEARNING_RATE, WARM_UP = 0.1, 0.1, 2e-3, 400
-MIXTURE, TWIN = "mixture of experts", "dense twin"
+MIXTURE, DENSE = "mixture of experts", "dense"
 SIDES = ("encoder", "decoder")
 
 
@@ -65,36 +73,43 @@ def main(arguments=None):
     train, validation = (batches_of(subwords, split, size) for split in splits[:2])
     print(f"{train.left_out} pairs of more than {size.shapes.lengths[-1]} pieces are left out.")
     setting = Setting(experts=options.experts, sides=tuple(options.sides))
-    settings = (options.dataset, setting, options.epochs, options.beams, options.seeds)
-    digest = resuming.digest(size, DROPOUT, options.compare, *settings)
-    unfinished = options.output / "unfinished" / digest
-    results: dict = {}
-    histories: dict = {}
-    for name in (MIXTURE, TWIN) if options.compare else (MIXTURE,):
-        results[name] = []
-        for seed in range(options.seeds):
+    settings = (options.dataset, setting, options.epochs, options.beams)
+    folder = options.output / "runs" / resuming.digest(size, DROPOUT, *settings)
+
+    def make(name):
+        model = build_model(setting, train, len(subwords), size, sparse=name == MIXTURE)
+        compile_for_training(model, options.epochs * len(train))
+        return model
+
+    def run(name, seed, ms_per_step):
+        def train_and_translate(progress):
             resuming.say(f"{name}, seed {seed}")
             keras.utils.set_random_seed(seed)
-            model = build_model(setting, train, len(subwords), size, sparse=name == MIXTURE)
-            folder = unfinished / f"{name.replace(' ', '-')}-{seed}"
-            history = fit(model, train, validation, options.epochs, folder)
-            histories.setdefault(name, []).append(history)
-            scores = test(model, subwords, splits[2], size.shapes, options.beams, folder)
-            ms = float(np.median(history["ms_per_step"]))
-            run = {**scores, "ms_per_step": ms, **count_parameters(model)}
-            results[name].append(run)
+            model = make(name)
+            losses = fit(model, train, validation, options.epochs, progress)["val_loss"]
+            texts = write(model, subwords, splits[2].sources, size.shapes, options.beams)
+            words = words_by_expert(model, validation, subwords) if is_sparse(model) else []
+            return {"losses": losses, "texts": texts, "words": words, **count_parameters(model)}
 
-    report = {"dataset": options.dataset, "results": results}
-    scored = {"BLEU": ("{:.2f}", "bleu"), "chrF": ("{:.2f}", "chrf")}
-    print_runs(options.dataset, results, {**scored, **PARAMETERS})
+        kept = resuming.once(folder / f"{name.replace(' ', '-')}-{seed}", train_and_translate)
+        steps = [len(train) * epoch for epoch in range(1, 1 + options.epochs)]
+        scores = score(kept["texts"], splits[2].targets)
+        return {**kept, **scores, **course(kept["losses"], steps, ms_per_step[name])}
+
+    names = (DENSE, MIXTURE) if options.compare else (MIXTURE,)
+    options.seeds = range(options.seeds)
+    ms_per_step = step_times(make, names, next(iter(train)), folder, time.process_time)
+    *_, results = each_run(options, names, run, ms_per_step)
+    print_comparison(results, **{name: ("{:.2f}", name) for name in METRICS})
+    runs = {name: [*by_seed.values()] for name, by_seed in results.items()}
     if options.compare:
-        print_differences(results[MIXTURE], results[TWIN])
-    write_json(options.output / "results.json", report)
-    path = options.output / "learning_curves.png"
-    plots.courses({options.dataset: histories}, path, ["epochs"], "val_accuracy")
-    resuming.forget(unfinished)
+        print_differences(runs[MIXTURE], runs[DENSE], splits[2].targets)
+    print_words(runs[MIXTURE][0]["words"])
+    texts = {name: each[0]["texts"] for name, each in runs.items()}
+    print_drawn({"source": splits[2].sources, "reference": splits[2].targets, **texts})
+    plots.courses({options.dataset: runs}, options.output / "learning_curves.png")
     print(f"\nPlot and results are in {options.output}.")
-    return report
+    return results
 
 
 def parse_options(arguments):
@@ -147,9 +162,7 @@ def build_model(setting, train, vocabulary_size, size, sparse):
     return model
 
 
-def fit(model, train, validation, epochs, folder):
-    """Train on `SentenceBatches`, or resume training, and return the whole history."""
-    steps = epochs * len(train)
+def compile_for_training(model, steps):
     warm_up = min(WARM_UP, steps // 10)
     schedule = keras.optimizers.schedules.CosineDecay(
         0.0, steps - warm_up, warmup_target=LEARNING_RATE, warmup_steps=warm_up
@@ -160,6 +173,10 @@ def fit(model, train, validation, epochs, folder):
         weighted_metrics=[keras.metrics.SparseCategoricalAccuracy(name="accuracy")],
         jit_compile=resuming.HAS_XLA,
     )
+
+
+def fit(model, train, validation, epochs, folder):
+    """Train on `SentenceBatches`, or resume training, and return the whole history."""
     monitors = [callbacks.ExpertMonitor()] if is_sparse(model) else []
     return resuming.fit(
         model,
@@ -169,25 +186,6 @@ def fit(model, train, validation, epochs, folder):
         [*monitors, train],
         validation_data=validation.dataset(),
     )
-
-
-def test(model, subwords, split, shapes, beams, folder):
-    """BLEU and chrF on the test split, each from 0 to 100; kept in `folder`."""
-    path = folder / "scores.json"
-    if not path.exists():
-        texts = write(model, subwords, split.sources, shapes, beams)
-        bleu = sacrebleu.corpus_bleu(texts, [split.targets]).score
-        write_json(
-            path, {"bleu": bleu, "chrf": sacrebleu.corpus_chrf(texts, [split.targets]).score}
-        )
-    return json.loads(path.read_text(encoding="utf-8"))
-
-
-def print_differences(runs, twins):
-    """Of runs with one seed: the mean and half of its 95% interval."""
-    for key in ("bleu", "chrf"):
-        differences = [run[key] - twin[key] for run, twin in zip(runs, twins)]
-        print(f"difference in {key}: {interval(differences)}")
 
 
 if __name__ == "__main__":

@@ -78,6 +78,7 @@ def trained(options):
             resuming.say(f"{'mixture' if sparse else 'dense'}, seed {seed}, {setting}")
             keras.utils.set_random_seed(seed)
             model = translation.build_model(setting, batches, len(subwords), size, sparse)
+            translation.compile_for_training(model, EPOCHS * len(batches))
             history = translation.fit(model, batches, validation, EPOCHS, progress)
             return history["val_loss"][-1]
 

@@ -29,6 +29,7 @@ from comparisons import (
     step_times,
 )
 from files import claim, whole
+from id_batches import shifted
 
 import keras_moe
 from keras_moe import losses
@@ -59,9 +60,8 @@ def main(arguments=None):
     settings = (size, options.dataset, BATCH_SIZE, LEARNING_RATE, BALANCE_WEIGHT)
     folder = options.output / "runs" / resuming.digest(*settings)
     study = Study(size, num_tokens, train[::2], train[1::2], test, folder)
-    ms_per_step = step_times(
-        study.compiled, options.models, study.first[:BATCH_SIZE], study.folder, time.process_time
-    )
+    batch = shifted(study.first[:BATCH_SIZE])
+    ms_per_step = step_times(study.compiled, options.models, batch, study.folder, time.process_time)
     for results in each_run(options, options.models, study.run, ms_per_step):
         before = np.mean([run["before"] for run in results["dense"].values()])
         print(f"\nloss of the dense model after the first half: {before:.4f}")

@@ -24,8 +24,12 @@ import text_classification
 import transformers
 import translation
 import translation_causes
+import translations
 import upcycling
+from forced_router import ForcedRouter
 from made_up_text import TOPICS, made_up_text, use_made_up_data
+
+from keras_moe import layers
 
 # KerasTuner asks the current thread for its name in an old way.
 pytestmark = [
@@ -95,10 +99,47 @@ def test_language_models_are_compared(study, tmp_path):
 
 def test_translators_are_compared(study, tmp_path, capsys):
     options = ["--epochs", "1", "--experts", "4", "--beams", "2", "--compare"]
-    (sparse,), (dense,) = study(translation, *options)["results"].values()
+    dense, sparse = (runs[0] for runs in study(translation, *options).values())
     assert 0 < sparse["active_parameters"] - dense["parameters"] < 150
-    assert f"difference in bleu: {sparse['bleu'] - dense['bleu']:+.4f}" in capsys.readouterr().out
-    assert not (tmp_path / "unfinished").exists()
+    assert len(sparse["texts"]) == 16 and len(sparse["words"]) == 4
+    printed = capsys.readouterr().out
+    assert f"difference in BLEU: {sparse['BLEU'] - dense['BLEU']:+.4f} over seeds" in printed
+    assert f"\ndense: {dense['texts'][0]}\n" in printed or sparse["texts"][0] not in printed
+    assert (tmp_path / "learning_curves.png").stat().st_size > 1000
+
+
+def test_verses_are_drawn_alike_for_both_models(capsys):
+    references = [f"the king of the {name} went up to a house" for name in "abcdefghijkl"]
+    # The better one is better in each text, by as much.
+    better, worse = (
+        {"texts": [" ".join(text.split()[:length]) for text in references]} for length in (8, 6)
+    )
+    translations.print_differences([better] * 2, [worse] * 2, references)
+    lines = capsys.readouterr().out.splitlines()
+    for line, (name, metric) in zip(lines, translations.METRICS.items(), strict=True):
+        scores = [metric.corpus_score(run["texts"], [references]).score for run in (better, worse)]
+        difference, _, low, high = map(float, re.findall(r"[-+]?\d+\.\d+", line)[:4])
+        assert line.startswith(f"difference in {name}: ") and "above 0 in 100.0%" in line
+        np.testing.assert_allclose([difference, low, high], np.subtract(*scores), atol=0.1)
+
+
+def test_typical_words_are_those_that_an_expert_serves_most_often():
+    class Words(list):
+        def pieces(self, ids):
+            return [self[index] for index in ids]
+
+    ids = keras.Input((4,), dtype="int32", name="target")
+    bank = layers.FeedForwardExperts(2, 4)
+    outputs = layers.MixtureOfExperts(bank, ForcedRouter(top_k=1))(
+        keras.layers.Embedding(7, 4)(ids)
+    )
+    model = keras.Model({"target": ids}, outputs)
+    # Even positions are served by the first expert; the last word is with both.
+    batch = {"target": np.array([[4, 5, 6, 6]] * 40, "int32")}
+    words = Words("pad start end unknown even odd both".split())
+    found = translations.words_by_expert(model, [(batch, None, None)], words)
+    assert [each["words"] for each in found] == [["even", "both"], ["odd", "both"]]
+    assert [each["share"] for each in found] == [0.5, 0.5]
 
 
 def test_a_second_command_adds_seeds_and_trains_nothing_twice(study, monkeypatch):

@@ -44,6 +44,7 @@ def test_a_resumed_training_equals_an_uninterrupted_one(monkeypatch, tmp_path):
     def train(folder, seed):
         keras.utils.set_random_seed(seed)
         model = small_translator(batches, len(subwords))
+        translation.compile_for_training(model, 2 * len(batches))
         return translation.fit(model, batches, batches, 2, folder)
 
     whole = train(tmp_path / "whole", seed=3)
