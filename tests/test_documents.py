@@ -25,16 +25,19 @@ LINKS = runpy.run_path(str(ROOT / "docs" / "reference_links.py"))
 IDENTIFIERS = LINKS["identifiers"]()
 
 
-def blocks(document):
+def blocks(document, section=""):
+    """The Python of a document, or of one of its sections."""
     text = (ROOT / document).read_text(encoding="utf-8")
+    if section:
+        text = re.search(rf"^## {section}\n(.*?)(?=^## |\Z)", text, re.DOTALL | re.MULTILINE)[1]
     return re.findall(r"^```python\n(.*?)^```", text, flags=re.DOTALL | re.MULTILINE)
 
 
-def run(document, changes=(), **names):
+def run(document, changes=(), section="", **names):
     """Run the Python of a document from top to bottom, and return its names."""
-    for code in blocks(document):
+    for code in blocks(document, section):
         for old, new in changes:
-            assert old in "".join(blocks(document)), "nothing to change"
+            assert old in "".join(blocks(document, section)), "nothing to change"
             code = code.replace(old, new)
         exec(compile(code, document, "exec"), names)
     return names
@@ -70,9 +73,15 @@ def test_files_that_documents_name_exist():
 def test_the_site_has_every_page_and_every_public_part():
     site = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
     pages = {path.relative_to(ROOT / "docs").as_posix() for path in (ROOT / "docs").rglob("*.md")}
-    pages |= {f"examples/{path.stem}.md" for path in (ROOT / "examples").glob("*.py")}
+    pages |= {
+        f"examples/{path.stem}.md"
+        for path in (ROOT / "examples").glob("*.py")
+        if f"{path.stem}.md" not in pages  # a tutorial, which has the program
+    }
     pages |= {"changelog.md"}  # of CHANGELOG.md
-    assert pages == set(re.findall(r"[\w/]+\.md", site))
+    assert pages == set(re.findall(r"[\w/]+\.md", site[site.index("\nnav:") :]))
+    redirects = re.findall(r"^        ([\w/]+\.md): ([\w/]+\.md)", site, flags=re.MULTILINE)
+    assert redirects and all(old not in pages and new in pages for old, new in redirects)
     missing = set()
     for name in set(dir(keras_moe)) - {"tuner", "__version__"}:
         part = getattr(keras_moe, name)
@@ -84,7 +93,7 @@ def test_the_site_has_every_page_and_every_public_part():
 def test_names_in_guides_are_in_the_reference():
     parts = "layers|routers|losses|metrics|callbacks|inspection|visualization|tuner|surgery|convert"
     site = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
-    guides = site[site.index("- Guides:") : site.index("- Examples and results:")]
+    guides = site[site.index("- How-to:") : site.index("- Explanation:")]
     for path in (ROOT / "docs").glob("*.md"):
         text = re.sub(r"^```.*?^```", "", path.read_text("utf-8"), flags=re.DOTALL | re.MULTILINE)
         names = re.findall(rf"`(?:keras_moe\.)?((?:{parts})\.(?!py`)\w+)(?:\(.*?\))?`", text)
@@ -101,8 +110,8 @@ def test_names_in_guides_are_in_the_reference():
         pytest.param("fit", marks=pytest.mark.backends("jax", "torch")),
     ],
 )
-def test_the_page_on_reliability_repeats_the_order_of_an_epoch(shuffled_by, tmp_path):
-    names = run("docs/reliability.md")
+def test_the_page_on_training_repeats_the_order_of_an_epoch(shuffled_by, tmp_path):
+    names = run("docs/training.md", section="Resuming")
     x = np.random.default_rng(0).normal(size=(16, 4)).astype("float32")
 
     def fit(model, epochs, initial_epoch=0):
@@ -125,20 +134,22 @@ def test_the_page_on_reliability_repeats_the_order_of_an_epoch(shuffled_by, tmp_
     np.testing.assert_array_equal(whole.layers[-1].kernel, model.layers[-1].kernel)
 
 
-GUIDES = ["concepts", "density", "fine_tuning", "generating", "many_tasks", "routers", "start"]
-GUIDES += ["surgery", "tabular", "upcycling"]
-GUIDES += [pytest.param("deploy", marks=on_each_backend)]
+GUIDES = [(page, "") for page in ("concepts", "fine_tuning", "routers", "start")]
+GUIDES += [("existing_models", "Upcycle a dense model"), ("deploy", "Generate text")]
+GUIDES += [("tasks", name) for name in ("Tables", "Many tasks", "Densities")]
+GUIDES += [("training", "Padding to few lengths")]
+GUIDES += [pytest.param("deploy", "Export", marks=on_each_backend)]
 
 
 @pytest.mark.filterwarnings("ignore")  # of exporters, and of layers that Keras cannot quantize
-@pytest.mark.parametrize("document", GUIDES)
-def test_a_guide_runs(document, tmp_path, monkeypatch):
+@pytest.mark.parametrize(("document", "section"), GUIDES)
+def test_a_guide_runs(document, section, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    run(f"docs/{document}.md")  # which asserts what it says
+    run(f"docs/{document}.md", section=section)  # which asserts what it says
 
 
 def test_the_guide_to_images_trains():
-    names = run("docs/images.md", [("epochs=15", "epochs=1")])
+    names = run("docs/tasks.md", [("epochs=15", "epochs=1")], "Images")
     assert [len(names[name].layers) for name in ("places", "whole")] == [5, 2]
 
 
@@ -162,12 +173,12 @@ def test_the_guide_to_seeing_experts_trains_and_draws(tmp_path, monkeypatch):
 @pytest.mark.backends("jax")
 def test_the_guide_to_many_devices_sets_a_distribution():
     flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=8"
-    run_python("-c", blocks("docs/hardware.md")[0], XLA_FLAGS=flags)
+    run_python("-c", blocks("docs/training.md", "Several devices")[0], XLA_FLAGS=flags)
 
 
 @pytest.mark.backends("tensorflow", "torch")
 def test_the_guide_to_replicas_trains_on_its_backends():
-    first, *others = blocks("docs/hardware.md")[1:]
+    first, *others = blocks("docs/training.md", "Several devices")[1:]
     of_backend = others[:1] if BACKEND == "tensorflow" else others[1:]
     assert f"import {BACKEND}" in of_backend[0]
     of_torchrun = {"WORLD_SIZE": "1", "RANK": "0", "MASTER_ADDR": "127.0.0.1"}
@@ -199,7 +210,7 @@ def custom_loops():
     others = {"tensorflow", "torch", "jax"} - {BACKEND}
     is_foreign = re.compile(rf"import ({'|'.join(others)})\b")
     names = {}
-    for code in blocks("docs/custom_loops.md"):
+    for code in blocks("docs/training.md", "Custom loops"):
         if not is_foreign.match(code):
             exec(compile(code, "custom_loops", "exec"), names)
     return names
@@ -270,7 +281,8 @@ def test_the_guide_to_other_packages_converts_their_models(tmp_path, monkeypatch
         num_local_experts=4,
     )
     transformers.MixtralForCausalLM(config).save_pretrained("other")
-    names = run("docs/convert.md", path="other")
+    section = "Convert a mixture of KerasHub or Hugging Face"
+    names = run("docs/existing_models.md", section=section, path="other")
     assert names["tokens"].shape == (1, 5) and len(names["layers"]) == 1
     assert names["outputs"].shape == (2, 10, 8)
     assert list(names["arrays"])[:2] == [
