@@ -74,5 +74,5 @@ def _name_lines(axes, last):
         height = min(last[name], height - (top - bottom) / 20)
         color = f"C{names.index(name)}"
         axes.text(right, height, name, color=color, va="center", fontsize="small")
-    axes.set_xlim(right=1.25 * right)
+    axes.set_xlim(right=1.35 * right)
     axes.set_ylim(bottom=min(bottom, height - (top - bottom) / 20))
