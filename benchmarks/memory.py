@@ -3,7 +3,7 @@
     KERAS_BACKEND=jax python -m benchmarks.memory
 
 Each run makes a new tensor of 134 MB, as large as the gradients of 64 experts with D=256, H=1024,
-and lets go of it. A process that keeps its memory has no faults; see docs/speed.md.
+and lets go of it. A process that keeps its memory has no faults; see benchmarks/README.md.
 """
 
 import resource

@@ -4,6 +4,7 @@ import pathlib
 import re
 import subprocess
 import sys
+import textwrap
 
 from mkdocs.structure.files import File
 
@@ -11,6 +12,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).parent))
 from notebooks import ROOT, page_of  # noqa: E402
 from reference_links import link_names  # noqa: E402
 
+OUTSIDE = re.compile(r"\[([^\]]+)\]\(\.\./((?!examples/)[\w./#-]+)\)")
 ALERT = re.compile(r"^> \[!(\w+)\]\n((?:>.*\n)+)", flags=re.MULTILINE)
 
 
@@ -24,6 +26,8 @@ def on_files(files, config):
     changes = changes.replace("](docs/", "](")
     files.append(File.generated(config, "changelog.md", content=changes))
     for example in (ROOT / "examples").glob("*.py"):
+        if _has_tutorial(example.stem):
+            continue
         source = subprocess.run(
             [
                 sys.executable,
@@ -44,6 +48,11 @@ def on_files(files, config):
     return files
 
 
+def _has_tutorial(name):
+    """Whether a page in docs/ is about the example of that name, and ends with its program."""
+    return (ROOT / "docs" / f"{name}.md").exists()
+
+
 def _colab_link(name, repository):
     """The end of the page of an example, where the repository is on GitHub."""
     _, on_github, owner_and_name = repository.partition("https://github.com/")
@@ -53,13 +62,32 @@ def _colab_link(name, repository):
     return f"\n\n[Run it in Colab]({address}/blob/main/docs/notebooks/{name}.ipynb)\n"
 
 
-def on_page_markdown(markdown, **_):
-    """Lead links to the files of examples to their pages; write alerts as the theme shows them.
+def on_page_markdown(markdown, page, config, **_):
+    """Lead links to examples to their pages, add programs to tutorials, and write alerts as the
+    theme shows them.
 
-    In the repository they are written as GitHub shows them, `> [!WARNING]`.
+    In the repository alerts are written as GitHub shows them, `> [!WARNING]`.
     """
+    name = pathlib.Path(page.file.src_uri).stem
+    example = ROOT / "examples" / f"{name}.py"
+    if page.file.src_uri == f"{name}.md" and example.exists():
+        program = textwrap.indent(example.read_text(encoding="utf-8"), "    ")
+        markdown += f'\n\n??? example "The whole program"\n\n    ```python\n{program}    ```\n'
+        markdown += _colab_link(name, config.repo_url or "")
     markdown = ALERT.sub(_admonition, markdown)
-    return re.sub(r"\(\.\./examples/(\w+)\.py\)", r"(examples/\1.md)", markdown)
+    markdown = re.sub(r"\(\.\./examples/(\w+)\.py\)", _page_of_example, markdown)
+    return OUTSIDE.sub(lambda match: _repository_link(match, config.repo_url), markdown)
+
+
+def _page_of_example(match):
+    return f"({match[1]}.md)" if _has_tutorial(match[1]) else f"(examples/{match[1]}.md)"
+
+
+def _repository_link(match, repository):
+    """A link to a file that is not on the site; its text alone until `repo_url` is set."""
+    if not repository:
+        return match[1]
+    return f"[{match[1]}]({repository.rstrip('/')}/blob/main/{match[2]})"
 
 
 def _admonition(match):

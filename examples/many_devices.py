@@ -17,7 +17,7 @@ import os
 import pathlib
 import tempfile
 
-os.environ["KERAS_BACKEND"] = "jax"  # on the others: docs/hardware.md
+os.environ["KERAS_BACKEND"] = "jax"  # on the others: docs/training.md
 
 import keras
 import numpy as np

@@ -97,8 +97,7 @@ def main(arguments=None):
     )
     for results in each_run(options, options.models, study.run, ms_per_step):
         drawn = {name: [*runs.values()] for name, runs in results.items()}
-        costs = ("steps", "FLOPs", "seconds")
-        plots.courses({options.dataset: drawn}, options.output / "sparsity.png", costs)
+        plots.at_equal_cost(drawn, options.output / "sparsity.png")
         print_comparison(results, rate=("{:g}", "learning_rate"))
     print(f"\nPicture and results are in {options.output}.")
     return results

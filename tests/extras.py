@@ -51,7 +51,7 @@ def convert():
     sizes = {"hidden_size": 8, "intermediate_size": 16, "num_local_experts": 4}
     config = {"model_type": "mixtral", "num_experts_per_tok": 2, **sizes}
     pathlib.Path("other/config.json").write_text(json.dumps(config))
-    of_files = [code for code in blocks("convert.md") if "hugging_face" in code]
+    of_files = [code for code in blocks("existing_models.md") if "hugging_face" in code]
     run(of_files, path="other", keras=keras, convert=convert)
 
 

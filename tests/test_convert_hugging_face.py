@@ -134,7 +134,7 @@ def test_the_weight_of_the_balance_loss_is_a_share_of_the_models():
 
 @on_one_backend
 def test_the_guide_names_every_family_that_is_read():
-    guide = (ROOT / "docs" / "convert.md").read_text(encoding="utf-8")
+    guide = (ROOT / "docs" / "existing_models.md").read_text(encoding="utf-8")
     assert all(f"`{name}`" in guide for name in READ)
 
 

@@ -25,16 +25,19 @@ LINKS = runpy.run_path(str(ROOT / "docs" / "reference_links.py"))
 IDENTIFIERS = LINKS["identifiers"]()
 
 
-def blocks(document):
+def blocks(document, section=""):
+    """The Python of a document, or of one of its sections."""
     text = (ROOT / document).read_text(encoding="utf-8")
+    if section:
+        text = re.search(rf"^## {section}\n(.*?)(?=^## |\Z)", text, re.DOTALL | re.MULTILINE)[1]
     return re.findall(r"^```python\n(.*?)^```", text, flags=re.DOTALL | re.MULTILINE)
 
 
-def run(document, changes=(), **names):
+def run(document, changes=(), section="", **names):
     """Run the Python of a document from top to bottom, and return its names."""
-    for code in blocks(document):
+    for code in blocks(document, section):
         for old, new in changes:
-            assert old in "".join(blocks(document)), "nothing to change"
+            assert old in "".join(blocks(document, section)), "nothing to change"
             code = code.replace(old, new)
         exec(compile(code, document, "exec"), names)
     return names
@@ -44,11 +47,12 @@ def run(document, changes=(), **names):
 def test_the_readme_trains_a_mixture_that_is_better_than_a_dense_layer(capsys):
     run("README.md")
     dense, mixture, rows = capsys.readouterr().out.strip().split("\n", 2)
-    assert 1 < float(mixture.split()[-1]) < 0.7 * float(dense.split()[-1])
+    assert 1 < float(mixture.split()[-1]) < 0.8 * float(dense.split()[-1])
     assert min(map(int, re.findall(r"\d+", rows))) > 1000
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     assert len(text.split("```python")[0].split()) <= 130
-    assert len(blocks("README.md")[0].splitlines()) <= 15
+    assert len(text.split("## Two commands")[0].split()) <= 450
+    assert len(blocks("README.md")[0].splitlines()) <= 16
 
 
 def test_the_example_of_the_home_page_trains():
@@ -70,9 +74,15 @@ def test_files_that_documents_name_exist():
 def test_the_site_has_every_page_and_every_public_part():
     site = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
     pages = {path.relative_to(ROOT / "docs").as_posix() for path in (ROOT / "docs").rglob("*.md")}
-    pages |= {f"examples/{path.stem}.md" for path in (ROOT / "examples").glob("*.py")}
+    pages |= {
+        f"examples/{path.stem}.md"
+        for path in (ROOT / "examples").glob("*.py")
+        if f"{path.stem}.md" not in pages  # a tutorial, which has the program
+    }
     pages |= {"changelog.md"}  # of CHANGELOG.md
-    assert pages == set(re.findall(r"[\w/]+\.md", site))
+    assert pages == set(re.findall(r"[\w/]+\.md", site[site.index("\nnav:") :]))
+    redirects = re.findall(r"^        ([\w/]+\.md): ([\w/]+\.md)", site, flags=re.MULTILINE)
+    assert redirects and all(old not in pages and new in pages for old, new in redirects)
     missing = set()
     for name in set(dir(keras_moe)) - {"tuner", "__version__"}:
         part = getattr(keras_moe, name)
@@ -84,7 +94,7 @@ def test_the_site_has_every_page_and_every_public_part():
 def test_names_in_guides_are_in_the_reference():
     parts = "layers|routers|losses|metrics|callbacks|inspection|visualization|tuner|surgery|convert"
     site = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
-    guides = site[site.index("- Guides:") : site.index("- Examples and results:")]
+    guides = site[site.index("- How-to:") : site.index("- Explanation:")]
     for path in (ROOT / "docs").glob("*.md"):
         text = re.sub(r"^```.*?^```", "", path.read_text("utf-8"), flags=re.DOTALL | re.MULTILINE)
         names = re.findall(rf"`(?:keras_moe\.)?((?:{parts})\.(?!py`)\w+)(?:\(.*?\))?`", text)
@@ -101,8 +111,8 @@ def test_names_in_guides_are_in_the_reference():
         pytest.param("fit", marks=pytest.mark.backends("jax", "torch")),
     ],
 )
-def test_the_page_on_reliability_repeats_the_order_of_an_epoch(shuffled_by, tmp_path):
-    names = run("docs/reliability.md")
+def test_the_page_on_training_repeats_the_order_of_an_epoch(shuffled_by, tmp_path):
+    names = run("docs/training.md", section="Resuming")
     x = np.random.default_rng(0).normal(size=(16, 4)).astype("float32")
 
     def fit(model, epochs, initial_epoch=0):
@@ -125,20 +135,22 @@ def test_the_page_on_reliability_repeats_the_order_of_an_epoch(shuffled_by, tmp_
     np.testing.assert_array_equal(whole.layers[-1].kernel, model.layers[-1].kernel)
 
 
-GUIDES = ["concepts", "density", "fine_tuning", "generating", "many_tasks", "routers", "start"]
-GUIDES += ["surgery", "tabular", "upcycling"]
-GUIDES += [pytest.param("deploy", marks=on_each_backend)]
+GUIDES = [(page, "") for page in ("concepts", "fine_tuning", "routers", "start")]
+GUIDES += [("existing_models", "Upcycle a dense model"), ("deploy", "Generate text")]
+GUIDES += [("tasks", name) for name in ("Tables", "Many tasks", "Densities")]
+GUIDES += [("training", "Padding to few lengths")]
+GUIDES += [pytest.param("deploy", "Export", marks=on_each_backend)]
 
 
 @pytest.mark.filterwarnings("ignore")  # of exporters, and of layers that Keras cannot quantize
-@pytest.mark.parametrize("document", GUIDES)
-def test_a_guide_runs(document, tmp_path, monkeypatch):
+@pytest.mark.parametrize(("document", "section"), GUIDES)
+def test_a_guide_runs(document, section, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    run(f"docs/{document}.md")  # which asserts what it says
+    run(f"docs/{document}.md", section=section)  # which asserts what it says
 
 
 def test_the_guide_to_images_trains():
-    names = run("docs/images.md", [("epochs=15", "epochs=1")])
+    names = run("docs/tasks.md", [("epochs=15", "epochs=1")], "Images")
     assert [len(names[name].layers) for name in ("places", "whole")] == [5, 2]
 
 
@@ -155,19 +167,19 @@ def test_the_guide_to_seeing_experts_trains_and_draws(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     run("docs/seeing_experts.md")
     pictures = {"shares_over_time.png", "experts_by_label.png", "experts_by_word.png"}
-    written = {"report.html", "shares.npz"} | pictures
+    written = {"report.html"} | pictures
     assert {path.name for path in tmp_path.iterdir()} == written
 
 
 @pytest.mark.backends("jax")
 def test_the_guide_to_many_devices_sets_a_distribution():
     flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=8"
-    run_python("-c", blocks("docs/hardware.md")[0], XLA_FLAGS=flags)
+    run_python("-c", blocks("docs/training.md", "Several devices")[0], XLA_FLAGS=flags)
 
 
 @pytest.mark.backends("tensorflow", "torch")
 def test_the_guide_to_replicas_trains_on_its_backends():
-    first, *others = blocks("docs/hardware.md")[1:]
+    first, *others = blocks("docs/training.md", "Several devices")[1:]
     of_backend = others[:1] if BACKEND == "tensorflow" else others[1:]
     assert f"import {BACKEND}" in of_backend[0]
     of_torchrun = {"WORLD_SIZE": "1", "RANK": "0", "MASTER_ADDR": "127.0.0.1"}
@@ -178,7 +190,7 @@ def test_the_guide_to_replicas_trains_on_its_backends():
 def test_the_recipes_for_parts_of_ones_own_train(tmp_path):
     names = run("docs/extending.md")
     assert names["layer"].expert_counts.shape == (8,)
-    mixture, bank = keras_moe.layers.MixtureOfExperts, names["CentredExperts"]
+    mixture, bank = keras_moe.layers.MixtureOfExperts, names["MatrixExperts"]
     assert bank.from_config(bank(num_experts=4).get_config()).num_experts == 4
     model = keras.Sequential(
         [
@@ -199,7 +211,7 @@ def custom_loops():
     others = {"tensorflow", "torch", "jax"} - {BACKEND}
     is_foreign = re.compile(rf"import ({'|'.join(others)})\b")
     names = {}
-    for code in blocks("docs/custom_loops.md"):
+    for code in blocks("docs/training.md", "Custom loops"):
         if not is_foreign.match(code):
             exec(compile(code, "custom_loops", "exec"), names)
     return names
@@ -211,8 +223,36 @@ def test_custom_loops_train_on_their_backend(custom_loops):
     assert custom_loops["counts"].sum() == 4 * 256 * 2  # epochs, tokens, experts of a token
 
 
+class WithStepOfTensorFlow(keras.Model):
+    """As the guides of Keras write it, and below the same for PyTorch."""
+
+    def train_step(self, data):
+        import tensorflow as tf
+
+        x, y = data
+        with tf.GradientTape() as tape:
+            loss = self.compute_loss(x, y, self(x, training=True))
+        gradients = tape.gradient(loss, self.trainable_variables)
+        self.optimizer.apply(gradients, self.trainable_variables)
+        return {"train_loss": loss}
+
+
+class WithStepOfTorch(keras.Model):
+    def train_step(self, data):
+        import torch
+
+        x, y = data
+        self.zero_grad()
+        loss = self.compute_loss(x, y, self(x, training=True))
+        loss.backward()
+        with torch.no_grad():
+            weights = self.trainable_variables
+            self.optimizer.apply([weight.value.grad for weight in weights], weights)
+        return {"train_loss": loss}
+
+
 @on_each_backend
-def test_a_train_step_of_your_own_trains_as_plain_fit(custom_loops):
+def test_a_custom_train_step_trains_as_plain_fit(custom_loops):
     initializer = keras.initializers.RandomNormal(stddev=0.1, seed=3)
 
     def trained(model_class):
@@ -228,7 +268,9 @@ def test_a_train_step_of_your_own_trains_as_plain_fit(custom_loops):
         weights = [each for each in model.weights if "value_totals" not in each.path]
         return [*history.values(), *map(keras.ops.convert_to_numpy, weights)]
 
-    plain, custom = trained(keras.Model), trained(custom_loops["Model"])
+    classes = {"tensorflow": WithStepOfTensorFlow, "torch": WithStepOfTorch}
+    model_class = classes.get(BACKEND) or custom_loops["Model"]
+    plain, custom = trained(keras.Model), trained(model_class)
     assert plain[0][0] > 90, "the loss has the router loss in it"
     for expected, value in zip(plain, custom, strict=True):
         np.testing.assert_allclose(value, expected, rtol=1e-4, atol=1e-5)
@@ -270,7 +312,8 @@ def test_the_guide_to_other_packages_converts_their_models(tmp_path, monkeypatch
         num_local_experts=4,
     )
     transformers.MixtralForCausalLM(config).save_pretrained("other")
-    names = run("docs/convert.md", path="other")
+    section = "Convert a mixture of KerasHub or Hugging Face"
+    names = run("docs/existing_models.md", section=section, path="other")
     assert names["tokens"].shape == (1, 5) and len(names["layers"]) == 1
     assert names["outputs"].shape == (2, 10, 8)
     assert list(names["arrays"])[:2] == [
