@@ -143,9 +143,6 @@ class TensorFlowBackend(StaticBackend):
     def gather_rows(self, tensor, indices):
         return tf.gather(tensor, indices)
 
-    def _gather_columns(self, matrix, columns):
-        return tf.gather(matrix, columns, batch_dims=1)
-
     def slice_at(self, tensor, start, shape):
         # `tf.slice` wants a start that is known at compile time: where it depends on data,
         # TensorFlow would silently turn the data into a constant and compile again for every batch.
