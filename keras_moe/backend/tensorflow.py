@@ -115,8 +115,8 @@ class TensorFlowBackend(StaticBackend):
         return others, pullback
 
     def _is_transformed(self):
-        # No function tells that `tf.vectorized_map` traces.
-        return "loop_body" in tf.get_current_name_scope().split("/")
+        # No function tells that `tf.vectorized_map` traces; the second has "loop_body_1".
+        return "/loop_body" in f"/{tf.get_current_name_scope()}"
 
     def matmul(self, left, right, transposed=False):
         # Without a transposed copy.
