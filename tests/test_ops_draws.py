@@ -55,6 +55,14 @@ def test_uniform_draws_are_everywhere_between_0_and_1_alike():
     assert 99 - 56 < np.sum((counts - R * C / 100) ** 2) / (R * C / 100) < 99 + 56
 
 
+def test_the_least_uniform_draw_has_a_logarithm(monkeypatch):
+    def least(shape, minval=0.0, **kwargs):
+        return keras.ops.full(shape, minval)
+
+    monkeypatch.setattr(keras.random, "uniform", least)
+    assert draws.uniform((1, 1), None) > 0
+
+
 @by_kind
 def test_draws_have_nothing_to_do_with_their_neighbours_nor_with_other_draws(kind):
     first, second = draw(kind, 2, calls=2)

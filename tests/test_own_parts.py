@@ -254,9 +254,23 @@ def test_a_loss_that_is_not_finite_counts_in_no_mean():
 
 
 @pytest.mark.backends("torch")
+def test_small_values_are_not_lost_in_large_totals():
+    layer = moe(router_losses=[])
+    layer(normal(6, D), training=True)
+    entropy, counters = layer.read_counts().means.entropy, layer._training_counters
+    counters.totals.assign(np.full(counters.totals.shape, [[2.0**26], [0.0]], "float32"))
+    before = layer.read_counts()
+    for _ in range(3):
+        layer(normal(6, D), training=True)
+    added = layer.read_counts().since(before).totals[-2]
+    np.testing.assert_allclose(added, 3 * entropy, rtol=1e-5)
+
+
+@pytest.mark.backends("torch")
 def test_counters_stay_exact_beyond_the_integers_of_float32_and_the_end_of_int32():
     layer = moe(router_losses=())
     layer(normal(6, D), training=True)
+    first = layer.read_counts()
     layer.expert_counts.assign(np.full(E, 2**31 - 5, "int32"))
     before = layer.read_counts()
     for _ in range(9):
@@ -264,6 +278,14 @@ def test_counters_stay_exact_beyond_the_integers_of_float32_and_the_end_of_int32
     counted = layer.read_counts().since(before).assignments
     assert counted.sum() == 9 * 2 and counted.min() >= 0
     assert layer.read_counts().assignments.min() >= 2**31 - 5
+    # More than 2^31 between two readings, and past the end of 2^32.
+    assert layer.read_counts().since(first).assignments.min() > 2**31 - 20
+    layer.expert_counts.assign(np.full(E, 3 * 2**30 - 2**32, "int32"))
+    assert layer.read_counts().since(first).assignments.min() > 3 * 2**30 - 20
+    layer.expert_counts.assign(np.full(E, 5, "int32"))
+    near_end = before._replace(assignments=np.full(E, 2**32 - 5))
+    assert (layer.read_counts().since(near_end).assignments == 10).all()
+    layer.expert_counts.assign(np.full(E, 2**31 - 5, "int32"))
     layer.keep_counters_of(np.array([0, 0, 1, 2]))
     shares = layer.read_counts().assignments
     assert abs(shares[0] - 2**30) < 20 and abs(shares[2] - 2**31) < 20

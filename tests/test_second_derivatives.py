@@ -196,6 +196,18 @@ def test_transformations_of_tensorflow():
         change = tf.reduce_sum(output * direction)
     jacobian = tape.jacobian(output, x)
     assert_close(tf.tensordot(direction, jacobian, 2), tape.gradient(change, x))
+    # Of so few tokens that most experts have none.
+    layer = layers.MixtureOfExperts(num_experts=8, hidden_dim=H)
+
+    def derivative(x):
+        with tf.GradientTape() as tape:
+            tape.watch(x)
+            output = layer(x)
+        return tape.jacobian(output, x)
+
+    assert_close(tf.function(derivative)(x[:3]), derivative(x[:3]))
+    layer.experts.quantize("int8")
+    assert_close(derivative(x[:1])[0, :, 0], derivative(x)[0, :, 0])
     with pytest.raises(NotImplementedError, match="use two tapes"):
         with tf.autodiff.ForwardAccumulator(x, direction):
             layer(x)

@@ -115,19 +115,22 @@ class TensorFlowBackend(StaticBackend):
         return others, pullback
 
     def _is_transformed(self):
-        # No function tells that `tf.vectorized_map` traces.
-        return "loop_body" in tf.get_current_name_scope().split("/")
+        # No function tells that `tf.vectorized_map` traces; the second has "loop_body_1".
+        return "/loop_body" in f"/{tf.get_current_name_scope()}"
 
     def matmul(self, left, right, transposed=False):
         # Without a transposed copy.
-        return tf.matmul(left, tf.cast(right, left.dtype), transpose_b=transposed)
+        products = tf.matmul(left, tf.cast(right, left.dtype), transpose_b=transposed)
+        # Vectorized, a product of no rows would have no columns either.
+        return tf.reshape(products, (-1, products.shape[1])) if self._is_transformed() else products
 
     def layout(self, problem, platform):
         if self.needs_static_shapes():
             on_cpu = platform == "cpu"
             return layout_on_cpu(self, problem) if on_cpu else AllRows(self, problem, platform)
-        num_rows = problem.plan.num_rows()
-        if platform == "cpu" and not tf.executing_eagerly() and isinstance(num_rows, int):
+        num_rows, sizes = problem.plan.num_rows(), problem.plan.sizes
+        # Not by the mode: `GradientTape.jacobian` traces the backward pass of an eager call.
+        if platform == "cpu" and tf.is_symbolic_tensor(sizes) and isinstance(num_rows, int):
             dtypes = {linear.kernel.values.dtype for linear in problem.maps.values()}
             converts = dtypes != {problem.tokens.dtype}
             # As in decoding, where most experts have no rows: in a graph even they cost operations.
@@ -178,12 +181,12 @@ def _platform():
 
 
 class _Groups(Parts):
-    """Each group by itself; none without rows where operations run eagerly."""
+    """Each group by itself; none without rows where the sizes are known."""
 
     def __init__(self, plan):
         sizes, num_rows, self.token_of_row = plan.sizes, plan.num_rows(), plan.token_of_row()
         self.num_experts = sizes.shape[0]
-        if tf.executing_eagerly():
+        if not tf.is_symbolic_tensor(sizes):
             numbers = sizes.numpy().tolist()
             starts = itertools.accumulate(numbers, initial=0)
             self.num_padding = num_rows - sum(numbers)

@@ -107,10 +107,9 @@ class Means(NamedTuple):
 
 
 def _difference(now, earlier):
-    if now.dtype != "int64":
-        return now - earlier
-    # Counters are 32 bits wide, and may have passed their end in between.
-    return (now - earlier + 2**31) % 2**32 - 2**31
+    difference = now - earlier
+    # Integer counters are 32 bits wide. One that is smaller by half of that has passed its end.
+    return np.where(difference < -(2**31), difference + 2**32, difference)
 
 
 def _counter(name, shape, dtype="int32"):
