@@ -76,9 +76,12 @@ def generate(
     if not prompts or not all(are_ids):
         rule = "`prompts` must be a list of lists of integers, each of at least one"
         raise ValueError(f"{rule}. Received: {shortened(given)}")
-    if not any(isinstance(part, TransformerDecoderBlock) for part in model._flatten_layers()):
-        rule = "`model` must have `layers.TransformerDecoderBlock`s"
-        raise ValueError(f"{rule}. Received: {model.name!r} without")
+    parts = model._flatten_layers()
+    crossed = [each.cross_attention for each in parts if isinstance(each, TransformerDecoderBlock)]
+    if not crossed or any(crossed):
+        rule = "`model` must have `layers.TransformerDecoderBlock`s, all without `cross_attention`"
+        received = f"{len(crossed)} blocks, {sum(crossed)} with it, in {model.name!r}"
+        raise ValueError(f"{rule}. Received: {received}")
     shape = getattr(model, "input_shape", None)  # which a `Sequential` does not check
     is_fixed = isinstance(shape, tuple) and None not in shape[1:]
     if is_fixed and not isinstance(model, keras.Sequential):

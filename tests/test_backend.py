@@ -5,6 +5,8 @@ backend. `test_networks.py` has `backend.product` and `backend.outer` on each pl
 `test_own_experts.py` `backend.layout`, with whole networks.
 """
 
+from types import SimpleNamespace
+
 import keras
 import numpy as np
 import pytest
@@ -495,3 +497,33 @@ def test_no_gradient_passes_a_stop_and_ties_of_a_maximum_share_none_twice():
 
     (gradient,) = gradients(objective, [np.array([2.0, 1.0], "float32")], FAST_MODE)
     assert_close(gradient, [3, 1])
+
+
+def test_a_platform_is_that_of_the_devices(monkeypatch):
+    named = SimpleNamespace
+    if BACKEND == "tensorflow":
+        import tensorflow as tf
+
+        monkeypatch.setattr(tf.config, "list_logical_devices", lambda: [named(device_type="GPU")])
+        found = backend.on_its_platform(lambda platform: platform)
+    elif BACKEND == "jax":
+        from keras_moe.backend.jax_sharding import Shards
+
+        mesh = named(devices=np.array([named(platform="gpu")]))
+        found = Shards(mesh, ("batch",)).platform
+    else:
+        tensor = named(device=named(type="cuda"))
+        found = backend.on_its_platform(lambda platform, _: platform, tensor)
+    assert found == "gpu"
+
+
+@pytest.mark.backends("jax")
+def test_products_of_float32_are_not_rounded_to_tensor_cores():
+    import jax
+
+    from keras_moe.backend.jax_gpu import _dot
+
+    for dtype, precision in (("float32", "HIGHEST"), ("bfloat16", "DEFAULT")):
+        tile = jax.ShapeDtypeStruct((16, 16), dtype)
+        (equation,) = jax.make_jaxpr(lambda a, b: _dot(a, b, (1, 0)))(tile, tile).eqns
+        assert {each.name for each in equation.params["precision"]} == {precision}

@@ -111,6 +111,14 @@ def writer(shape=(None,)):
     return keras.Model(ids, dense(9)(hidden))
 
 
+def translator():
+    """A small model with an encoder and a decoder."""
+    source, ids = (keras.Input((None,), dtype="int32") for _ in range(2))
+    embed = keras.layers.Embedding(9, D)
+    block = layers.TransformerDecoderBlock(2, dense(), cross_attention=True)
+    return keras.Model([source, ids], dense(9)(block(embed(ids), context=embed(source))))
+
+
 def ids_layer():
     return moe(router=routers.HashRouter(E, vocabulary_size=10))
 
@@ -290,13 +298,15 @@ REFUSED = [
     ("routers.TopKRouter()(t())", "needs `num_experts`"),
     ("encode(inputs=ints(2, 5, D))", "dtype of float"),
     ("encode(mask=true(2, 1))", "`mask` must have"),
-    ("decoder(True)(X)", "takes a `context` if and only if"),
+    ("decoder(True)(X)", "needs its context by name: `context=context`"),
+    ("decoder(True)(X, t(2, 3, D))", "needs its context by name: `context=context`"),
     ("decoder(True)(X, context=t(2, 3, D), context_mask=true(2, 5))", "`context_mask` must"),
     ("decode(length=5, position=1)", "must fit into the cache"),
     ("decode(position=1.7)", "`position` must be an integer"),
     ("decode(num_rows=1)", "with B=2"),
     ("decoder()(t(2, 1, D), position=3)", "passed together"),
-    ("decode(context=t(2, 3, D))", "takes a `context` if and only if"),
+    ("decode(context=t(2, 3, D))", "`context` needs `cross_attention` and no `cache`"),
+    ("decoder()(X, context_mask=true(2, 5))", "`context_mask` a `context`"),
     ("decoder(True).make_cache(2, 5, t(3, 3, D))", "`context` must have"),
     ("layers.TransformerDecoderBlock(2, dense()).make_cache(2, 5)", "must be built"),
     ("of_task_banks((T, D), (T, D))", "one for each task"),
@@ -460,6 +470,10 @@ REFUSED = [
     ("surgery.prune_experts(built(moe(router='expert_choice')))", "logits do not choose"),
     ("surgery.merge_experts(lora(moe()), data=[normal()])", "LoRA"),
     ("surgery.merge_experts(built(moe(two_activations())))", "layers, activations"),
+    (
+        "surgery.prune_experts(built(moe(router=own_part(routers.TopKRouter, surgeries=()))))",
+        "`surgeries` do not include 'cut'",
+    ),
     ("surgery.set_top_k(built(ids_layer()), 1)", "by their scores"),
     ("surgery.set_top_k(built(moe(router='dselect_k')), 1)", "by their scores"),
     ("surgery.add_experts(lora(moe()))", "LoRA"),
@@ -480,7 +494,13 @@ REFUSED = [
     ("layers.LowRankExperts(bank(2), E, 2)", "`base` must have one expert"),
     ("upcycle(plain('softmax'), 4, 2, granularity=2)", "softmax"),
     ("upcycle(plain(kernel_constraint='non_neg'))", "able to do"),
-    ("upcycle(keras.Sequential([keras.Input((D,)), dense()]))", "`model`"),
+    ("upcycle(keras.Sequential([dense(16, activation='relu'), dense()]))", "is not built: call"),
+    ("upcycle(keras.Sequential([keras.Input((D,)), dense(name='a')]))", "kernels {'a': (8, 8)}"),
+    (
+        "upcycle(keras.Sequential([keras.Input((D,)), dense(16, activation='relu'), dense(3)]))",
+        "(16, 3)}",
+    ),
+    ("upcycle(keras.Sequential([keras.Input((5, D)), moe(name='m')]))", "mixtures ['m']"),
     ("hugging_face(layer=5)", "must have all its weights"),
     ("hugging_face(config={**MIXTRAL, 'num_local_experts': 3})", "must match"),
     ("hugging_face(into=built(moe()))", "must be a block of"),
@@ -489,6 +509,8 @@ REFUSED = [
     ("tuner.SearchSpace((8,), capacity_factors=(0,))", "`capacity_f"),
     ("fitted(callbacks.RouterLossSchedule(lambda e: -1))", "must be a finite"),
     ("keras_moe.generate(writer((4,)), [[1, 2]], 3)", "keras.Input((None,)"),
+    ("keras_moe.generate(plain(), [[1, 2]], 3)", "0 blocks"),
+    ("keras_moe.generate(translator(), [[1, 2]], 3)", "1 blocks, 1 with it"),
     ("keras_moe.generate(writer(), [[1, 9]], 3)", "from 0 to 8"),
     ("fitted(callbacks.RouterLossSchedule(abs), router_losses=['router_z'])", "the router loss"),
     ("callbacks.ExpertMonitor(metrics=[max, max])", "different names"),
@@ -537,6 +559,10 @@ WARNED = [
     ("masked(lambda x: moe()(keras.layers.LayerNormalization()(x + 1)))", "mask .* is lost"),
     ("masked(lambda x: encode(inputs=2 * x))", "mask .* is lost"),
     ("masked(lambda x: moe()(x[:, 1:]))", "mask .* is lost"),
+    (
+        "masked(lambda x: moe()(keras.layers.Add()([x, keras.Input((5, D))])))",
+        "`keras.layers.Add` only if all its inputs have one",
+    ),
     ("(lambda each: each(each(keras.Input((5, D)))))(moe())", "in several places"),
     ("(lambda each: encode(each, encode(each)))(moe())", "share its weights"),
     ("(lambda each: each(each(keras.Input((5, D)))))(block())", "in several places"),

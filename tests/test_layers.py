@@ -5,7 +5,7 @@ import re
 import keras
 import numpy as np
 import pytest
-from backends import EVERY_JIT, QUICK_JIT, on_one_backend, unless_compiled
+from backends import BACKEND, EVERY_JIT, QUICK_JIT, on_one_backend, unless_compiled
 from backends import compiled as compile_in
 from layer_checks import D, E, array, gradients, model_of, moe, normal, one_hot, one_hot_router
 
@@ -361,3 +361,18 @@ def test_an_encoder_block_takes_any_feed_forward_layer(feedforward):
         block(x, mask=mask, training=True)
         counted = block.feedforward.read_counts().since(before)
         assert counted.assignments.sum() == mask.sum() * 2
+
+
+@pytest.mark.backends("tensorflow", "jax")
+def test_inputs_that_are_not_dense_are_refused():
+    if BACKEND == "tensorflow":
+        import tensorflow as tf
+
+        refused = [tf.sparse.from_dense(normal(3, D)), tf.RaggedTensor.from_tensor(normal(2, 3, D))]
+    else:
+        from jax.experimental import sparse
+
+        refused = [sparse.BCOO.fromdense(normal(3, D))]
+    for inputs in refused:
+        with pytest.raises(TypeError, match="`inputs` must be dense"):
+            moe()(inputs)

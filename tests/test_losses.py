@@ -246,3 +246,8 @@ def test_a_loss_is_proportional_to_its_weight_which_survives_its_config(name):
     values = [float(loss(routing)) for loss in (whole, half, none)]
     assert values[0] > 0
     assert_close(values, [values[0], values[0] / 2, 0])
+
+
+def test_weights_by_default_are_those_of_the_papers():
+    names = ["load_balance", "sequence_load_balance", "router_z", "router_entropy"]
+    assert [losses.get(name).weight for name in names] == [1e-2, 1e-4, 1e-3, 1e-4]

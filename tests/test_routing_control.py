@@ -206,3 +206,15 @@ def test_the_weight_of_a_loss_changes_in_training_and_nothing_is_compiled_again(
     balance = float(array(losses.LoadBalance(0.5)(layer(X, return_routing=True)[1])))
     assert_close(two - one, balance, tolerance=1e-3)
     assert array(layer.router_loss_weights).tolist() == pytest.approx([1.0, 1e-3, 1e-9])
+
+
+def test_by_default_sinkhorn_evens_out_a_skewed_load_and_the_scale_of_cosines_is_limited():
+    identity = keras.initializers.Identity()
+    router = routers.SinkhornRouter(4, kernel_initializer=identity)
+    tokens = normal(256, 4) + np.float32([2, 1, 0, 0])
+    counts = array(router(tokens, training=True).counts)
+    assert counts.max() < 80  # of 64 at balance; after one round 93
+    router = routers.CosineRouter(4, projection_dim=4, kernel_initializer=identity)
+    router.build((None, 4))
+    router.log_scale.assign(99.0)
+    assert_close(array(router(np.eye(4, dtype="float32")).logits), 100 * np.eye(4))

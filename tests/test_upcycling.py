@@ -18,6 +18,7 @@ from layer_checks import array, normal
 import keras_moe
 from keras_moe import inspection, layers
 from keras_moe._internal.keras_internals import parameters_of
+from keras_moe.routers import TopKRouter
 
 VOCABULARY, D, H = 12, 4, 8
 IDS = np.random.default_rng(0).integers(1, VOCABULARY, (4, 6))
@@ -101,6 +102,16 @@ CASES = {
     "graph, parts": (graph_model, {"num_experts": 8, "top_k": 8, "granularity": 4}),
     "nested, one expert a token": (nested_model, {"num_experts": 2, "top_k": 1}),
 }
+
+
+@on_one_backend
+def test_routers_start_small():
+    """Logits of inputs of variance 1 are about 0.02 sqrt(D): no expert is preferred at first."""
+    model = keras_moe.upcycle(block_model(), seed=0)
+    routers = [each for each in model._flatten_layers() if isinstance(each, TopKRouter)]
+    for router in routers:
+        assert 0.01 < np.std(array(router.kernel)) < 0.03
+    assert routers
 
 
 @pytest.mark.parametrize("case", unless_compiled(CASES, ["graph, parts"]))

@@ -10,11 +10,7 @@ import tensorflow as tf
 from tensorflow.compiler.tf2xla.python import xla
 
 from keras_moe.backend import tensorflow_replicas
-from keras_moe.backend.base import (
-    StaticBackend,
-    named_platform,
-    split_rows,
-)
+from keras_moe.backend.base import StaticBackend, named_platform, split_rows
 from keras_moe.backend.layouts import AllRows, Parts
 from keras_moe.backend.tiles import TileLoop, layout_on_cpu
 

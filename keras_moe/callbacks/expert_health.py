@@ -89,7 +89,9 @@ class ExpertHealth(ExpertCallback):
             # Keras has this on JAX only.
             getattr(self.model, "jax_state_sync", lambda: None)()
             for name, watch in self._watched():
-                for found in list(watch.check()):  # A report may restart the watch.
+                watch.count()
+                numbers = self.patience, self.patience, _DEAD_PATIENCE * self.patience
+                for found in list(watch.check(health.ENOUGH, *numbers)):  # a report may restart it
                     self._report(name, *found)
             self._next_check = self._step + self.every
         # Called once for the batches of one execution.
@@ -115,7 +117,8 @@ class ExpertHealth(ExpertCallback):
 
     def on_train_end(self, logs=None):
         for name, watch in self._watches.items():
-            for found in watch.conclude(self.patience if name in self._rebalanced else 1):
+            of_collapse = self.patience if name in self._rebalanced else 1
+            for found in watch.check(health.FEW, of_collapse, 1, self.patience):
                 self._report(name, *found, acts=False)
 
     def _watched(self):
@@ -183,18 +186,6 @@ class _Watch:
         self._drops: collections.deque = collections.deque(maxlen=self.patience)
         self._idle: np.ndarray = np.zeros(len(self._window), "int64")
 
-    def check(self):
-        """Yield tuples of a kind, a finding or None, and perhaps the experts it is about."""
-        self.count()
-        is_finite, finding = self._judge_router()
-        yield "router", finding
-        if is_finite and self._window.mean() >= health.ENOUGH:
-            self._judge_window()
-            idle = ops.convert_to_numpy(is_dead(self._window))
-            self._idle = np.where(idle, self._idle + 1, 0)
-            yield from self._lasting(self.patience, self.patience, _DEAD_PATIENCE * self.patience)
-            self._window, self._dropped = np.zeros_like(self._window), 0.0
-
     def count(self):
         """Add what was counted since the last time, and return the counters."""
         counted = self.layer.read_counts()
@@ -204,29 +195,24 @@ class _Watch:
         self._dropped += new.dropped
         return counted
 
-    def conclude(self, checks):
-        """Findings at the end of the training, of a collapse after so many checks."""
-        is_finite, finding = self._judge_router()
-        yield "router", finding
-        if not is_finite:  # NaN ranks first: its tokens choose the first experts.
-            return
-        if self._window.mean() >= health.FEW:
-            self._judge_window()
-        yield from self._lasting(checks, 1, self.patience)
+    def check(self, enough, of_collapse, of_drops, of_dead):
+        """Yield tuples of a kind, a finding or None, and perhaps the experts it is about.
 
-    def _judge_router(self):
-        """Return whether no logit is NaN, and a finding or None."""
+        Numbers of checks in a row, each of `enough` assignments per expert, that show a collapse,
+        drops and dead experts.
+        """
         size = np.nan if self._is_nan else _router_size(self.layer.router)
         most = max(health.EXPLODED_LOGIT, _GROWTH * self._first_size)
-        return np.isfinite(size), health.bad_logits(size, most)
-
-    def _judge_window(self):
-        self._judged = self._window
-        self._spreads.append(health.spread(self._judged, self.layer.router.min_top_k))
-        self._drops.append(self._dropped / np.sum(self._window))
-
-    def _lasting(self, of_collapse, of_drops, of_dead):
-        """Findings of a collapse, of drops and of dead experts in so many checks."""
+        yield "router", health.bad_logits(size, most)
+        if not np.isfinite(size):  # NaN ranks first: its tokens choose the first experts.
+            return
+        if self._window.mean() >= enough:
+            self._judged = self._window
+            self._spreads.append(health.spread(self._judged, self.layer.router.min_top_k))
+            self._drops.append(self._dropped / np.sum(self._judged))
+            idle = ops.convert_to_numpy(is_dead(self._judged))
+            self._idle = np.where(idle, self._idle + 1, 0)
+            self._window, self._dropped = np.zeros_like(self._window), 0.0
         spreads, drops = list(self._spreads), list(self._drops)
         is_low = len(spreads) >= of_collapse and max(spreads[-of_collapse:]) < health.COLLAPSED
         if is_low and spreads[-1] - spreads[0] <= _RECOVERY * (len(spreads) - 1):

@@ -16,11 +16,7 @@ from keras_moe.backend import backend
 from keras_moe.backend.padded import most_tiles, pad_tiles, tile_length
 from keras_moe.layers.expert_bank import ExpertBank
 from keras_moe.layers.gate import Gate
-from keras_moe.layers.sublayers import (
-    build_and_measure,
-    call_part,
-    freeze_parts,
-)
+from keras_moe.layers.sublayers import build_and_measure, call_part, freeze_parts
 from keras_moe.ops.plans import GroupedPlan
 
 SCAN_ROWS = 64

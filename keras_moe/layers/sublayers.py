@@ -114,8 +114,8 @@ def warn_of_lost_mask(layer, inputs):
         if is_like_inputs or (is_slice and len(mask.shape) == len(inputs.shape) - 1):
             warnings.warn(
                 f"The mask of `{tensor.name}` is lost before `{layer.name}`, which counts and "
-                "computes padding: `+`, slices and other operations pass no mask on. Pass `mask=` "
-                "or use `keras.layers.Add`.",
+                "computes padding: `+`, slices and other operations pass no mask on, and "
+                "`keras.layers.Add` only if all its inputs have one. Pass `mask=`.",
                 stacklevel=2,
             )
             return

@@ -82,6 +82,9 @@ def token_shape(shape, token_axes=None):
 
 def check_call(inputs, mask, num_axes, router_inputs=None, token_ids=None):
     """Check the shapes of a call, and return the mask as bools, or None."""
+    if type(inputs).__name__ in ("SparseTensor", "RaggedTensor", "BCOO"):
+        rule = "`inputs` must be dense, with a `mask` where they are padded"
+        raise TypeError(f"{rule}. Received: a {type(inputs).__name__}")
     # Keras passes a mask on by itself only if the inputs are the only tensor of a call.
     of_inputs = get_keras_mask(inputs)
     if of_inputs is not None:

@@ -173,12 +173,14 @@ class TransformerDecoderBlock(TransformerBlock):
 
     def _check_context(self, context, mask=None, cache=None):
         wanted, given = self.cross_attention and cache is None, context is not None
-        if given != wanted or (mask is not None and not given):
-            rule = (
-                "A block takes a `context` if and only if it has `cross_attention` and no `cache`"
-            )
-            received = f"context {'given' if given else 'missing'}{', a mask' * (mask is not None)}"
-            raise ValueError(f"{rule}, and a `context_mask` with it. Received: {received}")
+        if wanted and not given:
+            rule = "A block with `cross_attention` needs its context by name: `context=context`"
+        elif given != wanted or (mask is not None and not given):
+            rule = "`context` needs `cross_attention` and no `cache`; `context_mask` a `context`"
+        else:
+            return
+        received = f"context: {given}, context_mask: {mask is not None}, cache: {cache is not None}"
+        raise ValueError(f"{rule}. Received: {received}")
 
     def make_cache(
         self,

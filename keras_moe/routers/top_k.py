@@ -8,12 +8,7 @@ from keras import ops
 
 from keras_moe._internal import Tensor
 from keras_moe._internal.base_layer import reseeded
-from keras_moe._internal.checks import (
-    check_choice,
-    check_integer,
-    check_number,
-    check_tensors,
-)
+from keras_moe._internal.checks import check_choice, check_integer, check_number, check_tensors
 from keras_moe._internal.serialization import register
 from keras_moe.backend import backend
 from keras_moe.ops.routing import Routing, weigh

@@ -18,13 +18,7 @@ from keras_moe.inspection.recording import check_list_of_batches
 from keras_moe.layers.replacement import backbones
 from keras_moe.surgery import cutting, measuring
 
-__all__ = [
-    "Surgery",
-    "add_experts",
-    "merge_experts",
-    "prune_experts",
-    "set_top_k",
-]
+__all__ = ["Surgery", "add_experts", "merge_experts", "prune_experts", "set_top_k"]
 __dir__ = __all__.copy
 
 

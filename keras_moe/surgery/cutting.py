@@ -26,10 +26,10 @@ def obstacles(layer, operation):
         yield "a task of a `MultiGateMixtureOfExperts`, which calls the experts for all its tasks"
     if getattr(bank, "processes", None) is not None:
         yield "whose experts are split over processes"
-    if not (router.surgeries and router.tokens_choose):
+    if not router.tokens_choose:
         yield f"with a `{type(router).__name__}`, whose logits do not choose the experts of a token"
     elif operation not in router.surgeries:
-        yield f"with a `{type(router).__name__}`, whose weights change when experts are duplicated"
+        yield f"with a `{type(router).__name__}`, whose `surgeries` do not include {operation!r}"
     if not is_stacked and (operation == "copy" or not is_list):
         yield f"with `{type(bank).__name__}`"
     if operation != "cut" and is_stacked and (bank.lora_enabled or bank.quantization_mode):

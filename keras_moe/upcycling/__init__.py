@@ -27,7 +27,7 @@ from keras_moe.layers import FeedForwardExperts, GatedExperts, LowRankExperts, M
 from keras_moe.layers.replacement import record_changes, replace
 from keras_moe.layers.sublayers import freeze_parts
 from keras_moe.routers import TopKRouter
-from keras_moe.upcycling.feed_forwards import feed_forwards, left_dense
+from keras_moe.upcycling.feed_forwards import feed_forwards, is_dense, left_dense
 
 __all__ = ["freeze_all_but", "merge_lora", "upcycle"]
 
@@ -44,7 +44,7 @@ def upcycle(
     seed: int | None = None,
     rank: int | None = None,
 ) -> keras.Model:
-    """Turn dense feed-forward layers of a model into mixtures of experts that start from them.
+    """Return a model whose dense feed-forward layers are mixtures that start from them.
 
     Each expert begins as a copy of the dense layer, or as one of `granularity` equal parts of it,
     and the router at random. Outputs do not change at the start, except at padding, where a mixture
@@ -53,8 +53,8 @@ def upcycle(
     arguments; a warning says which layers stay dense.
 
     Args:
-        model: Built Keras model, or list of M models. The first changes in place, and the result
-            shares its other layers: use the result only. The others stay as they are.
+        model: Built Keras model, or list of M models. The result shares the other layers of the
+            first, whose blocks change in place: use the result only. The others stay as they are.
         num_experts: Integer or None. Number of experts, E, divisible by `granularity` times M; copy
             c is of model c modulo M. None: 8 for one model, otherwise one copy of each.
         top_k: Integer. Experts per token, K, divisible by `granularity`.
@@ -221,9 +221,8 @@ def _select(model, found, select, every):
     """The numbers of the chosen ones among the feed-forwards that were found in a model."""
     left = left_dense(model, found)
     if not found:
-        others = f" with {'; '.join(left)}" if left else ""
-        rule = "`model` must be built and have `Dense` layers with an activation, then back without"
-        raise ValueError(f"{rule}. Received: model={shortened(model)}{others}")
+        rule = "`model` must have a `Dense` layer with an activation, then one without, back to D"
+        raise ValueError(f"{rule}. Received: {'; '.join(left) or _layers_of(model)}")
     names = wanted = [feed_forward.name for feed_forward in found]
     if select is None and left:
         warnings.warn(f"These layers stay dense: {'; '.join(left)}.", stacklevel=3)
@@ -238,6 +237,16 @@ def _select(model, found, select, every):
         rule = f"`select` and `every` must choose among the dense feed-forward layers, {names}"
         raise ValueError(f"{rule}. Received: select={shortened(select)}, every={every}")
     return chosen
+
+
+def _layers_of(model):
+    """What a model has in place of feed-forward layers, as a text."""
+    if not model.built:
+        return f"`{model.name}`, which is not built: call it on data first"
+    layers = model._flatten_layers()
+    mixtures = [layer.name for layer in layers if isinstance(layer, MixtureOfExperts)]
+    shapes = {each.name: tuple(each.kernel.shape) for each in layers if is_dense(each)}
+    return f"`Dense` kernels {shapes}, mixtures {mixtures}"
 
 
 def _check_alike(models):

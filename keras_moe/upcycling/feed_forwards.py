@@ -72,11 +72,11 @@ def _in_attributes(layer):
     names = ("intermediate", "output", "gate")
     denses: list[Any] = [getattr(layer, f"_feedforward_{name}_dense", None) for name in names]
     up, down, gate = denses
-    if not _is_dense(up) or not _is_dense(down) or _obstacle(up, [up.activation], down):
+    if not is_dense(up) or not is_dense(down) or _obstacle(up, [up.activation], down):
         return
     if gate is None:
         yield FeedForward(layer.name, up, down, None, up.activation, (up, down), layer)
-    elif _is_dense(gate) and _is_linear(up) and _is_linear(gate):
+    elif is_dense(gate) and _is_linear(up) and _is_linear(gate):
         # The mixture comes in the place of the gate, which the block passes to its activation.
         yield FeedForward(layer.name, up, down, gate, layer.activation, (gate, up, down), layer)
 
@@ -84,7 +84,7 @@ def _in_attributes(layer):
 def _in_graph(model):
     """Feed-forwards of layers that follow one another."""
     following = _following_layers(model)
-    for up in filter(_is_dense, model.layers):
+    for up in filter(is_dense, model.layers):
         layers, activations, down = _chain(up, following)
         if _obstacle(up, activations, down) is None:
             rates = [each.rate for each in layers if isinstance(each, keras.layers.Dropout)]
@@ -110,7 +110,7 @@ def left_dense(model, found):
     known.update(part for mixture in mixtures for part in mixture._flatten_layers())
     reasons = []
     for owner in layers:
-        denses = list(filter(_is_dense, own_layers(owner)))
+        denses = list(filter(is_dense, own_layers(owner)))
         for up in denses:
             features, width = up.kernel.shape
             back = any(tuple(down.kernel.shape) == (width, features) for down in denses)
@@ -129,7 +129,7 @@ def _obstacle(up, activations, after):
     """Why a `Dense` layer and the layer after its activations are not converted, or None."""
     if after is None:
         return "as its outputs do not go to one layer only, or one of the two is called twice"
-    if not _is_dense(after) or tuple(after.kernel.shape) != tuple(up.kernel.shape)[::-1]:
+    if not is_dense(after) or tuple(after.kernel.shape) != tuple(up.kernel.shape)[::-1]:
         return f"which `{after.name}` follows, not a `Dense` layer back to as many features"
     if not _is_linear(after):
         return f"as `{after.name}` after it has an activation"
@@ -156,7 +156,7 @@ def _following_layers(model):
     return following
 
 
-def _is_dense(layer):
+def is_dense(layer):
     return type(layer) is keras.layers.Dense and layer.built
 
 
