@@ -174,35 +174,17 @@ def test_grouped_mm_computes_what_the_loop_computes_and_reads_no_size(monkeypatc
             weight.value.grad = None
         return [each.detach().clone() for each in results if each is not None]
 
-    with ops.platform("gpu"):
+    with monkeypatch.context() as without, ops.platform("gpu"):
+        without.setattr(torch_groups, "has_grouped_mm", lambda *tensors: False)
         expected = trained()
         assert len(read) == 2  # in the forward and in the backward pass
-        read.clear()
-        monkeypatch.setattr(torch_groups, "has_grouped_mm", lambda *tensors: True)
+    read.clear()
+    with ops.platform("gpu"):
         for actual, other in zip(trained(), expected):
             assert_close(actual, other)
     assert not read
-
-
-@on_one_backend
-def test_a_backward_pass_may_be_in_another_kind_of_program_than_its_forward_pass(monkeypatch):
-    """As where Dynamo compiles parts of a layer only."""
-    import torch
-
-    from keras_moe.backend import torch as torch_backend
-    from keras_moe.backend import torch_groups
-
-    layer, x = mixture(), torch.from_numpy(normal(T, D)).requires_grad_()
-
-    def slopes(traced):
-        with monkeypatch.context() as patch:
-            for module in (torch_backend, torch_groups) if traced else ():
-                patch.setattr(module, "is_traced", lambda: True)
-            loss = keras_ops.sum(keras_ops.sin(layer(x)))
-        return torch.autograd.grad(loss, [x, *(each.value for each in layer.trainable_weights)])
-
-    for actual, expected in zip(slopes(True), slopes(False), strict=True):
-        assert_close(actual, expected)
+    for actual, other in zip(trained(), expected):  # as CPUs compute it
+        assert_close(actual, other)
 
 
 def test_a_platform_ends_with_its_context():

@@ -58,11 +58,11 @@ class Chunks(Parts):
             if not self._is_traced and size == 0:
                 continue
             if chunk is None or self._is_traced or chunk.num_rows + size > most_rows:
-                chunk = _Chunk(start)
+                chunk = _Chunk(plan.sizes, start)
                 self.parts.append(chunk)
             chunk.add(expert, size)
             start = start + size
-        self.parts = self.parts or [_Chunk(0, [0], [0])]
+        self.parts = self.parts or [_Chunk(plan.sizes, 0, [0], [0])]
 
     def gather(self, tokens):
         # Gathered chunk by chunk they stay in the cache. In a program of unknown sizes a chunk is
@@ -75,6 +75,8 @@ class Chunks(Parts):
         return split(rows, [*(chunk.num_rows for chunk in self.parts), self._num_padding])[:-1]
 
     def to_rows(self, buffer):
+        if not self._is_traced and len(buffer) == 1 and not self._num_padding:
+            return buffer[0]
         # Keras would convert each part, an operation of a program.
         return torch.cat([*buffer, buffer[0].new_zeros((self._num_padding, buffer[0].shape[1]))])
 
@@ -91,8 +93,9 @@ class Chunks(Parts):
 class _Chunk:
     """The rows of neighbouring groups."""
 
-    def __init__(self, start, experts=(), sizes=()):
-        self.start, self.experts, self.sizes = start, [*experts], [*sizes]
+    def __init__(self, all_sizes, start, experts=(), sizes=()):
+        self.all_sizes, self.start = all_sizes, start
+        self.experts, self.sizes = [*experts], [*sizes]
         self.num_rows = sum(sizes)
 
     def add(self, expert, size):
@@ -103,7 +106,26 @@ class _Chunk:
     def row_numbers(self):
         return torch.arange(self.num_rows, dtype=torch.int32) + self.start
 
+    @functools.cached_property
+    def _span(self):
+        """All experts from the first to the last; between them there may be some without rows."""
+        return slice(self.experts[0], self.experts[-1] + 1)
+
+    @functools.cached_property
+    def ends(self):
+        return torch.cumsum(self.all_sizes[self._span], 0, dtype=torch.int32)
+
+    def has_grouped_mm(self, rows, kernels):
+        return kernels.bits is None and self._multiplies_at_once(rows, kernels.values)
+
+    def _multiplies_at_once(self, *tensors):
+        return len(self.experts) > 1 and has_grouped_mm(*tensors)
+
     def product(self, rows, kernels, bias=None, transposed=False):
+        if bias is None and self.has_grouped_mm(rows, kernels):
+            values = kernels.values[self._span].to(rows.dtype)
+            values = values.mT if transposed else values
+            return torch.nn.functional.grouped_mm(rows, values, offs=self.ends)
         bias = None if bias is None else bias.to(rows.dtype)
         if len(self.sizes) == 1:  # also in a program, where nothing is written in place
             of_expert = operator.itemgetter(self.experts[0])
@@ -121,6 +143,12 @@ class _Chunk:
     def gradient(self, field, left, right, total):
         if total is None:
             return None
+        if field != "bias" and self._multiplies_at_once(left, right):
+            products = torch.nn.functional.grouped_mm(left.T, right, offs=self.ends)
+            if len(products) == len(total):
+                return products.to(total.dtype)
+            total[self._span] = products
+            return total
         if len(self.sizes) == 1:
             _set_gradient(field, left, right, total[self.experts[0]])
             return total
@@ -133,34 +161,40 @@ class _Chunk:
         return total
 
 
-class AllOnDevice(AllRows):
-    """All rows, for the fewest kernels. Sizes are read where no kernel multiplies all groups."""
+class _AllGroups(_Chunk):
+    """All groups. Their sizes are read where no kernel multiplies all groups."""
+
+    def __init__(self, all_sizes, num_rows):
+        super().__init__(all_sizes, 0, range(len(all_sizes)))
+        del self.sizes
+        self.num_rows = num_rows
 
     @functools.cached_property
-    def _chunk(self):
-        # The last size is the padding's.
-        return _Chunk(0, range(len(self.sizes)), sizes_on_host(self.sizes, self.num_rows))
+    def sizes(self):
+        return sizes_on_host(self.all_sizes, self.num_rows)  # the last one is the padding's
+
+
+class AllOnDevice(AllRows):
+    """All rows, for the fewest kernels."""
+
+    @functools.cached_property
+    def _groups(self):
+        return _AllGroups(self.sizes, self.num_rows)
 
     def product(self, rows, kernels, bias=None, transposed=False):
-        if kernels.bits is not None or not has_grouped_mm(rows, kernels.values):
-            return self._chunk.product(rows, kernels, bias, transposed)
-        values = kernels.floats(rows.dtype)
-        products = grouped_mm(rows, values.mT if transposed else values, self.sizes)
-        if bias is None:
-            return products
+        if bias is None or not self._groups.has_grouped_mm(rows, kernels):
+            return self._groups.product(rows, kernels, bias, transposed)
+        products = self._groups.product(rows, kernels, transposed=transposed)
         return products + bias.to(rows.dtype)[self._experts().clamp(max=len(self.sizes) - 1)]
 
     def _experts(self):
-        ends = torch.cumsum(self.sizes, 0, dtype=torch.int32)
-        return torch.searchsorted(ends, self.row_numbers(), right=True)
+        return torch.searchsorted(self._groups.ends, self.row_numbers(), right=True)
 
     def gradient(self, field, left, right, trained):
         if not trained.requires_grad:
             return None
-        if not has_grouped_mm(left, right):
-            return self._chunk.gradient(field, left, right, torch.empty_like(trained))
-        if field != "bias":
-            return grouped_mm(left.T, right, self.sizes).to(trained.dtype)
+        if field != "bias" or not has_grouped_mm(left, right):
+            return self._groups.gradient(field, left, right, torch.empty_like(trained))
         # Rows after the last group are summed into a spare expert.
         totals = torch.zeros((len(self.sizes) + 1, right.shape[1]), device=right.device)
         totals.index_add_(0, self._experts(), right.float())
@@ -190,19 +224,18 @@ def _set_gradient(field, left, right, total):
 
 
 def has_grouped_mm(*tensors):
-    """Return True if `grouped_mm` is one kernel here. Needs 16-byte alignment.
+    """Return True if `grouped_mm` is one operation here. Needs 16-byte alignment.
 
     On GPUs of other capabilities it is a loop that waits for the host (PyTorch's issue 194227).
     """
+    if tensors[0].is_cuda:
+        dtype, serves = torch.bfloat16, torch.cuda.get_device_capability()[0] in (9, 10)
+    else:
+        dtype, serves = torch.float32, tensors[0].is_cpu
     return (
-        tensors[0].is_cuda
-        and tensors[0].dtype == torch.bfloat16
-        and all(width % 8 == 0 for each in tensors for width in each.shape[1:])
+        serves
+        and tensors[0].dtype == dtype
+        and all(each.is_contiguous() for each in tensors)
+        and all(width * dtype.itemsize % 16 == 0 for each in tensors for width in each.shape[1:])
         and hasattr(torch.nn.functional, "grouped_mm")
-        and torch.cuda.get_device_capability()[0] in (9, 10)
     )
-
-
-def grouped_mm(left, right, sizes):
-    ends = torch.cumsum(sizes, 0, dtype=torch.int32)
-    return torch.nn.functional.grouped_mm(left, right, offs=ends)
