@@ -1,5 +1,6 @@
 """Pages of the examples, and links to the reference: hooks of mkdocs."""
 
+import json
 import pathlib
 import re
 import subprocess
@@ -9,7 +10,7 @@ import textwrap
 from mkdocs.structure.files import File
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent))
-from notebooks import ROOT, page_of  # noqa: E402
+from notebooks import FOLDER, ROOT, page_of  # noqa: E402
 from reference_links import link_names  # noqa: E402
 
 OUTSIDE = re.compile(r"\[([^\]]+)\]\(\.\./((?!examples/)[\w./#-]+)\)")
@@ -43,7 +44,9 @@ def on_files(files, config):
             check=True,
             text=True,
         ).stdout
-        content = page_of(source) + _colab_link(example.stem, config.repo_url or "")
+        path = FOLDER / f"{example.stem}.ipynb"
+        notebook = json.loads(path.read_text(encoding="utf-8"))
+        content = page_of(source, notebook) + _colab_link(example.stem, config.repo_url or "")
         files.append(File.generated(config, f"examples/{example.stem}.md", content=content))
     return files
 

@@ -6,6 +6,7 @@ Needs KerasTuner: `pip install "keras-tuner[bayesian]" six`.
 import itertools
 import math
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -182,6 +183,9 @@ class CostMonitor(keras.callbacks.Callback):
 class WithinBudget(keras_tuner.Objective):
     """The least loss under a budget: any trial above it is worse than every trial within it.
 
+    The score of a trial is from 0 to 1 within the budget, and above 1 over it. A warning is given
+    as long as no trial has kept to the budget.
+
     Args:
         budget: Float, greater than 0, else a ValueError is raised. Highest cost.
         cost: String. The limited value in the logs, such as "active_flops" of `CostMonitor`.
@@ -198,6 +202,7 @@ class WithinBudget(keras_tuner.Objective):
         self.budget = check_number("budget", budget, above=0)
         self.cost = cost
         self.loss = loss
+        self._lowest = math.inf  # cost of all trials so far
 
     def has_value(self, logs):
         return self.cost in logs and self.loss in logs
@@ -209,5 +214,9 @@ class WithinBudget(keras_tuner.Objective):
             rule = f"The logs must contain {self.loss!r} and {self.cost!r}: {fix}"
             raise keras_tuner.errors.FatalValueError(f"{rule}. Received: {sorted(logs)}")
         cost, loss = float(logs[self.cost]), float(logs[self.loss])
+        if self.budget < cost < self._lowest:
+            rule = f"No trial so far has kept to the budget of {self.budget:g}"
+            warnings.warn(f"{rule}. The lowest {self.cost} is {cost:g}", stacklevel=2)
+        self._lowest = min(self._lowest, cost)
         score = (1 + loss / (1 + abs(loss))) / 2
         return score if cost <= self.budget else score + cost / self.budget

@@ -186,8 +186,10 @@ def test_an_example_is_one_file_that_anyone_can_copy(path):
 def test_a_notebook_and_a_page_hold_the_code_of_an_example(path):
     text = (ROOT / "docs" / "notebooks" / f"{path.stem}.ipynb").read_text(encoding="utf-8")
     source = path.read_text(encoding="utf-8")
-    assert text == NOTEBOOKS["notebook_of"](source), "run `python docs/notebooks.py`"
-    install, *cells = json.loads(text)["cells"]
+    notebook = NOTEBOOKS["without_outputs"](json.loads(text))
+    assert notebook == NOTEBOOKS["notebook_of"](source), "run `python docs/notebooks.py`"
+    assert len(text) < 150_000 and "/site-packages/" not in text
+    install, *cells = notebook["cells"]
     assert install["source"][-1].startswith("!pip install ")
     code = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
     page = NOTEBOOKS["page_of"](source)  # of the site
@@ -195,6 +197,23 @@ def test_a_notebook_and_a_page_hold_the_code_of_an_example(path):
     expected.body = [node for node in expected.body if not NOTEBOOKS["is_prose"](node)]
     for found in (code, re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)):
         assert ast.dump(ast.parse("\n".join(found))) == ast.dump(expected)
+
+
+@on_one_backend
+def test_outputs_of_a_notebook_are_in_its_page(tmp_path):
+    source = '"""Numbers\n\nAdds.\n\n    pip install "."\n"""\n\nprint(1 + 1)\n'
+    notebook = NOTEBOOKS["notebook_of"](source)
+    bar = "1/2 ━━━ 0s\x08\x08\r\x1b[1m2/2\x1b[0m ━━━ 1s - loss: 0.5\n"
+    found = [
+        {"output_type": "stream", "name": "stdout", "text": bar + "2\n"},
+        {"output_type": "stream", "name": "stderr", "text": "a warning"},
+        {"output_type": "display_data", "data": {"image/png": "aaaa", "text/plain": "Figure"}},
+    ]
+    notebook["cells"][-1]["outputs"] = list(NOTEBOOKS["_clean"](found))
+    page = NOTEBOOKS["page_of"](source, notebook)
+    assert "```text\n2/2 1s - loss: 0.5\n2\n```\n\n![" in page
+    assert "(data:image/png;base64,aaaa)" in page and "warning" not in page
+    assert NOTEBOOKS["without_outputs"](notebook) == NOTEBOOKS["notebook_of"](source)
 
 
 @on_one_backend

@@ -15,8 +15,7 @@ from keras_moe.backend import backend
 
 # What an argument is that a layer does not have: one of another class, or a name used elsewhere.
 _IS = {
-    "an argument of banks, and of `MixtureOfExperts(num_experts=8, hidden_dim=256)`": "num_experts "
-    "hidden_dim",
+    "an argument of `MixtureOfExperts(num_experts=8, hidden_dim=256)`": "num_experts hidden_dim",
     "an argument of `MixtureOfExperts` and of routers such as `TopKRouter`": "top_k",
     "an argument of `MixtureOfExperts`": "capacity_factor router router_losses shared_expert",
     "an argument of `TopKRouter` and routers derived from it": "balancer score",
@@ -114,9 +113,7 @@ class Adaptable(BaseLayer):
         alpha = rank if lora_alpha is None else check_number("lora_alpha", lora_alpha, above=0)
         if not self.built or self.lora_enabled:
             received = f"built={self.built}, lora_enabled={self.lora_enabled}"
-            raise ValueError(
-                f"`enable_lora` needs a built layer without LoRA. Received: {received}"
-            )
+            raise ValueError(f"`enable_lora` needs a built layer without it. Received: {received}")
         self.check_takes_lora()
         if not self.trainable:  # The factors of a frozen layer train, and nothing else of it.
             self.trainable, self.state_is_frozen = True, True

@@ -123,13 +123,7 @@ class MixtureOfExperts(Gate):
         if isinstance(router, (int, np.integer)):
             rule = f"`router` must not be a number: did you mean `hidden_dim={router}`?"
             raise TypeError(f"{rule} Received: router={router}")
-        self.experts = _bank_of(
-            experts,
-            num_experts=num_experts,
-            hidden_dim=hidden_dim,
-            activation=activation,
-            output_dim=output_dim,
-        )
+        self.experts = _bank_of(experts, num_experts, hidden_dim, activation, output_dim)
         if kwargs.get("dtype") is not None:
             self.experts.inherit_policy(self.dtype_policy)
         number = self.experts.num_experts
@@ -137,10 +131,8 @@ class MixtureOfExperts(Gate):
         arguments = {"top_k": check_integer("top_k", top_k)} if by_name else {}
         self._set_gate(router, number, router_losses, capacity_factor, **arguments)
         if top_k is not None and self.router.top_k != min(top_k, number):
-            raise ValueError(
-                "`top_k` must be left out or agree with the `router`. Received: "
-                f"top_k={top_k}, router.top_k={self.router.top_k}"
-            )
+            rule = "`top_k` must be left out or agree with the `router`"
+            raise ValueError(f"{rule}. Received: top_k={top_k}, router.top_k={self.router.top_k}")
         self._names_top_k = top_k is not None
         self.shared_expert: Any = shared_expert
         if shared_expert is not None:
@@ -188,16 +180,14 @@ class MixtureOfExperts(Gate):
         expected = self.compute_output_shape(inputs_shape)
         num_axes = self.token_axes or len(inputs_shape) - 1
         if tuple(shape[num_axes:]) != tuple(expected[num_axes:]):
-            raise ValueError(
-                "`shared_expert` must return as many features as `experts`. Received: "
-                f"shape {tuple(shape)} from shared_expert, {tuple(expected)} from experts"
-            )
+            rule = "`shared_expert` must return as many features as `experts`"
+            received = f"shape {tuple(shape)} from shared_expert, {tuple(expected)} from experts"
+            raise ValueError(f"{rule}. Received: {received}")
         if self.shared_gate is not None:
             if len(expected) > num_axes + 1:
-                raise ValueError(
-                    "`gated_shared_expert=True` needs tokens that are vectors. "
-                    f"Received: outputs of shape {expected}, token_axes={self.token_axes}"
-                )
+                rule = "`gated_shared_expert=True` needs tokens that are vectors"
+                received = f"outputs of shape {expected}, token_axes={self.token_axes}"
+                raise ValueError(f"{rule}. Received: {received}")
             if not self.shared_gate.built:
                 self.shared_gate.build(inputs_shape)
 
@@ -335,17 +325,15 @@ class _SharedGate(keras.layers.Dense):
         """Do nothing: it has one column. Keras calls this for every layer."""
 
 
-def _bank_of(experts, **arguments):
+def _bank_of(experts, *arguments):
     """The bank given as `experts`, or a new one of a list of layers or of other arguments."""
-    given = {name: value for name, value in arguments.items() if value is not None}
+    named = zip(MixtureOfExperts.fixed_arguments, arguments)
+    given = {name: value for name, value in named if value is not None}
     if isinstance(experts, (int, np.integer)) and "num_experts" not in given:
         experts, given = None, {"num_experts": experts, **given}
     if experts is not None and given:
-        received = ", ".join(f"{name}={value!r}" for name, value in given.items())
-        raise TypeError(
-            "`MixtureOfExperts` got multiple values for its experts: arguments of a bank go to the "
-            f"bank. Received: {received}, experts={shortened(experts)}"
-        )
+        rule = "`MixtureOfExperts` got multiple values for its experts: give them to the bank"
+        raise TypeError(f"{rule}. Received: {given}, experts={shortened(experts)}")
     if given:
         return FeedForwardExperts(**{"num_experts": None, "hidden_dim": None, **given})
     return LayerExperts(experts) if isinstance(experts, (list, tuple)) else expert_bank.get(experts)

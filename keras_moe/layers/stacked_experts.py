@@ -84,8 +84,7 @@ class StackedExperts(Adaptable, ExpertBank):
     ):
         super().__init__(num_experts, **kwargs)
         if activation in ("geglu", "reglu", "swiglu"):
-            rule = "For a gated activation use `GatedExperts`"
-            raise ValueError(f"{rule}. Received: {activation=}")
+            raise ValueError(f"For a gated activation use `GatedExperts`. Received: {activation=}")
         self.activation = keras.activations.get(activation)
         self.use_bias = bool(use_bias)
         self.kernel_initializer = keras.initializers.get(kernel_initializer)
