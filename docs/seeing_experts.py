@@ -6,7 +6,6 @@ A small encoder with eight experts in each of two blocks learns to tell newsgrou
 word. Needs what `pip install ".[examples]"` installs.
 """
 
-import collections
 import pathlib
 import sys
 
@@ -20,7 +19,7 @@ import datasets  # noqa: E402
 from vocabulary import Vocabulary, split_words  # noqa: E402
 
 import keras_moe  # noqa: E402
-from keras_moe import callbacks, inspection, layers, visualization  # noqa: E402
+from keras_moe import callbacks, inspection, layers, metrics, visualization  # noqa: E402
 
 LENGTH, FEATURES, EXPERTS, DOCUMENTS, SHOWN, EPOCHS = 48, 64, 8, 4096, 400, 8
 
@@ -39,16 +38,19 @@ def main():
     model.fit(ids, labels, 64, EPOCHS, callbacks=[monitor, callbacks.ExpertHealth()])
 
     routings = inspection.record_routings(model, [shown])
-    names, types = frequent_words(words)
     figures = {
-        "shares_over_time": visualization.shares_over_time(monitor.shares),
-        "experts_by_label": visualization.specialization(routings, groups),
-        "experts_by_word": visualization.specialization(routings, types, names),
-        "coactivation": visualization.coactivation(routings),
-        "confidence": visualization.confidence(routings),
+        "shares_over_time": visualization.shares_over_time(titled(monitor.shares)),
+        "experts_by_label": visualization.specialization(titled(routings), groups),
+        "coactivation": visualization.coactivation(titled(routings)),
+        "confidence": visualization.confidence(titled(routings)),
     }
     for name, figure in figures.items():
         figure.savefig(FOLDER / f"{name}.png", dpi=80)
+    texts = [word for row in words for word in row + [""] * (LENGTH - len(row))]
+    for name, (routing,) in titled(routings).items():
+        print(f"The most typical words of each expert, {name}:")
+        for expert, typical in enumerate(metrics.typical_words(routing, texts)):
+            print(f"{expert}:", *typical)
     path = keras_moe.report(model, shown, groups, words, "report.html")
     print(f"The plots are in {FOLDER}, and a report of the same model is {path}.")
 
@@ -56,7 +58,7 @@ def main():
 def build_model(num_ids, num_classes):
     ids = keras.Input((LENGTH,), dtype="int32")
     tokens = keras.layers.Embedding(num_ids, FEATURES, mask_zero=True)(ids)
-    for name in ("first", "second"):
+    for name in ("block_1", "block_2"):
         experts = layers.FeedForwardExperts(EXPERTS, 2 * FEATURES)
         tokens = layers.TransformerEncoderBlock(
             4, layers.MixtureOfExperts(experts, name=name), dropout=0.2
@@ -67,16 +69,8 @@ def build_model(num_ids, num_classes):
     return model
 
 
-def frequent_words(documents, number=30, letters=5):
-    """The most frequent words but short ones, and the place of each token among them, or -1."""
-    frequencies = collections.Counter(
-        word for words in documents for word in words if len(word) >= letters
-    )
-    names = [word for word, _ in frequencies.most_common(number)]
-    types = np.full((len(documents), LENGTH), -1)
-    for row, words in zip(types, documents):
-        row[: len(words)] = [names.index(word) if word in names else -1 for word in words]
-    return names, types.reshape(-1)
+def titled(by_layer):
+    return {name.replace("_", " "): found for name, found in by_layer.items()}
 
 
 if __name__ == "__main__":

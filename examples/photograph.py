@@ -187,7 +187,7 @@ pictures = {
 }
 # Left, top and size, in parts of the photograph: all of it, the sky, a roof.
 details = [(0, 0, 1), (0.6, 0.1, 0.22), (0.15, 0.13, 0.22)]
-figure, panels = plt.subplots(3, 4, figsize=(12, 1 + 9 * height / width), layout="constrained")
+figure, panels = plt.subplots(3, 4, figsize=(12, 0.5 + 9 * height / width), layout="constrained")
 for column, (text, picture) in zip(panels.T, pictures.items()):
     column[0].set_title(text, fontsize=10)
     for axes, (left, top, size) in zip(column, details):
@@ -196,6 +196,6 @@ for column, (text, picture) in zip(panels.T, pictures.items()):
         axes.set(ylim=((top + size) * height, top * height))
         axes.axis("off")
         frame = (left * width, top * height), size * width, size * height
-        column[0].add_patch(plt.Rectangle(*frame, fill=False, color="white"))
+        column[0].add_patch(plt.Rectangle(*frame, fill=False))
 figure.savefig("photograph.png", dpi=80)
 print("written: photograph.png")

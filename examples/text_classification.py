@@ -18,10 +18,9 @@ os.environ.setdefault("KERAS_BACKEND", "jax")  # or "tensorflow", "torch"
 
 import keras
 import numpy as np
-from keras import ops
 
 import keras_moe
-from keras_moe import callbacks, inspection, layers, losses, metrics, routers
+from keras_moe import callbacks, inspection, layers, losses, metrics, routers, visualization
 
 NUM_DOCUMENTS = 12_000  # more than there are: all of them
 NUM_WORDS = 20_000
@@ -92,7 +91,8 @@ hidden = keras.layers.SpatialDropout1D(0.2)(hidden)
 hidden = layers.TransformerEncoderBlock(num_heads=4, feedforward=experts, dropout=0.3)(hidden)
 hidden = keras.layers.GlobalAveragePooling1D()(hidden)
 hidden = keras.layers.Dropout(0.5)(hidden)
-model = keras.Model(ids, keras.layers.Dense(len(class_names), activation="softmax")(hidden))
+outputs = keras.layers.Dense(len(class_names), activation="softmax")(hidden)
+model = keras.Model(ids, outputs, name="newsgroups")
 model.compile(keras.optimizers.Adam(2e-3), "sparse_categorical_crossentropy", metrics=["accuracy"])
 
 """
@@ -121,30 +121,27 @@ print(f"test accuracy: {accuracy:.1%}")
 """
 ## What each expert serves
 
-`record_routings` runs the model on some documents and keeps what its routers decide.
-`metrics.count_table` counts the words of each newsgroup that each expert serves. The mutual
-information is how many bits the expert of a word tells about the newsgroup of its document. By
-chance it would tell as much as with shuffled newsgroups.
+`record_routings` runs the model on some documents and keeps what its routers decide. The picture
+shows which share of the words of each newsgroup each expert serves. The mutual information is how
+many bits the expert of a word tells about the newsgroup of its document; with shuffled newsgroups
+it is what chance gives.
 """
 
 some = np.random.default_rng(1).permutation(len(x_test))[:1000]
 (routing,) = inspection.record_routings(model, [x_test[some]])["experts"]
+names = [test_names[row] for row in some]
+visualization.specialization(routing, names).savefig("experts_by_class.png", dpi=80)
 
 
-def words_of(classes):
-    """How many words of each class each expert serves."""
+def bits(classes):
     of_words = np.repeat(classes, LENGTH)
-    return ops.convert_to_numpy(metrics.count_table(routing, of_words, len(class_names)))
+    table = metrics.count_table(routing, of_words, len(class_names))
+    return float(metrics.mutual_information(table)) / np.log(2)
 
 
-by_class = words_of(y_test[some])
-shares = by_class / np.maximum(by_class.sum(axis=1, keepdims=True), 1)
-print("\nshare of the words of each class, in percent, by expert")
-for row in np.lexsort((-shares.max(axis=1), shares.argmax(axis=1))):
-    print(f"{class_names[row]:26}", *(f"{100 * share:4.0f}" for share in shares[row]))
-shuffled = words_of(np.random.default_rng(2).permutation(y_test[some]))
-bits = [float(metrics.mutual_information(table)) / np.log(2) for table in (by_class, shuffled)]
-print("mutual information: {:.2f} bits, {:.2f} with shuffled classes".format(*bits))
+shuffled = np.random.default_rng(2).permutation(y_test[some])
+print(f"information about the class: {bits(y_test[some]):.2f} bits")
+print(f"with shuffled classes: {bits(shuffled):.2f} bits")
 
 """
 A word is typical of an expert that serves it more often than it serves other words. The report is
@@ -156,6 +153,6 @@ texts = [vocabulary[word] for word in x_test[some].reshape(-1)]
 for expert, typical in enumerate(metrics.typical_words(routing, texts)):
     print(f"expert {expert}:", *typical)
 
-shown = some[:200]
-names, words = [test_names[row] for row in shown], [test_words[row] for row in shown]
-print("\nwritten:", keras_moe.report(model, x_test[shown], names, words, "report.html"))
+words = [test_words[row] for row in some[:400]]
+path = keras_moe.report(model, x_test[some[:400]], names[:400], words, "report.html")
+print(f"\nwritten: experts_by_class.png, {path}")

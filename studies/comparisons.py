@@ -42,13 +42,13 @@ def spread(values, form):
     return f"{text} +- {form.format(np.std(values))}" if np.ptp(values) else text
 
 
-def interval(values):
+def interval(values, form="+.4f"):
     """The mean and half of the 95% confidence interval by Student's t."""
-    text = f"{np.mean(values):+.4f}"
+    text = f"{np.mean(values):{form}}"
     if len(values) < 2:
         return text
     half = scipy.stats.t.ppf(0.975, len(values) - 1) * scipy.stats.sem(values)
-    return f"{text} +- {half:.4f}"
+    return f"{text} +- {half:{form.lstrip('+')}}"
 
 
 def course(losses, steps, ms_per_step):

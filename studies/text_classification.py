@@ -21,6 +21,7 @@ from comparisons import (
     compile_classifier,
     count_parameters,
     dense_feedforward,
+    interval,
     is_sparse,
     print_runs,
     shuffled_batches,
@@ -47,6 +48,7 @@ class Size(typing.NamedTuple):
 FULL = Size(40_000, 50_021, 400, 16, features=64, hidden_dim=256, documents=None)
 SMOKE = Size(500, 251, 32, 4, features=16, hidden_dim=16, documents=256)
 HAS_COLOURS = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+HAS_COLOURS = HAS_COLOURS and os.environ.get("TERM") != "dumb"
 TOP_K, BATCH_SIZE, LEARNING_RATE, LABEL_SMOOTHING = 2, 128, 3e-3, 0.3
 
 
@@ -79,12 +81,12 @@ def main(arguments=None):
     plots.courses({options.dataset: histories}, path, ["epochs"], "val_accuracy")
     page = show_experts(models["mixture of experts"], data, size, options.output)
     columns = {
-        "test accuracy": ("{:.2%}", "test_accuracy"),
-        "seconds": ("{:.1f}", "seconds"),
+        "test accuracy": (functools.partial(interval, form=".2%"), "test_accuracy"),
+        "seconds": (lambda values: f"{np.mean(values):.0f}", "seconds"),
         "weights": ("{:,.0f}", "parameters"),
     }
     print_runs(options.dataset, results, columns)
-    print("Seconds of processor time, for training. After +-, the standard deviation.")
+    print("Seconds: processor time of training. After +-: half of the 95% interval over seeds.")
     if options.compare:
         mixture, dense, _ = results.values()
         active = [f"{runs[0]['active_parameters']:,}" for runs in (mixture, dense)]
@@ -252,7 +254,10 @@ def show_experts(model, data, size, folder, per_class=64, documents=300):
     routings = inspection.record_routings(model, [data.arrays[2][0][shown]])
     ((routing,),) = routings.values()
     shares = routing.counts / routing.counts.sum()
-    print("\nThe most typical words of each expert, and its share of all phrases:")
+    print(
+        "\nThe most typical words of each expert, and its share of all phrases of "
+        f"{size.phrase_length} words:"
+    )
     for expert, words in enumerate(metrics.typical_words(routing, sum(phrases, []))):
         print(painted(f" {expert} ", expert), f"{shares[expert]:4.0%} ", *words)
     number, each = len(data.class_names), len(phrases[0])
@@ -260,18 +265,14 @@ def show_experts(model, data, size, folder, per_class=64, documents=300):
     for given in (labels[shown], np.random.default_rng(0).permutation(labels[shown])):
         table = metrics.count_table(routing, np.repeat(given, each), number)
         bits.append(float(metrics.mutual_information(table)) / np.log(2))
-    print(
-        "\nThe expert of a phrase tells {:.2f} bits about the class of its document, or {:.2f} if "
-        "classes are shuffled.".format(*bits)
-    )
+    print(f"\nThe expert of a phrase tells {bits[0]:.2f} bits about the class of its document.")
+    print(f"If classes are shuffled, it tells {bits[1]:.2f} bits.")
     figure = visualization.specialization(routings, classes[shown])
     save_figure(figure, folder / "experts_by_class.png")
 
     first = next((n for n, text in enumerate(phrases) if all(text[:10])), 0)
-    print(
-        f"\nA document of {classes[shown[first]]}, each phrase in the colour of its first expert:"
-    )
-    print(in_colours(phrases[first], routing.indices[first * len(phrases[first]) :, 0]))
+    print(f"\nA test document of {classes[shown[first]]}, with the first expert of each phrase:")
+    print(in_colours(phrases[first][:10], routing.indices[first * each :, 0]))
     words = [split_words(text)[: size.length] for text in texts[:documents]]
     page = folder / "report.html"
     arrays = data.arrays[2][0][:documents]
@@ -306,7 +307,7 @@ def painted(text, expert):
     """Text on the colour that an expert has in the report, in a terminal that has colours."""
     if not HAS_COLOURS:
         return text
-    rgb = colorsys.hls_to_rgb(expert * 137.508 / 360 % 1, 0.75, 0.75)
+    rgb = colorsys.hls_to_rgb(expert * 137.508 / 360 % 1, 0.7, 1)
     red, green, blue = (round(5 * part) for part in rgb)
     return f"\x1b[48;5;{16 + 36 * red + 6 * green + blue};38;5;16m{text}\x1b[0m"
 

@@ -1,5 +1,6 @@
 """What README and guides show, run as it stands there: the blocks of a page are one program."""
 
+import ast
 import functools
 import os
 import pathlib
@@ -41,6 +42,12 @@ def run(document, changes=(), section="", **names):
             code = code.replace(old, new)
         exec(compile(code, document, "exec"), names)
     return names
+
+
+def test_the_tutorial_shows_the_program_to_copy():
+    program = ast.unparse(ast.parse((ROOT / "examples/text_classification.py").read_text("utf-8")))
+    shown = [ast.unparse(ast.parse(code)) for code in blocks("docs/text_classification.md")]
+    assert shown and all(code in program for code in shown)
 
 
 @on_each_backend

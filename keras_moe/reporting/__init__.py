@@ -18,8 +18,8 @@ def report(
 ) -> pathlib.Path:
     """Write one self-contained HTML page about the experts of a model, and return its path.
 
-    It shows verdicts with what to try, a table of the layers, plots, and the text coloured by the
-    expert that served each token. All data are shown: pass a few hundred documents.
+    It shows verdicts with what to try, a table of the layers, the text coloured by the expert that
+    served each token, typical words, and plots. All data are shown: pass a few hundred documents.
 
     Args:
         model: A Keras model.
