@@ -107,7 +107,8 @@ def main(arguments=None):
     print_words(runs[MIXTURE][0]["words"])
     texts = {name: each[0]["texts"] for name, each in runs.items()}
     print_drawn({"source": splits[2].sources, "reference": splits[2].targets, **texts})
-    plots.courses({options.dataset: runs}, options.output / "learning_curves.png")
+    title = f"{options.dataset}: validation loss"
+    plots.courses({title: runs}, options.output / "learning_curves.png")
     print(f"\nPlot and results are in {options.output}.")
     return results
 

@@ -10,7 +10,7 @@ from keras_moe import inspection
 
 METRICS = {"BLEU": sacrebleu.BLEU(), "chrF": sacrebleu.CHRF()}
 RESAMPLES = 2000
-SHOWN_VERSES, SHOWN_WORDS, SHOWN_EXPERTS = 6, 8, 8
+SHOWN_VERSES, SHOWN_WORDS, SHOWN_EXPERTS = 6, 8, 16
 # A word that is read less often may be with one expert by chance.
 LEAST = 20
 
