@@ -35,8 +35,8 @@ class ExpertMonitor(ExpertCallback):
     `history`, a dict of lists by epoch as in `keras.callbacks.History`, has the numbers of each
     layer, such as `moe_load_imbalance`, and `val_moe_load_imbalance` in validation. Besides those
     above they are `load_entropy`, `router_entropy`, each router loss before its weight, such as
-    `load_balance_loss`, and each of `metrics` by the name of the function. The page on seeing
-    experts explains them.
+    `load_balance_loss`, and each of `metrics` by the name of the function. The page on
+    watching experts explains them.
 
     `shares` and `validation_shares`, for `visualization.shares_over_time`, are dicts from layers to
     lists with the shares (E,) of each epoch, NaN for an epoch without the monitor or validation.
@@ -80,7 +80,7 @@ class ExpertMonitor(ExpertCallback):
         self._test: tuple = ({}, {})
 
     def set_model(self, model):
-        if self.model is not None:  # An evaluation or a training was interrupted.
+        if self.model is not None:  # An evaluation or a run was interrupted.
             self._stop_counting()
         if self.model not in (None, model):
             self.shares, self.validation_shares = {}, {}
@@ -124,7 +124,7 @@ class ExpertMonitor(ExpertCallback):
         unused = [name for name, share in shares.items() if not np.any(share)]
         if unused:
             warnings.warn(
-                f"{unused} served no token in training. In a model of your own, `call` needs the "
+                f"{unused} served no token in training. In a custom model, `call` needs the "
                 "argument `training` and must pass it on: `self.moe(x, training=training)`.",
                 stacklevel=2,
             )
@@ -154,7 +154,7 @@ class ExpertMonitor(ExpertCallback):
             logs.update(_by_key(numbers, prefix))
 
     def _keep_shares_before(self, epoch):
-        """Keep the shares of earlier trainings, if this one continues them."""
+        """Keep the shares of earlier runs, if this one continues them."""
         layers = named_layers(self.model)
         sizes = {name: (layer.router.num_experts,) for name, layer in layers.items()}
 
