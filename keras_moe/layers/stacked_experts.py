@@ -124,7 +124,7 @@ class StackedExperts(Adaptable, ExpertBank):
         for layer in own_layers(self):
             # They would run outside of what is differentiated and of the call in training.
             if not isinstance(layer, ExpertBank) and layer.variables:
-                rule = "Layers in a network, as `activation`, must have no weights or random numbers"
+                rule = "Layers in `network` must have no weights or random numbers"
                 fix = "`linear(name, rows)` has weights, `linear.dropout(rows, rate)` draws"
                 raise ValueError(f"{rule}. Received: `{layer.name}` in `{self.name}`. {fix}")
         self._dropout_seed = draws.seeded_generator() if self._network.has_dropout else None
