@@ -22,8 +22,8 @@ def expert_parallel(
     On JAX the devices form a grid of `data` by `experts`. Each holds E / `experts` of the E experts
     of every bank, and its share of each batch, whose size must be a multiple of `data * experts`.
     Tokens are sent to the devices of their experts, within a row of the grid, and back. On PyTorch
-    the processes of `torch.distributed` take the place of devices, and each runs a training loop of
-    yours. Set it before the model is made: `keras.distribution.set_distribution(...)`.
+    the processes of `torch.distributed` take the place of devices, and each runs a custom training
+    loop. Set it before the model is made: `keras.distribution.set_distribution(...)`.
 
     Args:
         experts: Integer. Devices that share a bank, a divisor of its number of experts. None: all

@@ -39,11 +39,11 @@ def generate(
         model: Keras model from token ids (B, length), of any length, to logits (B, length, V).
         prompts: List of lists of ids, or an integer array (B, L). Their lengths may differ.
         num_tokens: Integer. Tokens to write after each prompt, at most.
-        temperature: Float. 0 takes the likeliest token, others draw by `logits / temperature`.
-        top_k: Integer or None. Draw among the K likeliest tokens.
-        top_p: Float or None. Draw among the fewest likeliest whose probabilities sum to at least P.
+        temperature: Float. 0 takes the likeliest token, others sample by `logits / temperature`.
+        top_k: Integer or None. Sample among the K likeliest tokens.
+        top_p: Float or None. Sample among the fewest whose probabilities sum to at least P.
         stop_token: Integer or None. A text ends with this token.
-        seed: Integer or None. Seed of the draws.
+        seed: Integer or None. Seed of the sampling.
         verbose: "auto", 0 or 1. Whether a progress bar is shown; "auto" shows it for long texts.
 
     Raises:

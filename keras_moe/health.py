@@ -32,7 +32,7 @@ EXPLODED_LOGIT = 30.0
 WEAK_WEIGHT, LARGE_WEIGHT, HEAVY_WEIGHT = 1e-3, 9.99, 10.01
 # What a heavy loss adds to its value at an even load, as a share of the rest of the loss.
 HEAVY_SHARE = 0.1
-# Assignments per expert that are enough to judge a load; at the end of a training fewer will do.
+# Assignments per expert that are enough to judge a load; at the end of training fewer will do.
 ENOUGH, FEW = 20, 5
 
 

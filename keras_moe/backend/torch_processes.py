@@ -106,7 +106,7 @@ class ExpertParallel:
         # `fit` would not average gradients: it does so for Keras's distributions only.
         raise ValueError(
             "Split experts are trained and evaluated in a loop over `data_parallel(model)`, as the "
-            "page on GPU, TPU and many devices shows. Received: a call of `fit` or `evaluate`"
+            "page on loops and devices shows. Received: a call of `fit` or `evaluate`"
         )
 
     def own_experts(self, num_experts):

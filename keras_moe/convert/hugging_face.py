@@ -24,7 +24,7 @@ def from_hugging_face(
 ) -> MixtureOfExperts:
     """The MoE block of a decoder layer of a Hugging Face model, as a `layers.MixtureOfExperts`.
 
-    The guide to conversion lists the families. Files need the package `safetensors`.
+    The page on starting from a model lists the families. Files need the package `safetensors`.
 
     Args:
         source: Path of a model's folder with `config.json` and `.safetensors` files, or of one such

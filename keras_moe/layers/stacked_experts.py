@@ -50,7 +50,7 @@ class StackedExperts(Adaptable, ExpertBank):
 
     Raises:
         ValueError: If a number is out of its range, or, when the bank is built, if a layer in it,
-            such as `activation`, has weights or random draws, or `network` does not call `linear`
+            such as `activation`, has weights or random numbers, or `network` does not call `linear`
             once for each name in `widths`.
 
     Call arguments and output shape: as for `ExpertBank`.
@@ -126,7 +126,7 @@ class StackedExperts(Adaptable, ExpertBank):
         for layer in own_layers(self):
             # They would run outside of what is differentiated and of the call in training.
             if not isinstance(layer, ExpertBank) and layer.variables:
-                rule = "Layers in a network, as its `activation`, must have no weights and no draws"
+                rule = "Layers in `network` must have no weights or random numbers"
                 fix = "`linear(name, rows)` has weights, `linear.dropout(rows, rate)` draws"
                 raise ValueError(f"{rule}. Received: `{layer.name}` in `{self.name}`. {fix}")
         self._dropout_seed = draws.seeded_generator() if self._network.has_dropout else None

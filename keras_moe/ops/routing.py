@@ -26,9 +26,9 @@ class Routing(NamedTuple):
     """The decision of a router, before any token moves.
 
     - `indices` (T, K) int32: the experts of each token, best first; of `DenseRouter`,
-      `DSelectKRouter` and `ExpertChoiceRouter` place e is expert e. -1 in a place that is not used,
-      and at padding.
-    - `weights` (T, K) float32: their combine weights, zero for padding and unused places.
+      `DSelectKRouter` and `ExpertChoiceRouter` position e is expert e. -1 in unused positions and
+      at padding.
+    - `weights` (T, K) float32: their combine weights, zero for padding and unused positions.
     - `probs` (T, E) float32: scores of all experts, a distribution over E.
     - `logits` (T, E) float32: what the scores were computed from.
     - `mask` (T,) bool: False for padding.

@@ -28,7 +28,7 @@ class Router(BaseLayer):
 
     A subclass overrides `max_top_k`, `mean_top_k` and `min_top_k` if the number of experts differs
     between tokens, `update` if it has state, and `balance_advice` if it balances the load itself.
-    Class attributes such as `causal` describe it. The guide to extending explains them, with three
+    Class attributes such as `causal` describe it. The page on custom parts explains them, with
     examples.
 
     Args:

@@ -18,7 +18,7 @@ class TopPRouter(LogitRouter):
     """A token goes to its best experts until their probabilities add up to `threshold`.
 
     Weights are the probabilities themselves. An undecided router uses many experts;
-    `losses.RouterEntropy` penalizes indecision. Unused places of the K cost nothing in the experts.
+    `losses.RouterEntropy` penalizes indecision. Unused positions of the K cost no computation.
 
     Args:
         threshold: Float from 0 to below 1. Sum of probabilities that is enough. At least one expert

@@ -121,7 +121,7 @@ def add_experts(
         noise: Float. Standard deviation of the noise that is added to each copy of a weight that
             trains, in standard deviations of the weight. Without noise, copies may stay equal.
         data: List of batches, for the losses: each inputs, targets and weights.
-        seed: Integer or None. None draws one from Keras's, see `keras.utils.set_random_seed`.
+        seed: Integer or None. None takes one from Keras's, see `keras.utils.set_random_seed`.
 
     Returns and raises: as `prune_experts`.
 

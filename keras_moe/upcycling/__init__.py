@@ -49,8 +49,8 @@ def upcycle(
     Each expert begins as a copy of the dense layer, or as one of `granularity` equal parts of it,
     and the router at random. Outputs do not change at the start, except at padding, where a mixture
     returns zeros. Several models of one architecture become one: experts come from each, and all
-    other weights are averaged. The guide to upcycling says which layers are found, and more on the
-    arguments; a warning says which layers stay dense.
+    other weights are averaged. The page on starting from a model explains which layers are
+    found, and the arguments; a warning names the layers that stay dense.
 
     Args:
         model: Built Keras model, or list of M models. The result shares the other layers of the
@@ -64,7 +64,7 @@ def upcycle(
             that is found in them, or a function of a name. None: all.
         every: Integer. n for every n-th of them, beginning with the n-th.
         router_losses: List or None. As in `layers.MixtureOfExperts`.
-        seed: Integer or None. None draws one from Keras's, see `keras.utils.set_random_seed`.
+        seed: Integer or None. None takes one from Keras's, see `keras.utils.set_random_seed`.
         rank: Integer or None. Rank of corrections of one frozen layer: `layers.LowRankExperts`.
 
     Returns:
