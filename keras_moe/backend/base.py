@@ -211,13 +211,13 @@ class Backend:
 
     def take_columns(self, matrix, columns):
         """Return entries (T, K) of a matrix (T, E) at columns (T, K); 0 for invalid columns."""
-        return self.on_its_platform(self._take_columns, matrix, columns)
+        return self.on_its_platform(self._take_columns, matrix, ops.cast(columns, "int32"))
 
     def _take_columns(self, platform, matrix, columns):
         if platform == "cpu" or not self.needs_static_shapes():
             existing = ops.clip(columns, 0, matrix.shape[1] - 1)
             return ops.where(existing == columns, self._gather_columns(matrix, existing), 0.0)
-        chosen = _one_hot(columns, matrix.shape[1])
+        chosen = ops.expand_dims(columns, -1) == ops.arange(matrix.shape[1], dtype="int32")
         return ops.sum(ops.where(chosen, ops.expand_dims(matrix, 1), 0.0), axis=-1)
 
     def _gather_columns(self, matrix, columns):
@@ -229,13 +229,13 @@ class Backend:
         return self.on_its_platform(functools.partial(self._count_integers, number), integers)
 
     def _count_integers(self, number, platform, integers):
+        integers = ops.reshape(ops.cast(integers, "int32"), (-1,))
         if platform == "cpu" or not self.needs_static_shapes():
             # One more count, of all others.
-            places = ops.reshape(ops.clip(ops.cast(integers, "int32"), -1, number), (-1,))
-            places = places % (number + 1)
+            places = ops.clip(integers, -1, number) % (number + 1)
             return ops.segment_sum(ops.ones_like(places), places, number + 1)[:number]
-        axes = tuple(range(len(integers.shape)))
-        return ops.sum(ops.cast(_one_hot(integers, number), "int32"), axis=axes)
+        is_equal = ops.expand_dims(integers, 1) == ops.arange(number, dtype="int32")
+        return ops.sum(ops.cast(is_equal, "int32"), axis=0)
 
     def order_and_rank(self, integers, bound):
         """Return a stable order of integers (N,) from 0 to `bound` - 1, and each one's place in it.
@@ -360,9 +360,3 @@ def packed_order(sort, integers, bound):
     """Return a stable order, by a sort of distinct integers."""
     number = ops.shape(integers)[0]
     return sort(integers * number + ops.arange(number, dtype="int32")) % number
-
-
-def _one_hot(integers, number):
-    if integers.dtype != "int32":
-        integers = ops.cast(integers, "int32")
-    return ops.expand_dims(integers, -1) == ops.arange(number, dtype="int32")
