@@ -80,8 +80,7 @@ def generate(
     crossed = [each.cross_attention for each in parts if isinstance(each, TransformerDecoderBlock)]
     if not crossed or any(crossed):
         rule = "`model` must have `layers.TransformerDecoderBlock`s, all without `cross_attention`"
-        received = f"{len(crossed)} blocks, {sum(crossed)} with it, in {model.name!r}"
-        raise ValueError(f"{rule}. Received: {received}")
+        raise ValueError(f"{rule}. Received: {len(crossed)} blocks, {sum(crossed)} with it")
     shape = getattr(model, "input_shape", None)  # which a `Sequential` does not check
     is_fixed = isinstance(shape, tuple) and None not in shape[1:]
     if is_fixed and not isinstance(model, keras.Sequential):

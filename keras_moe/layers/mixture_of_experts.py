@@ -301,7 +301,7 @@ class MixtureOfExperts(Gate):
         returned = [keras.KerasTensor(shape, self.compute_dtype)]
         if return_routing:
             tokens = keras.KerasTensor((None if None in sizes else math.prod(sizes), None))
-            returned.append(self.router.compute_output_spec(tokens, indices=indices))
+            returned.append(self.router.compute_output_spec(tokens))
         if return_expert_outputs:
             shape = (*sizes, self.router.max_top_k, *shape[num_axes:])
             returned.append(keras.KerasTensor(shape, self.compute_dtype))

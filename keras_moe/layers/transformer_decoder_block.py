@@ -173,12 +173,11 @@ class TransformerDecoderBlock(TransformerBlock):
 
     def _check_context(self, context, mask=None, cache=None):
         wanted, given = self.cross_attention and cache is None, context is not None
-        if wanted and not given:
-            rule = "A block with `cross_attention` needs its context by name: `context=context`"
-        elif given != wanted or (mask is not None and not given):
-            rule = "`context` needs `cross_attention` and no `cache`; `context_mask` a `context`"
-        else:
+        if given == wanted and (given or mask is None):
             return
+        rule = "`context` needs `cross_attention` and no `cache`; `context_mask` a `context`"
+        if wanted:
+            rule = "A block with `cross_attention` needs its context by name: `context=context`"
         received = f"context: {given}, context_mask: {mask is not None}, cache: {cache is not None}"
         raise ValueError(f"{rule}. Received: {received}")
 

@@ -62,11 +62,9 @@ class HashRouter(Router):
 
     def build(self, tokens_shape):
         if self.score is not None:
-            self.kernel = self.add_weight(
-                name="kernel",
-                shape=(tokens_shape[-1], self.num_experts),
-                initializer=keras.initializers.RandomNormal(stddev=0.02, seed=self.seed),
-            )
+            shape = (tokens_shape[-1], self.num_experts)
+            normal = keras.initializers.RandomNormal(stddev=0.02, seed=self.seed)
+            self.kernel = self.add_weight(name="kernel", shape=shape, initializer=normal)
         self.table = self.add_weight(
             name="table",
             shape=(self.vocabulary_size, self.top_k),

@@ -67,15 +67,9 @@ class LogitRouter(Adaptable, Router):
         features = tokens_shape[-1]
         self.input_spec = keras.layers.InputSpec(ndim=2, axes={-1: features})
         if self.hidden_dim:
-            self.hidden_kernel = self.add_weight(
-                name="hidden_kernel",
-                shape=(features, self.hidden_dim),
-                initializer=keras.initializers.GlorotUniform(self.seed),
-                regularizer=self.kernel_regularizer,
-            )
-            self.hidden_bias = self.add_weight(
-                name="hidden_bias", shape=(self.hidden_dim,), initializer="zeros"
-            )
+            shape, glorot = (features, self.hidden_dim), keras.initializers.GlorotUniform(self.seed)
+            self.hidden_kernel = self._add_kernel("hidden_kernel", shape, glorot)
+            self.hidden_bias = self.add_weight((self.hidden_dim,), "zeros", name="hidden_bias")
             features = self.hidden_dim
         self.kernel = self._add_kernel("kernel", self.kernel_shape(features))
 

@@ -88,9 +88,7 @@ class NoisyTopKRouter(NoisyRouter):
 
     def build(self, tokens_shape):
         super().build(tokens_shape)
-        self.noise_kernel = self.add_weight(
-            name="noise_kernel", shape=self.kernel.shape, initializer="zeros"
-        )
+        self.noise_kernel = self.add_weight(self.kernel.shape, "zeros", name="noise_kernel")
 
     def deviation(self, tokens):
         if self.hidden_dim:

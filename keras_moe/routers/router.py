@@ -164,7 +164,7 @@ class Router(BaseLayer):
         check_routing(routing, sizes)
         # A user-defined router may not know about all of the padding.
         mask = real if routing.mask is real else routing.mask & real
-        if self.counted_by_weight and indices is None:
+        if self.counted_by_weight:
             counts = weighted_counts(routing.indices, routing.weights, mask)
             routing = routing._replace(counts=counts, mask=mask)
         routing = complete(routing, None if routing.mask is mask else mask)
@@ -235,9 +235,8 @@ class Router(BaseLayer):
     def compute_mask(self, tokens, mask=None):
         return None
 
-    def compute_output_spec(self, tokens, *args, indices=None, **kwargs):
+    def compute_output_spec(self, tokens, *args, **kwargs):
         sizes = {"T": tokens.shape[0], "K": self.max_top_k, "E": self.num_experts}
-        by_weight = self.counted_by_weight and indices is None
 
         def spec(axes, dtype="float32"):
             return keras.KerasTensor([sizes[axis] for axis in axes], dtype)
@@ -248,7 +247,7 @@ class Router(BaseLayer):
             probs=spec("TE"),
             logits=spec("TE"),
             mask=spec("T", "bool"),
-            counts=spec("E", "float32" if by_weight else "int32"),
+            counts=spec("E", "float32" if self.counted_by_weight else "int32"),
             dropped=spec(""),
             load=spec("E"),
         )

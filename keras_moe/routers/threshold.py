@@ -116,12 +116,8 @@ class ReLURouter(LogitRouter):
 
     def build(self, tokens_shape):
         super().build(tokens_shape)
-        self.strength = self.add_weight(
-            name="strength",
-            shape=(),
-            initializer=keras.initializers.Constant(self.initial_strength),
-            trainable=False,
-        )
+        initial = keras.initializers.Constant(self.initial_strength)
+        self.strength = self.add_weight((), initial, trainable=False, name="strength")
 
     def route(self, tokens, mask, training, **context):
         logits = self.logits(tokens, training)

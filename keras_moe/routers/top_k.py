@@ -93,12 +93,11 @@ class TopKRouter(LogitRouter):
         if self.use_bias:
             self.bias = self.add_weight(name="bias", shape=(self.num_experts,), initializer="zeros")
         if self.balancer is not None:
-            state = {"initializer": "zeros", "trainable": False, "shape": (self.num_experts,)}
+            state: dict = {"initializer": "zeros", "trainable": False, "shape": (self.num_experts,)}
             self.selection_bias = self.add_weight(name="selection_bias", **state)
             self._measured = self.add_weight(name="measured", **state)
-            self._measurements = self.add_weight(
-                name="measurements", **{**state, "shape": (), "dtype": "int32"}
-            )
+            state |= {"shape": (), "dtype": "int32"}
+            self._measurements = self.add_weight(name="measurements", **state)
 
     @property
     def shift_invariant(self):
@@ -167,11 +166,8 @@ class CosineRouter(TopKRouter):
 
     def build(self, tokens_shape):
         super().build(tokens_shape)
-        self.directions = self._add_kernel(
-            "directions",
-            (self.projection_dim, self.num_experts),
-            reseeded(self.kernel_initializer, 1),
-        )
+        shape, initializer = (self.projection_dim, self.num_experts), self.kernel_initializer
+        self.directions = self._add_kernel("directions", shape, reseeded(initializer, 1))
         self.log_scale = self.add_weight(
             name="log_scale", shape=(), initializer=keras.initializers.Constant(math.log(2.0))
         )

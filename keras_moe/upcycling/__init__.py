@@ -221,8 +221,14 @@ def _select(model, found, select, every):
     """The numbers of the chosen ones among the feed-forwards that were found in a model."""
     left = left_dense(model, found)
     if not found:
+        layers = model._flatten_layers()
+        others = [f"`{each.name}` {tuple(each.kernel.shape)}" for each in layers if is_dense(each)]
+        others += [
+            f"mixture `{each.name}`" for each in layers if isinstance(each, MixtureOfExperts)
+        ]
+        received = "; ".join(left or others) if model.built else "a model that is not built"
         rule = "`model` must have a `Dense` layer with an activation, then one without, back to D"
-        raise ValueError(f"{rule}. Received: {'; '.join(left) or _layers_of(model)}")
+        raise ValueError(f"{rule}. Received: {received}")
     names = wanted = [feed_forward.name for feed_forward in found]
     if select is None and left:
         warnings.warn(f"These layers stay dense: {'; '.join(left)}.", stacklevel=3)
@@ -237,16 +243,6 @@ def _select(model, found, select, every):
         rule = f"`select` and `every` must choose among the dense feed-forward layers, {names}"
         raise ValueError(f"{rule}. Received: select={shortened(select)}, every={every}")
     return chosen
-
-
-def _layers_of(model):
-    """What a model has in place of feed-forward layers, as a text."""
-    if not model.built:
-        return f"`{model.name}`, which is not built: call it on data first"
-    layers = model._flatten_layers()
-    mixtures = [layer.name for layer in layers if isinstance(layer, MixtureOfExperts)]
-    shapes = {each.name: tuple(each.kernel.shape) for each in layers if is_dense(each)}
-    return f"`Dense` kernels {shapes}, mixtures {mixtures}"
 
 
 def _check_alike(models):
