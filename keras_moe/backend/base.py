@@ -205,13 +205,32 @@ class Backend:
         """Return the best columns (T, K), int32, of scores (T, E): NaN first, of ties the first."""
         raise NotImplementedError
 
+    # Accelerators never store one-hot rows, and the gradient of a choice by one is a product, where
+    # a gather's is a scatter. A CPU would store the rows.
+
     def take_columns(self, matrix, columns):
         """Return entries (T, K) of a matrix (T, E) at columns (T, K); 0 for invalid columns."""
-        raise NotImplementedError
+
+        def take(platform, matrix, columns):
+            existing = ops.clip(columns, 0, matrix.shape[1] - 1)
+            if platform == "cpu":
+                taken = ops.take_along_axis(matrix, existing, axis=1)
+                return ops.where(existing == columns, taken, 0.0)
+            chosen = _one_hot(columns, matrix.shape[1])
+            return ops.sum(ops.where(chosen, ops.expand_dims(matrix, 1), 0.0), axis=-1)
+
+        return self.on_its_platform(take, matrix, columns)
 
     def count_integers(self, integers, number):
         """Count each of 0, ..., `number` - 1 in integers of any shape: (number,) int32."""
-        raise NotImplementedError
+
+        def count(platform, integers):
+            if platform == "cpu":  # one more count, of all others
+                place = ops.where((integers >= 0) & (integers < number), integers, number)
+                return ops.segment_sum(ops.ones_like(place), place, number + 1)[:number]
+            return ops.sum(ops.cast(_one_hot(integers, number), "int32"), axis=0)
+
+        return self.on_its_platform(count, ops.cast(ops.reshape(integers, (-1,)), "int32"))
 
     def order_and_rank(self, integers, bound):
         """Return a stable order of integers (N,) from 0 to `bound` - 1, and each one's place in it.
@@ -291,30 +310,6 @@ class StaticBackend(Backend):
         best = ops.max(scores, axis=-1, keepdims=True)
         number = scores.shape[-1]
         return ops.min(ops.where(scores >= best, ops.arange(number, dtype="int32"), number), -1)
-
-    # Accelerators never store one-hot rows, and the gradient of a choice by one is a product, where
-    # a gather's is a scatter. A CPU would store the rows.
-
-    def take_columns(self, matrix, columns):
-        def take(platform, matrix, columns):
-            existing = ops.clip(columns, 0, matrix.shape[1] - 1)
-            if platform == "cpu":
-                taken = ops.take_along_axis(matrix, existing, axis=1)
-                return ops.where(existing == columns, taken, 0.0)
-            chosen = _one_hot(columns, matrix.shape[1])
-            return ops.sum(ops.where(chosen, ops.expand_dims(matrix, 1), 0.0), axis=-1)
-
-        return self.on_its_platform(take, matrix, columns)
-
-    def count_integers(self, integers, number):
-        def count(platform, integers):
-            if platform == "cpu":  # one more count, of all others
-                place = ops.where((integers >= 0) & (integers < number), integers, number)
-                ones = ops.ones_like(place, "int32")
-                return ops.segment_sum(ones, ops.cast(place, "int32"), number + 1)[:number]
-            return ops.sum(ops.cast(_one_hot(integers, number), "int32"), axis=0)
-
-        return self.on_its_platform(count, ops.reshape(integers, (-1,)))
 
     def order_and_rank(self, integers, bound):
         number = ops.shape(integers)[0]
