@@ -52,23 +52,21 @@ BANKS = {
 # A bank, a capacity factor, and a mode of `quantize`, "lora" or None; then millions of FLOPs of all
 # products (every trip of every loop counts) and lines of StableHLO.
 STEPS = {
-    ("feed-forward", None, None): (30.7, 1091),
-    ("feed-forward", 1.25, None): (30.7, 1203),
-    ("feed-forward", None, "int8"): (20.7, 1092),
-    ("gated", None, None): (45.6, 1093),
-    ("gated", None, "lora"): (32.0, 1250),  # 1.5 times that is less than without LoRA
-    ("linear", None, None): (8.3, 995),
+    ("feed-forward", None, None): (30.7, 1561),
+    ("feed-forward", 1.25, None): (30.7, 1667),
+    ("feed-forward", None, "int8"): (21.8, 1154),
+    ("gated", None, None): (45.6, 1513),
+    ("gated", None, "lora"): (34.4, 1839),  # 1.5 times that is less than without LoRA
+    ("linear", None, None): (7.9, 1321),
 }
 
 
 @pytest.mark.backends("jax")
 @pytest.mark.parametrize("case", STEPS, ids=str)
-def test_a_training_step_is_no_larger_than_it_was(case, monkeypatch):
-    """On a core, forward and backward: a program of 1.5 times the size is a mistake."""
+def test_a_training_step_is_no_larger_than_it_was(case):
+    """Forward and backward: a program of 1.5 times the size is a mistake."""
     from benchmarks.device_flops import device_flops
     from benchmarks.steps import jax_function
-
-    monkeypatch.setattr("keras_moe.backend.tiles.num_cores", lambda: 1)
 
     bank, capacity_factor, mode = case
     layer = layers.MixtureOfExperts(BANKS[bank](), capacity_factor=capacity_factor)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from keras_moe.backend import jax_derivatives, jax_mesh, jax_products, jax_sharding
 from keras_moe.backend.base import StaticBackend, named_platform
 from keras_moe.backend.layouts import AllRows
-from keras_moe.backend.tiles import layout_on_cpu
+from keras_moe.backend.tiles import ChunksAndTiles
 
 PLAIN_VALUES = (bool, int, float, str)
 
@@ -70,7 +70,7 @@ class JaxBackend(StaticBackend):
 
     def layout(self, problem, platform):
         on_cpu = platform == "cpu"
-        return layout_on_cpu(self, problem) if on_cpu else AllRows(self, problem, platform)
+        return ChunksAndTiles(self, problem) if on_cpu else AllRows(self, problem, platform)
 
     def gather_rows(self, tensor, indices):
         if tensor.shape[0] == 0:

@@ -62,7 +62,7 @@ class AllRows(Parts):
 
     def __init__(self, backend, problem, platform):
         plan = problem.plan
-        self.backend, self.platform, self.parts = backend, platform, [self]
+        self.backend, self.platform, self.parts, self.plan = backend, platform, [self], plan
         self.sizes, self.num_rows = plan.sizes, plan.num_rows()
         self.token_of_row = plan.token_of_row()
 

@@ -12,7 +12,7 @@ from tensorflow.compiler.tf2xla.python import xla
 from keras_moe.backend import tensorflow_replicas
 from keras_moe.backend.base import StaticBackend, named_platform, split_rows
 from keras_moe.backend.layouts import AllRows, Parts
-from keras_moe.backend.tiles import TileLoop, layout_on_cpu
+from keras_moe.backend.tiles import ChunksAndTiles
 
 # With more rows for an expert, on average, it is faster to compute experts side by side.
 MAX_LOOP_ROWS = 0.5
@@ -123,7 +123,7 @@ class TensorFlowBackend(StaticBackend):
     def layout(self, problem, platform):
         if self.needs_static_shapes():
             on_cpu = platform == "cpu"
-            return layout_on_cpu(self, problem) if on_cpu else AllRows(self, problem, platform)
+            return ChunksAndTiles(self, problem) if on_cpu else AllRows(self, problem, platform)
         num_rows, sizes = problem.plan.num_rows(), problem.plan.sizes
         # Not by the mode: `GradientTape.jacobian` traces the backward pass of an eager call.
         if platform == "cpu" and tf.is_symbolic_tensor(sizes) and isinstance(num_rows, int):
@@ -132,7 +132,7 @@ class TensorFlowBackend(StaticBackend):
             # As in decoding, where most experts have no rows: in a graph even they cost operations.
             most_rows = MAX_CONVERTED_ROWS if converts else MAX_LOOP_ROWS
             if num_rows <= problem.plan.num_experts * most_rows:
-                return TileLoop(self, problem)
+                return ChunksAndTiles(self, problem)
         return _Groups(problem.plan)
 
     def split_groups(self, rows, sizes):
@@ -181,7 +181,7 @@ class _Groups(Parts):
 
     def __init__(self, plan):
         sizes, num_rows, self.token_of_row = plan.sizes, plan.num_rows(), plan.token_of_row()
-        self.num_experts = sizes.shape[0]
+        self.plan, self.num_experts = plan, sizes.shape[0]
         if not tf.is_symbolic_tensor(sizes):
             numbers = sizes.numpy().tolist()
             starts = itertools.accumulate(numbers, initial=0)

@@ -46,6 +46,7 @@ class Chunks(Parts):
 
     def __init__(self, problem):
         plan, self._is_traced = problem.plan, is_traced()
+        self.plan = plan
         self.sizes, self.token_of_row = plan.sizes, plan.token_of_row()
         *numbers, self._num_padding = sizes_on_host(plan.sizes, plan.num_rows())
         self.parts: list[Any] = []

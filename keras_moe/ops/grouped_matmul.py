@@ -5,6 +5,7 @@ from keras import ops
 from keras_moe._internal import Tensor
 from keras_moe._internal.checks import check_tensors, host_values
 from keras_moe.backend import backend
+from keras_moe.backend.padded import interval
 from keras_moe.ops.linears import Kernel, LinearMap
 from keras_moe.ops.networks import Problem, network_of
 from keras_moe.ops.plans import GroupedPlan
@@ -44,9 +45,10 @@ def grouped_matmul(rows: Tensor, kernels: Tensor, group_sizes: Tensor) -> Tensor
     check_tensors(rows=(rows, "ND", "float"), kernels=(kernels, "EDH", "float"))
     sizes = _check_sizes(group_sizes, rows, kernels.shape[0])
     number = ops.arange(ops.shape(rows)[0], dtype="int32")
-    is_served = ops.expand_dims(number < ops.sum(sizes), 1)
+    expert = ops.expand_dims(interval(number, ops.cumsum(sizes)), 1)
+    is_served = expert < sizes.shape[0]
     plan = GroupedPlan(
-        experts=ops.where(is_served, 0, -1),
+        experts=ops.where(is_served, expert, -1),
         weights=ops.ones((ops.shape(rows)[0], 1), "float32"),
         sizes=sizes,
         assignment_of_row=number,

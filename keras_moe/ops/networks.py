@@ -94,7 +94,8 @@ class Network(NamedTuple):
 
     def _forward(self, problem, layout, saved):
         """Return the weighted sums, and buffers of the outputs and of the maps named in `saved`."""
-        tokens, maps, plan, key = problem
+        tokens, maps, _, key = problem
+        plan = layout.plan
 
         def compute(part, maps, rows):
             linear = Linear(rows, part, maps, key)
@@ -108,7 +109,8 @@ class Network(NamedTuple):
 
     def _backward(self, problem, layout, buffers, gradient, trained):
         """Return the gradients of tokens, weights and trained tensors."""
-        tokens, maps, plan, key = problem
+        tokens, maps, _, key = problem
+        plan = layout.plan
 
         def compute(part, maps, rows, d_outputs, weights, outputs, *saved):
             linear = functools.partial(LinearAgain, part=part, maps=maps, key=key)

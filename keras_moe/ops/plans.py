@@ -190,7 +190,7 @@ class ExpertChoicePlan(GroupedPlan):
         experts, weights = (
             ops.slice(each, (0, first), (num_tokens, number)) for each in (experts, weights)
         )
-        return self.of_choices(experts, weights, most * number)
+        return self.of_choices(mask_invalid(experts - first, number), weights, most * number)
 
     def sum_rows(self, rows, weights=None):
         # A scatter: most of the E places of a token have no row.
@@ -198,7 +198,9 @@ class ExpertChoicePlan(GroupedPlan):
         picked = as_dtype(rows[:num_rows], "float32")
         if weights is not None:
             picked = picked * ops.expand_dims(self.weight_of_row(weights), 1)
-        served = ops.arange(num_rows, dtype="int32") < ops.sum(self.sizes)
+        numbers = ops.reshape(ops.transpose(self.row_of_assignment), (-1,))
+        found = backend.gather_rows(numbers, self.assignment_of_row)
+        served = found == ops.arange(num_rows, dtype="int32")
         # Unserved rows may hold anything: they add zero to the first token.
         picked = ops.where(ops.expand_dims(served, 1), picked, 0.0)
         token = ops.where(served, self.token_of_row(), 0)
