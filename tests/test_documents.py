@@ -142,7 +142,7 @@ def test_the_page_on_training_repeats_the_order_of_an_epoch(shuffled_by, tmp_pat
     np.testing.assert_array_equal(whole.layers[-1].kernel, model.layers[-1].kernel)
 
 
-GUIDES = [(page, "") for page in ("concepts", "fine_tuning", "routers", "start")]
+GUIDES = [(page, "") for page in ("fine_tuning", "routers", "start")]
 GUIDES += [("existing_models", "Upcycle a dense model"), ("deploy", "Generate text")]
 GUIDES += [("tasks", name) for name in ("Tables", "Many tasks", "Densities")]
 GUIDES += [("training", "Padding to few lengths")]
