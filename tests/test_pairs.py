@@ -246,7 +246,7 @@ def scope_of(pair):
             if pair.scope == "autocast":
                 import torch
 
-                stack.enter_context(torch.autocast("cpu", torch.bfloat16))
+                stack.enter_context(torch.autocast("cpu", torch.bfloat16, cache_enabled=False))
             yield
     finally:
         keras.config.set_dtype_policy(before)
