@@ -178,7 +178,7 @@ class _Writer(keras.Model):
         return ops.cast(logits[:, -1], "float32"), decoding.caches
 
     def _write(self, state, end, stop_token, noise=None, **sampling):
-        begin, num_texts = state["position"], ops.shape(state["text"])[0]
+        begin = state["position"]
 
         def is_unfinished(state):
             unfinished = ops.logical_not(ops.all(state["stopped"]))
@@ -188,8 +188,7 @@ class _Writer(keras.Model):
             position, logits = state["position"], state["logits"]
             token = ops.argmax(logits, axis=-1)
             if noise is not None:
-                size = (1, num_texts, logits.shape[-1])
-                of_token = ops.slice(noise, (position - begin, 0, 0), size)[0]
+                of_token = ops.take(noise, position - begin, axis=0)
                 token = _draw(logits, of_token, **sampling)
             token = ops.where(state["stopped"], stop_token, ops.cast(token, "int32"))[:, None]
             real = ops.ones_like(token, "bool")

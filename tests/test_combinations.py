@@ -103,7 +103,8 @@ class Case(NamedTuple):
         devices = f"XLA_FLAGS={EIGHT_DEVICES} " if self.mesh else ""
         return (
             f"{devices}KERAS_BACKEND={BACKEND} PYTHONPATH=.:tests:tests/tools python - <<END\n"
-            f"from {check.__module__} import *\n{check.__name__}(Case(\n{fields}))\nEND"
+            f"from {check.__module__} import *\n"
+            f"{check.__name__}({type(self).__name__}(\n{fields}))\nEND"
         )
 
 

@@ -155,7 +155,7 @@ class Gate(Recomputable):
 
         Losses are added and the call is counted.
         """
-        observers = [each() for each in self._observers if each() is not None]
+        observers = self.routing_observers
         for observer in observers:
             indices = observer.indices if indices is None else indices
         length = tokens.sequence_length
@@ -225,10 +225,8 @@ class Gate(Recomputable):
         self._observers = (weakref.ref(observer), *self._observers)
 
     @property
-    def is_watched(self) -> bool:
-        """Whether an observer with a function sees the routings of calls."""
-        observers = [each() for each in self._observers]
-        return any(each is not None and each.on_routing is not None for each in observers)
+    def routing_observers(self) -> list[Observer]:
+        return [each() for each in self._observers if each() is not None]
 
     def remove_observer(self, observer: Observer) -> None:
         """Remove an observer, if it is there."""

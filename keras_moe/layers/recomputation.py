@@ -20,21 +20,18 @@ from keras_moe._internal.keras_internals import (
 
 
 class Recomputable(BaseLayer):
-    """Abstract: a layer that `keras.RematScope` recomputes without repeating its effects.
-
-    In training only: inference keeps nothing for a gradient. While a function of the user sees
-    routings nothing is recomputed, or it would see them twice, on JAX without their values.
-    """
+    """Abstract: a layer that `keras.RematScope` recomputes in training, its effects only once."""
 
     def rematerialized_call(self, call, *args, **kwargs):
         # Keras's own wrapper fails with effects on JAX, and with `training` on TensorFlow.
         if super().rematerialized_call(call, *args, **kwargs) is call:
             return call
         recompute_as_one(self)
-        parts = self._flatten_layers()
-        if not kwargs.get("training") or any(getattr(part, "is_watched", False) for part in parts):
-            return call
-        return functools.partial(_recomputed, self, call)
+        gates = self._flatten_layers() if kwargs.get("training") else ()
+        observers = (each for gate in gates for each in getattr(gate, "routing_observers", ()))
+        # A function would see each routing twice, on JAX without values.
+        is_seen = any(observer.on_routing for observer in observers)
+        return functools.partial(_recomputed, self, call) if gates and not is_seen else call
 
 
 def _recomputed(layer, call, *args, **kwargs):

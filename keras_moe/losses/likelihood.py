@@ -182,10 +182,7 @@ class MixtureNegativeLogLikelihood(keras.losses.Loss):
 
 
 def _squared_distances(residuals, log_scales):
-    """`(residual / scale)^2` in log space; past e^50 linear in its logarithm.
-
-    So one expert with a tiny scale does not make the gradients of all infinite or NaN.
-    """
+    """`(residual / scale)^2`; past e^50 linear in its logarithm, so that gradients are finite."""
     is_zero = ops.abs(residuals) < 1e-15  # which have no logarithm
     logs = ops.log(ops.abs(ops.where(is_zero, 1.0, residuals))) - log_scales
     bounded = ops.minimum(2 * logs, 50.0)

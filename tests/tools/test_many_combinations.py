@@ -24,7 +24,8 @@ TIMES_OF_PROCESS = {"torch": 1, "tensorflow": 4, "jax": 9}[BACKEND]
 def test_many_drawn_combinations(part):
     settings = {"COMBINATIONS_SEED": str(SEED + part), "COMBINATIONS_TIMES": str(TIMES_OF_PROCESS)}
     print(f"COMBINATIONS_SEED={SEED}")
-    run_python("-m", "pytest", "-q", ROOT / "tests" / "test_combinations.py", **settings)
+    files = (ROOT / "tests" / name for name in ("test_combinations.py", "test_pairs.py"))
+    run_python("-m", "pytest", "-q", *files, **settings)
 
 
 @pytest.mark.backends("jax")  # Keras splits weights there only
