@@ -126,6 +126,11 @@ class TorchBackend(Backend):
             chosen.append(torch.argmax(rest, 1, keepdim=True))
         return torch.cat(chosen, 1).to(torch.int32)
 
+    def take_columns(self, matrix, columns):
+        existing = columns.clamp(0, matrix.shape[1] - 1)
+        taken = torch.gather(matrix, 1, existing.to(torch.int64))
+        return torch.where(existing == columns, taken, 0.0)
+
     def count_integers(self, integers, number):
         integers = integers.reshape(-1)
         if is_traced() or len(integers) * number > MAX_COMPARED:
