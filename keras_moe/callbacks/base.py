@@ -7,10 +7,7 @@ import keras
 from keras_moe.inspection.summaries import find_layers
 
 # What to do where a layer counts no token.
-PASS_TRAINING = (
-    "In a model of your own, `call` needs the argument `training` and must pass it on: "
-    "`self.moe(x, training=training)`."
-)
+PASS_TRAINING = "In a `call` of your own, pass `training` on: `self.moe(x, training=training)`."
 
 
 class ExpertCallback(keras.callbacks.Callback):

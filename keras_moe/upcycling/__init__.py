@@ -223,9 +223,7 @@ def _select(model, found, select, every):
     if not found:
         layers = model._flatten_layers()
         others = [f"`{each.name}` {tuple(each.kernel.shape)}" for each in layers if is_dense(each)]
-        others += [
-            f"mixture `{each.name}`" for each in layers if isinstance(each, MixtureOfExperts)
-        ]
+        others += [f"mixture `{m.name}`" for m in layers if isinstance(m, MixtureOfExperts)]
         received = "; ".join(left or others) if model.built else "a model that is not built"
         rule = "`model` must have a `Dense` layer with an activation, then one without, back to D"
         raise ValueError(f"{rule}. Received: {received}")
