@@ -367,6 +367,13 @@ def test_one_device_has_no_others():
             backend.devices.split_experts(*[None] * 5)
 
 
+def test_numbers_take_masked_places_and_what_is_not_compiled_is_called():
+    values = ops.convert_to_tensor(np.array([1.0, np.nan, 3.0], "float32"))
+    mask = ops.convert_to_tensor(np.array([False, True, True]))
+    filled = backend.uncompiled(backend.masked_fill)(values, mask, 2.0)
+    assert_close(ops.convert_to_numpy(filled), np.array([1.0, 2.0, 2.0]))
+
+
 def test_every_method_is_named_here():
     """A method that is added has no contract until it is."""
     with open(__file__, encoding="utf-8") as file:

@@ -209,6 +209,10 @@ class Backend:
         """Return the best columns (T, K), int32, of scores (T, E): NaN first, of ties the first."""
         raise NotImplementedError
 
+    def masked_fill(self, values, mask, number):
+        """Return the values, with a number in place of those where a mask is True."""
+        return ops.where(mask, number, values)
+
     # Accelerators never store one-hot rows, and the gradient of a choice by one is a product, where
     # a gather's is a scatter. A CPU would store the rows.
 

@@ -131,6 +131,9 @@ class TorchBackend(Backend):
         )
 
     def top_k(self, scores, number):
+        if not is_traced():
+            order = torch.argsort(scores, stable=True, dim=1, descending=True)
+            return order[:, :number].to(torch.int32)
         rest = torch.nan_to_num(scores.clamp_min(LOW), math.inf, math.inf)
         chosen = [torch.argmax(rest, 1, keepdim=True)]
         for _ in range(number - 1):
@@ -141,7 +144,10 @@ class TorchBackend(Backend):
     def take_columns(self, matrix, columns):
         existing = columns.clamp(0, matrix.shape[1] - 1)
         taken = torch.gather(matrix, 1, existing.to(torch.int64))
-        return torch.where(existing == columns, taken, 0.0)
+        return taken.masked_fill(existing != columns, 0.0)
+
+    def masked_fill(self, values, mask, number):
+        return values.masked_fill(mask, number)  # the number stays on the host
 
     def count_integers(self, integers, number):
         integers = integers.reshape(-1)
@@ -160,7 +166,7 @@ class TorchBackend(Backend):
         else:
             order = torch.argsort(integers, stable=True)
         numbers = torch.arange(order.shape[0], dtype=torch.int32, device=order.device)
-        rank = torch.zeros_like(numbers).scatter(0, order.to(torch.int64), numbers)
+        rank = numbers.scatter(0, order.to(torch.int64), numbers)
         return order.to(torch.int32), rank
 
     def larger_size(self, least, size):

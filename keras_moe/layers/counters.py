@@ -133,7 +133,7 @@ def _finite_values(values, added):
     """Append the sum of `added`. Return values, 0 for those not finite, and 1 for finite ones."""
     values = ops.stack([*values, sum((as_dtype(each, "float32") for each in added), 0.0)])
     is_finite = ops.isfinite(values)
-    return ops.where(is_finite, values, 0.0), ops.cast(is_finite, "int32")
+    return backend.masked_fill(values, ~is_finite, 0.0), ops.cast(is_finite, "int32")
 
 
 @backend.jit_when_eager

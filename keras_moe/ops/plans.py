@@ -126,8 +126,9 @@ class GroupedPlan(NamedTuple):
 
     def at_assignments(self, values: Tensor) -> Tensor:
         """Values of rows (N,) as values of assignments (T, K), zero where there is no row."""
-        picked = backend.gather_rows(values, ops.maximum(self.row_of_assignment, 0))
-        return ops.where(self.row_of_assignment >= 0, picked, 0.0)
+        # The larger of 0 and the row, in one operation.
+        picked = backend.gather_rows(values, ops.relu(self.row_of_assignment))
+        return backend.masked_fill(picked, self.row_of_assignment < 0, 0.0)
 
     def sum_rows(self, rows: Tensor, weights: Tensor | None = None) -> Tensor:
         """For each token the float32 sum (T, D) of its rows, weighted by `weights` or by 1."""
@@ -211,11 +212,11 @@ class ExpertChoicePlan(GroupedPlan):
 def _sort(experts, num_experts):
     """Sizes, the assignment of each row, and the row of each assignment: see `GroupedPlan`."""
     expert = ops.reshape(ops.transpose(experts), (-1,))
-    served = expert >= 0
+    is_unserved = expert < 0
     # What no expert serves comes last.
-    expert = ops.where(served, expert, num_experts)
+    expert = backend.masked_fill(expert, is_unserved, num_experts)
     order, rank = backend.order_and_rank(expert, num_experts + 1)
-    rows = ops.reshape(ops.where(served, rank, -1), (experts.shape[1], -1))
+    rows = ops.reshape(backend.masked_fill(rank, is_unserved, -1), (experts.shape[1], -1))
     return backend.count_integers(expert, num_experts), order, ops.transpose(rows)
 
 

@@ -135,7 +135,7 @@ def complete(routing, mask=None):
     counts = backend.count_integers(indices, num_experts) if counts is None else counts
     return routing._replace(
         indices=indices,
-        weights=ops.where(indices >= 0, routing.weights, 0.0),
+        weights=backend.masked_fill(routing.weights, indices < 0, 0.0),
         counts=counts,
         load=ops.cast(counts, "float32") if load is None else load,
         dropped=ops.zeros((), "float32") if routing.dropped is None else routing.dropped,

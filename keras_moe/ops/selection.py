@@ -37,13 +37,13 @@ SCORES = {"softmax": softmax, "sigmoid": sigmoid, "sqrt_softplus": sqrt_softplus
 @backend.jit_when_eager
 def distribution(scores):
     """Scores (T, E) as shares of their sum."""
-    return scores / ops.maximum(ops.sum(scores, axis=-1, keepdims=True), 1e-20)
+    return scores / (ops.sum(scores, axis=-1, keepdims=True) + 1e-20)
 
 
 def entropy(probs, keepdims=False):
     """Entropy (...) of distributions (..., E), in nats."""
     # The logarithm of what is above zero only: the slope of p log p at 0 is infinite.
-    logs = ops.log(ops.where(probs > 0, probs, 1.0))
+    logs = ops.log(backend.masked_fill(probs, probs <= 0, 1.0))
     return -ops.sum(probs * logs, axis=-1, keepdims=keepdims)
 
 
@@ -88,10 +88,10 @@ def chosen_experts(indices, num_experts):
 def mask_invalid(indices, num_experts, mask=None):
     """Indices (T, K) with -1 in place of invalid ones, or where a mask (T,) is False."""
     indices = as_dtype(indices, "int32")  # -1 is no number of an unsigned dtype
-    known = (indices >= 0) & (indices < num_experts)
+    invalid = (indices < 0) | (indices >= num_experts)
     if mask is not None:
-        known = known & ops.expand_dims(mask, 1)
-    return ops.where(known, indices, -1)
+        invalid = invalid | ~ops.expand_dims(mask, 1)
+    return backend.masked_fill(indices, invalid, -1)
 
 
 @backend.jit_when_eager
