@@ -17,6 +17,7 @@ pytestmark = [
     pytest.mark.backends("torch"),
     # KerasTuner asks the current thread for its name in an old way.
     pytest.mark.filterwarnings("ignore:(currentThread|getName)\\(\\):DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:No trial so far"),
 ]
 
 
@@ -93,7 +94,6 @@ def test_every_token_has_k_experts_whatever_the_router(name):
 LOSSES = [-1e6, -1.0, 0.0, 0.1, 3.0, 1e6]
 
 
-@pytest.mark.filterwarnings("ignore:No trial so far")
 def test_a_trial_above_the_budget_is_worse_than_any_within():
     objective = tuner.WithinBudget(100.0)
     within = [objective.get_value({"val_loss": loss, "active_flops": 100.0}) for loss in LOSSES]
