@@ -86,7 +86,8 @@ def execute(notebook):
     machine = _code_cell(MACHINE)
     machine["metadata"]["tags"] = ["machine"]
     notebook["cells"].append(machine)
-    run = nbformat.from_dict({**notebook, "cells": notebook["cells"][1:]})
+    without_set_up = {**notebook, "cells": notebook["cells"][1:]}
+    run = nbformat.reads(json.dumps(without_set_up), as_version=4)
     with tempfile.TemporaryDirectory() as folder:
         where = {"metadata": {"path": folder}}
         client = nbclient.NotebookClient(run, timeout=None, resources=where, record_timing=False)

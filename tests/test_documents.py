@@ -21,6 +21,7 @@ pytestmark = [
     pytest.mark.backends("torch"),
     # Of KerasTuner.
     pytest.mark.filterwarnings("ignore:(currentThread|getName)\\(\\):DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:No trial so far"),
 ]
 LINKS = runpy.run_path(str(ROOT / "docs" / "reference_links.py"))
 IDENTIFIERS = LINKS["identifiers"]()

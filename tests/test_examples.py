@@ -19,8 +19,11 @@ import pytest
 import tokenizers
 from backends import BACKEND, ROOT, on_one_backend, run_python
 
-# Of KerasTuner.
-pytestmark = pytest.mark.filterwarnings("ignore:(currentThread|getName)\\(\\):DeprecationWarning")
+# Of KerasTuner, and of few trials that are all over the budget.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:(currentThread|getName)\\(\\):DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:No trial so far"),
+]
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 NOTEBOOKS = runpy.run_path(str(ROOT / "docs" / "notebooks.py"))
 
