@@ -112,9 +112,8 @@ def small_tiles(monkeypatch):
         monkeypatch.setattr(f"keras_moe.backend.{place}.tile_length", lambda *_: 4)
     num_wide_rows = tiles.num_wide_rows
     monkeypatch.setattr(tiles, "num_wide_rows", lambda problem: min(num_wide_rows(problem), 2))
-    for name, value in (("MIN_WIDE_ROWS", 1), ("MIN_CHUNK_SIZE", 3), ("MAX_REST", 0.7)):
+    for name, value in (("MIN_WIDE_ROWS", 1), ("CHUNK_ENTRIES", 1), ("MAX_REST", 0.7)):
         monkeypatch.setattr(tiles, name, value)
-    monkeypatch.setattr(tiles, "CHUNK_ENTRIES", 1)
     if BACKEND == "torch":
         monkeypatch.setattr("keras_moe.backend.torch_groups.CPU_CHUNK_VALUES", 64)
     if BACKEND == "jax":

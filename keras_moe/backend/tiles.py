@@ -27,9 +27,8 @@ BLOCK_ENTRIES = 2**16
 # With fewer rows for an expert, on average, most experts have none, or a single tile.
 MIN_WIDE_ROWS = 8
 
-# The widest rows of a chunk have so many numbers, 512 KB in float32, which stay in the cache. Fewer
-# than 4 experts would not keep the cores busy.
-CHUNK_ENTRIES, MIN_CHUNK_SIZE = 2**17, 4
+# The widest rows of a chunk have about so many numbers, 512 KB in float32, which stay in the cache.
+CHUNK_ENTRIES = 2**17
 
 # With more numbers for an expert, on average, the loop is as fast, and takes less memory.
 MAX_WIDE_ENTRIES = 2**19
@@ -67,7 +66,8 @@ class ChunksAndTiles:
         self.num_wide = num_wide_rows(problem)
         if self.num_wide:
             number = CHUNK_ENTRIES // (self.num_wide * widest(problem))
-            self.chunk_size = min(max(number, MIN_CHUNK_SIZE), self.num_experts)
+            # In pairs, so that the products of a chunk keep more than one core busy.
+            self.chunk_size = min(number // 2 * 2 + 2, self.num_experts)
             self.length = max(self.length // 2, 1)
             self.plan = self._place_rows(plan)
         else:
