@@ -140,6 +140,8 @@ class TensorFlowBackend(StaticBackend):
         return split_rows(rows, numbers), numbers
 
     def gather_rows(self, tensor, indices):
+        if tensor.shape[0] == 0:  # XLA would lose the axis of indices
+            return tf.zeros((*indices.shape, *tensor.shape[1:]), tensor.dtype)
         return tf.gather(tensor, indices)
 
     def slice_at(self, tensor, start, shape):
