@@ -28,7 +28,9 @@ if not pathlib.Path("../../setup.cfg").exists():
     %cd keras_moe/docs/notebooks
 !{install}"""
 # The last cell of an executed notebook, whose output says where it ran.
-MACHINE = """import os, platform
+MACHINE = """import os
+import platform
+
 print(f"Python {platform.python_version()}, Keras {keras.version()}, backend "
       f"{keras.backend.backend()}, {os.cpu_count()} cores, {platform.machine()}")"""
 LARGEST_PNG = 60_000  # bytes; larger pictures become JPEG

@@ -46,7 +46,10 @@ def num_wide_rows(problem):
         return 0
     # A router that has learned nothing gives groups of about this spread.
     mean = num_rows / num_experts
-    return 0 if mean * widest(problem) > MAX_WIDE_ENTRIES else int(mean + mean**0.5) // 8 * 8 + 8
+    if mean * widest(problem) > MAX_WIDE_ENTRIES:
+        return 0
+    # No expert serves more rows than there are tokens.
+    return min(int(mean + mean**0.5) // 8 * 8 + 8, problem.plan.num_tokens)
 
 
 def widest(problem):
