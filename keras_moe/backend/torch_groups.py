@@ -171,7 +171,7 @@ class _AllGroups(_Chunk):
         self.num_rows = num_rows
 
     @functools.cached_property
-    def sizes(self):
+    def sizes(self):  # type: ignore[override]
         return sizes_on_host(self.all_sizes, self.num_rows)  # the last one is the padding's
 
 
