@@ -16,6 +16,9 @@ from keras_moe.backend.torch_groups import AllOnDevice, Chunks, is_traced, sizes
 # With fewer comparisons, counting by them takes fewer operations.
 MAX_COMPARED = 2**16
 
+# With fewer scores, one sort takes less time than the operations of several maxima.
+MAX_SORTED = 2**13
+
 # So many integers of a kernel become floats at once on a CPU, in memory that stays in the cache.
 CPU_BLOCK = 2**20
 
@@ -131,7 +134,8 @@ class TorchBackend(Backend):
         )
 
     def top_k(self, scores, number):
-        if not is_traced():
+        is_small = not scores.is_cpu or scores.numel() <= MAX_SORTED
+        if is_small and not is_traced():
             order = torch.argsort(scores, stable=True, dim=1, descending=True)
             return order[:, :number].to(torch.int32)
         rest = torch.nan_to_num(scores.clamp_min(LOW), math.inf, math.inf)

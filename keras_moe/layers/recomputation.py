@@ -27,11 +27,13 @@ class Recomputable(BaseLayer):
         if super().rematerialized_call(call, *args, **kwargs) is call:
             return call
         recompute_as_one(self)
-        gates = self._flatten_layers() if kwargs.get("training") else ()
-        observers = (each for gate in gates for each in getattr(gate, "routing_observers", ()))
+        parts = self._flatten_layers()
+        observers = (each for part in parts for each in getattr(part, "routing_observers", ()))
         # A function would see each routing twice, on JAX without values.
         is_seen = any(observer.on_routing for observer in observers)
-        return functools.partial(_recomputed, self, call) if gates and not is_seen else call
+        if is_seen or not kwargs.get("training"):
+            return call
+        return functools.partial(_recomputed, self, call)
 
 
 def _recomputed(layer, call, *args, **kwargs):
