@@ -60,10 +60,10 @@ METHODS = {
         (ROWS, ints(3, 0, 3), ints([3, 0], [1, 1]), np.zeros((0, 2), "int32")),
         [ROWS[[3, 0, 3]], ROWS[[[3, 0], [1, 1]]], np.zeros((0, 2, 3), "float32")],
     ),
-    "the first of equal entries is the largest": (
-        lambda x: backend.top_k(x, 2),
+    "the first of equal entries is the largest, also of more than are sorted": (
+        lambda x: [backend.top_k(x, 2), backend.top_k(ops.tile(x, (1000, 1)), 2)[-len(SCORES) :]],
         (SCORES,),
-        ints([1, 2], [0, 1], [0, 1], [2, 0]),
+        [ints([1, 2], [0, 1], [0, 1], [2, 0])] * 2,
     ),
     "entries of columns, and 0 where there is none": (
         backend.take_columns,
