@@ -134,8 +134,7 @@ class TorchBackend(Backend):
         )
 
     def top_k(self, scores, number):
-        is_small = not scores.is_cpu or scores.numel() <= MAX_SORTED
-        if is_small and not is_traced():
+        if not is_traced() and (not scores.is_cpu or scores.numel() <= MAX_SORTED):
             order = torch.argsort(scores, stable=True, dim=1, descending=True)
             return order[:, :number].to(torch.int32)
         rest = torch.nan_to_num(scores.clamp_min(LOW), math.inf, math.inf)
