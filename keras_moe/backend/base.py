@@ -57,6 +57,43 @@ def named_platform():
     return getattr(_of_thread, "name", None)
 
 
+@contextlib.contextmanager
+def any_derivative() -> Iterator[None]:
+    """Compute in operations that have derivatives of any order, forward mode and `vmap`.
+
+    Outside of this context a bank of experts has its own backward pass, which is faster and takes
+    less memory, but has no derivative: gradient penalties, Hessians, Jacobian-vector products, and
+    `torch.func` and `torch.vmap` are errors there (of a `custom_vjp` on JAX, of a missing
+    `setup_context` or a call of `item()` on PyTorch). Call the layer inside; the derivatives may be
+    taken outside. A function that was traced before is not traced again.
+
+    Example:
+
+    >>> layer = keras_moe.layers.MixtureOfExperts(num_experts=4, hidden_dim=32)
+    >>> with keras_moe.ops.any_derivative():
+    ...     outputs = layer(keras.random.normal((8, 16)))
+    >>> outputs.shape
+    (8, 16)
+    """
+    outer, _of_thread.any_derivative = is_any_derivative(), True
+    try:
+        yield
+    finally:
+        _of_thread.any_derivative = outer
+
+
+def is_any_derivative():
+    """Return True inside of `any_derivative`."""
+    return getattr(_of_thread, "any_derivative", False)
+
+
+def refuse_second_derivative(*_, **__):
+    raise NotImplementedError(
+        "A layer of experts whose derivative is differentiated again must be called inside of "
+        "`keras_moe.ops.any_derivative()`. Received: a second derivative of a call outside of it"
+    )
+
+
 class Backend:
     """Operations that need a framework's own calls. Everything else is written in `keras.ops`."""
 
@@ -115,8 +152,10 @@ class Backend:
 
     # Gradients
 
-    def differentiable(self, forward, backward, inputs, context, reference=None):
+    def differentiable(self, forward, backward, inputs, context):
         """Return the output of `forward`; `backward` computes the gradients of `inputs`.
+
+        Second derivatives are errors. Inside of `any_derivative` the gradient is that of `forward`.
 
         Args:
             forward: `forward(inputs, context, save)` returns `(output, saved)`. If `save` is
@@ -124,8 +163,6 @@ class Backend:
             backward: `backward(inputs, context, saved, gradient)` returns the gradients.
             inputs: Structure of tensors.
             context: Structure of tensors without a gradient, or None.
-            reference: `reference(inputs, context)`, the output in operations with derivatives of
-                any order, for transformed code and second derivatives. None: `forward` is such.
         """
         raise NotImplementedError
 
@@ -151,22 +188,10 @@ class Backend:
     def product(self, rows, kernels, sizes, transposed=False, platform=None):
         """Multiply each group of rows (R, D) by its kernel (E, D, H), or its transpose: (R, H).
 
-        It has derivatives of any order. Rows past the last group may be anything, in the result and
-        in derivatives too. `kernels` are of `ops.linears`, `sizes` (E,) int32; `platform` is the
-        one that is compiled for.
+        Rows past the last group may be anything. `kernels` are of `ops.linears`, `sizes` (E,)
+        int32; `platform` is the one that is compiled for. Inside of `any_derivative` it has them.
         """
-        if self.needs_static_shapes() or self._is_transformed() or kernels.bits is not None:
-            return padded.product(rows, kernels, sizes, transposed, platform)
-        *groups, rest = self.split_groups(rows, sizes)[0]
-        kernels = kernels.floats(rows.dtype)
-        kernels = ops.unstack(ops.transpose(kernels, (0, 2, 1)) if transposed else kernels)
-        products = [ops.matmul(*each) for each in zip(groups, kernels)]
-        padding = (ops.shape(rest)[0], products[0].shape[1])
-        return ops.concatenate([*products, ops.broadcast_to(ops.zeros_like(rest[:, :1]), padding)])
-
-    def _is_transformed(self):
-        """Return True in a vectorized map, where all parts must have equal shapes."""
-        return False
+        return padded.product(rows, kernels, sizes, transposed, platform)
 
     def outer(self, left, right, sizes, dtype, platform=None):
         """Return `left^T right` of each group, (E, D, H), for (R, D) and (R, H); 0 without rows."""

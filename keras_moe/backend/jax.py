@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from keras_moe.backend import jax_derivatives, jax_mesh, jax_products, jax_sharding
-from keras_moe.backend.base import StaticBackend, named_platform
+from keras_moe.backend.base import StaticBackend, is_any_derivative, named_platform
 from keras_moe.backend.layouts import AllRows
 from keras_moe.backend.tiles import ChunksAndTiles
 
@@ -29,7 +29,7 @@ class JaxBackend(StaticBackend):
         shards = self.devices.token_shards()
         if shards is not None and kernel is not None:
             return jax_mesh.run(network, problem, shards, kernel)
-        return run_compiled(network, named_platform(), problem)
+        return run_compiled(network, named_platform(), is_any_derivative(), problem)
 
     def jit_when_eager(self, function):
         # JAX would compile each operation alone, for each shape: some hundred programs at the first
@@ -91,9 +91,12 @@ class JaxBackend(StaticBackend):
 
 
 # Outside `jit` JAX would compile each loop again at every call.
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def run_compiled(network, platform, problem):
-    """`network.run` as a program for a platform; for None, for the one it is lowered for."""
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def run_compiled(network, platform, any_derivative, problem):
+    """`network.run` as a program for a platform; for None, for the one it is lowered for.
+
+    Inside and outside of `any_derivative` there are two programs.
+    """
     if platform is not None:
         return network.run(platform, problem)
     return _dependent_on_platform(network.run, problem)

@@ -104,15 +104,6 @@ class AllRows(Parts):
         return ops.cast(total, trained.dtype)
 
 
-class ServedRows(AllRows):
-    """All rows, zero past the last group, where an operation may have no derivative."""
-
-    def product(self, rows, kernels, bias=None, transposed=False):
-        served = ops.expand_dims(self.row_numbers() < ops.sum(self.sizes), 1)
-        products = super().product(ops.where(served, rows, 0.0), kernels, bias, transposed)
-        return ops.where(served, products, 0.0)
-
-
 class AllTokens:
     """A part in which each expert computes every token, in one batched product."""
 

@@ -1,6 +1,6 @@
 """Pure functions on tensors: routing, plans and grouped products."""
 
-from keras_moe.backend.base import platform
+from keras_moe.backend.base import any_derivative, platform
 from keras_moe.ops.capacity import plan_groups
 from keras_moe.ops.grouped_matmul import grouped_matmul, grouped_outer
 from keras_moe.ops.plans import GroupedPlan
@@ -9,6 +9,7 @@ from keras_moe.ops.routing import Routing, make_routing, top_k_routing
 __all__ = [
     "GroupedPlan",
     "Routing",
+    "any_derivative",
     "grouped_matmul",
     "grouped_outer",
     "make_routing",

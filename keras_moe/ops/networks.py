@@ -6,8 +6,8 @@ The backward pass is derived: the network runs again with each map replaced by i
 the framework differentiates the operations between them.
 
 A backend divides the rows of all experts into parts, on which the network runs: see
-`backend.layouts`. Second derivatives, and forward mode, come from the same network in one part,
-built on `backend.product`, which has derivatives of any order.
+`backend.layouts`. Derivatives of any order, which are asked for, come from the framework: all rows
+are one part then, computed in operations that have them.
 
 Axes: T tokens, D features, E experts, R rows (assignments sorted by expert), n rows of a part.
 """
@@ -21,7 +21,8 @@ from keras import ops
 
 from keras_moe._internal.keras_internals import compute_output_spec
 from keras_moe.backend import backend
-from keras_moe.backend.layouts import AllTokens, ServedRows
+from keras_moe.backend.base import is_any_derivative
+from keras_moe.backend.layouts import AllRows, AllTokens
 from keras_moe.ops.draws import hashed
 from keras_moe.ops.linears import Kernel, LinearMap
 from keras_moe.ops.plans import row_sums
@@ -77,6 +78,8 @@ class Network(NamedTuple):
 
         def forward(inputs, context, save):
             problem = Problem.of(inputs, context)
+            if is_any_derivative():
+                return self._forward(problem, AllRows(backend, problem, platform), ())
             layout = backend.layout(problem, platform)
             return self._forward(problem, layout, self.saved if save else ())
 
@@ -85,12 +88,7 @@ class Network(NamedTuple):
             layout = backend.layout(problem, platform)
             return self._backward(problem, layout, buffers, gradient, trained)
 
-        def reference(inputs, context):
-            problem = Problem.of(inputs, context)
-            return self._forward(problem, ServedRows(backend, problem, platform), ())[0]
-
-        inputs, context = problem.inputs_and_context()
-        return backend.differentiable(forward, backward, inputs, context, reference)
+        return backend.differentiable(forward, backward, *problem.inputs_and_context())
 
     def _forward(self, problem, layout, saved):
         """Return the weighted sums, and buffers of the outputs and of the maps named in `saved`."""
