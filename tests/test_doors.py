@@ -421,7 +421,6 @@ REFUSED = [
     ("moe(own_bank({'up': (D, D), 'activation': (D,)}))(t())", "Received: ['activation']"),
     ("moe(own_bank({'up': (D, D), 'network': (D,)}))(t())", "Received: ['network']"),
     ("moe(own_bank({'up': (D, D), 'up_bias': (D,)}))(t())", "Received: ['up_bias']"),
-    ("moe(own_bank({'up': (D, D), 'up_lora_a': (D, D)}))(t())", "Received: ['up_lora_a']"),
     ("moe(WithoutBias(E, 16)).get_config()", "`WithoutBias.get_config` must leave out"),
     ("own(top_k=1)", "`indices` must have"),
     ("own(indices=t(T, 2))", "`indices` must have a dtype"),

@@ -33,13 +33,13 @@ class Parts:
         """Run a function on each part; return buffers of its outputs, and gradients of `trained`.
 
         Args:
-            function: `function(part, maps, *rows)` returns a list of rows (n, W), and {name: (left,
-                right)}, factors of the gradients of `trained`.
+            function: `function(part, maps, *rows)` returns a list of rows (n, W), and {(name,
+                field): (left, right)}, factors of the gradients of `trained`.
             maps: {name: `LinearMap`} of all experts.
             by_token: tensors (T, D). The function gets the token of each of the part's rows.
             by_row: buffers. The function gets the part's rows.
             widths: W of each buffer that is returned.
-            trained: {(name, "kernel" or "bias"): tensor}.
+            trained: {(name, field): tensor}, of the fields of a `LinearMap`.
         """
         totals = {key: self.empty(tensor) for key, tensor in trained.items()}
         results = []
@@ -49,7 +49,7 @@ class Parts:
             outputs, factors = function(part, own_maps, *rows)
             results.append(outputs)
             for (name, field), total in totals.items():
-                totals[name, field] = part.gradient(field, *factors[name], total)
+                totals[name, field] = part.gradient(field, *factors[name, field], total)
         gradients = {
             key: ops.stack(total) if isinstance(total, list) else total
             for key, total in totals.items()

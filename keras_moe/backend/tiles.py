@@ -125,7 +125,7 @@ class ChunksAndTiles:
             rows = [*map(part.gather, by_token), *map(part.read, by_row)]
             outputs, factors = function(part, own_maps, *rows)
             return list(map(part.write, buffers, outputs)), {
-                (name, field): part.add_gradient(total, field, *factors[name])
+                (name, field): part.add_gradient(total, field, *factors[name, field])
                 for (name, field), total in totals.items()
             }
 
@@ -172,14 +172,8 @@ class ChunksAndTiles:
         linear_map = linear_map.apply(lambda stack: _at(self.backend, stack, expert))
         # Products with int4 are faster without a conversion first, with int8 only for few rows.
         bits = linear_map.kernel.bits
-        return linear_map if bits == 4 or (few_rows and bits == 8) else self.as_floats(linear_map)
-
-    def as_floats(self, linear_map):
-        kernel, bias = linear_map
-        kernel = kernel._replace(values=kernel.floats(self.dtype), scale=None)
-        return linear_map._replace(
-            kernel=kernel, bias=None if bias is None else ops.cast(bias, self.dtype)
-        )
+        as_it_is = bits == 4 or (few_rows and bits == 8)
+        return linear_map if as_it_is else linear_map.floats(self.dtype)
 
 
 class _Tile(NamedTuple):
@@ -244,7 +238,7 @@ class _Chunk(_Tile):
         def part(stack):
             return backend.slice_at(stack, _start(stack, self.expert), (number, *stack.shape[1:]))
 
-        return self.layout.as_floats(linear_map.apply(part))
+        return linear_map.apply(part).floats(self.layout.dtype)
 
     def product(self, rows, kernels, bias=None, transposed=False):
         values = kernels.values

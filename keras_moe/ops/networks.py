@@ -40,11 +40,11 @@ class Problem(NamedTuple):
     def inputs_and_context(self):
         """Return the tensors that get gradients, and all others, as two structures."""
         trained, frozen = {}, {}
-        for name, (kernel, bias) in self.maps.items():
-            if bias is not None:
-                trained[name, "bias"] = bias
+        for name, (kernel, *others) in self.maps.items():
+            fields = zip(LinearMap._fields[1:], others)
+            trained |= {(name, field): each for field, each in fields if each is not None}
             # Integers, and kernels that LoRA corrects, are frozen.
-            if kernel.bits is None and f"{name}_lora_a" not in self.maps:
+            if kernel.bits is None and (name, "lora_a") not in trained:
                 trained[name, "kernel"], kernel = kernel.values, None
             frozen[name] = kernel
         inputs = self.tokens, self.plan.weights, trained
@@ -55,7 +55,10 @@ class Problem(NamedTuple):
         """Inverse of `inputs_and_context`."""
         (tokens, weights, trained), (plan, frozen, key) = inputs, context
         maps = {
-            name: LinearMap(kernel or Kernel(trained[name, "kernel"]), trained.get((name, "bias")))
+            name: LinearMap(
+                kernel or Kernel(trained[name, "kernel"]),
+                *(trained.get((name, field)) for field in LinearMap._fields[1:]),
+            )
             for name, kernel in frozen.items()
         }
         return cls(tokens, maps, plan._replace(weights=weights), key)
@@ -66,7 +69,7 @@ class Network(NamedTuple):
 
     function: Callable  # `function(rows, linear)` returns the outputs of rows (n, D)
     saved: tuple  # names of the maps whose outputs are saved, in the order of their calls
-    last: str | None  # name of the map whose output is the network's, perhaps corrected by LoRA
+    last: str | None  # the map whose output the network returns, or None
     output_width: int  # D'
     has_dropout: bool = False  # whether it calls `linear.dropout`
 
@@ -111,9 +114,22 @@ class Network(NamedTuple):
         plan = layout.plan
 
         def compute(part, maps, rows, d_outputs, weights, outputs, *saved):
-            linear = functools.partial(LinearAgain, part=part, maps=maps, key=key)
-            weighted = d_outputs * weights
-            d_rows, factors = self._derive(linear, maps, rows, outputs, saved, weighted)
+            values = dict(zip(self.saved, saved))
+            if self.last is not None:
+                values[self.last] = outputs
+
+            def run(rows, *tensors):
+                linear = LinearAgain(rows, part, maps, key, dict(zip(values, tensors)))
+                return as_dtype(self.function(rows, linear), rows.dtype), linear.inputs
+
+            inputs, pullback = backend.vjp(run, (rows, *values.values()))
+            d_rows, *d_values = pullback(d_outputs * weights)
+            factors = {
+                (name, field): pair
+                for name, d_value in zip(values, d_values)
+                for field, pair in maps[name].factors(part, inputs[name], d_value).items()
+                if (name, field) in trained
+            }
             return [d_rows, row_sums(d_outputs, outputs)], factors
 
         weights = ops.expand_dims(as_dtype(plan.weight_of_row(plan.weights), tokens.dtype), 1)
@@ -127,30 +143,6 @@ class Network(NamedTuple):
             as_dtype(plan.at_assignments(d_weights), plan.weights.dtype),
             d_maps,
         )
-
-    def _derive(self, linear, maps, rows, outputs, saved, d_outputs):
-        """Return the gradient of the rows, and factors of the gradients of the maps.
-
-        The factors are {name: (left, right)}. The gradient of an expert's kernel is `left^T right`
-        over its rows, and the gradient of its bias is the sum of `right`.
-        """
-        values = dict(zip(self.saved, saved))
-        if self.last is not None:
-            values[self.last] = outputs
-        # The outputs of LoRA's factors are not saved but computed again. The gradient of such an
-        # output is that of zeros which are added to it.
-        computed = [name for name in maps if name not in values]
-        for name in computed:
-            shape = (ops.shape(rows)[0], maps[name].kernel.shape[-1])
-            values[name] = ops.zeros(shape, rows.dtype)
-
-        def run(rows, *tensors):
-            again = linear(rows, values=dict(zip(values, tensors)), computed=computed)
-            return as_dtype(self.function(rows, again), rows.dtype), again.inputs
-
-        inputs, pullback = backend.vjp(run, (rows, *values.values()))
-        d_rows, *d_values = pullback(d_outputs)
-        return d_rows, {name: (inputs[name], each) for name, each in zip(values, d_values)}
 
     def run_on_all(self, tokens, maps):
         """Return the outputs (T, E, D') of all experts for each token: products of whole stacks."""
@@ -169,7 +161,7 @@ class Linear:
         self.num_dropouts = 0
 
     def __call__(self, name, rows=None):
-        self.outputs[name] = self._part.product(self._as_input(rows), *self._maps[name])
+        self.outputs[name] = self._maps[name].outputs(self._part, self._as_input(rows))
         return self.outputs[name]
 
     def _as_input(self, rows):
@@ -191,22 +183,17 @@ class Linear:
 
 
 class LinearAgain(Linear):
-    """The `linear` of the backward pass: maps return saved outputs, or are computed again."""
+    """The `linear` of the backward pass: maps return what the forward pass saved."""
 
-    def __init__(self, rows, part, maps, key, values, computed):
+    def __init__(self, rows, part, maps, key, values):
         super().__init__(rows, part, maps, key)
-        self._values, self._computed = values, computed
+        self._values = values
         self.inputs = {}
 
     def __call__(self, name, rows=None):
         self.inputs[name] = rows = self._as_input(rows)
-        value, (kernel, _) = self._values[name], self._maps[name]
-        if name in self._computed:
-            constant = kernel.apply(ops.stop_gradient)
-            value = value + self._part.product(ops.stop_gradient(rows), constant)
-
-        transpose = functools.partial(self._part.product, kernels=kernel, transposed=True)
-        return backend.attach_gradient(value, rows, transpose)
+        transpose = functools.partial(self._maps[name].row_gradients, self._part)
+        return backend.attach_gradient(self._values[name], rows, transpose)
 
 
 def network_of(function: Callable, features: int, widths: dict) -> Network:
