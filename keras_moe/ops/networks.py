@@ -39,7 +39,8 @@ class Problem(NamedTuple):
 
     def inputs_and_context(self):
         """Return the tensors that get gradients, and all others, as two structures."""
-        trained, frozen = {}, {}
+        trained: dict = {}
+        frozen = {}
         for name, (kernel, *others) in self.maps.items():
             fields = zip(LinearMap._fields[1:], others)
             trained |= {(name, field): each for field, each in fields if each is not None}
