@@ -148,7 +148,7 @@ class Router(BaseLayer):
         }
         check_tensors(**{name: each for name, each in tensors.items() if each[0] is not None})
         if mask is None:
-            real = ops.ones_like(tokens[:, 0], "bool")
+            real = backend.mark_complete(ops.ones_like(tokens[:, 0], "bool"))
         else:
             real = ops.cast(mask, "bool")
             if not is_padding_zero:
@@ -167,6 +167,8 @@ class Router(BaseLayer):
         if self.counted_by_weight:
             counts = weighted_counts(routing.indices, routing.weights, mask)
             routing = routing._replace(counts=counts, mask=mask)
+        elif self.tokens_choose:  # a plan relies on the counts
+            routing = routing._replace(counts=None)
         routing = complete(routing, None if routing.mask is mask else mask)
         for loss in routing.losses:
             self.add_loss(as_dtype(loss, keras.config.floatx()))
@@ -183,7 +185,9 @@ class Router(BaseLayer):
 
         They are the `indices` of the routing, with -1 also where an expert has no slot.
         """
-        return GroupedPlan.of(experts, routing.weights, self.num_experts)
+        are_counted = experts is routing.indices and self.tokens_choose
+        sizes = routing.counts if are_counted and not self.counted_by_weight else None
+        return GroupedPlan.of(experts, routing.weights, self.num_experts, sizes)
 
     @property
     def updates_state(self) -> bool:
