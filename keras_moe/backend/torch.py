@@ -11,7 +11,14 @@ from keras import ops
 from keras_moe._internal.keras_internals import in_stateless_scope
 from keras_moe.backend import torch_processes
 from keras_moe.backend.base import LOW, Backend, named_platform, packed_order
-from keras_moe.backend.torch_groups import AllOnDevice, Chunks, is_traced, sizes_on_host, split
+from keras_moe.backend.torch_groups import (
+    AllOnDevice,
+    Chunks,
+    RowsOfProgram,
+    is_traced,
+    sizes_on_host,
+    split,
+)
 
 # With fewer comparisons, counting by them takes fewer operations.
 MAX_COMPARED = 2**16
@@ -110,9 +117,9 @@ class TorchBackend(Backend):
         return torch.cat([left @ block.to(left.dtype) for block in blocks], 1)
 
     def layout(self, problem, platform):
-        if platform == "gpu" and not is_traced():
-            return AllOnDevice(self, problem, platform)
-        return Chunks(problem)
+        if not is_traced() and platform == "cpu":
+            return Chunks(problem)
+        return (RowsOfProgram if is_traced() else AllOnDevice)(self, problem, platform)
 
     def gather_rows(self, tensor, indices):
         if indices.ndim == 1:

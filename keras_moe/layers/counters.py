@@ -4,8 +4,6 @@ Axes: E experts; V values: one for each router loss, then the entropy, then the 
 losses.
 """
 
-import functools
-import operator
 from typing import Any, NamedTuple
 
 import keras
@@ -129,8 +127,8 @@ def _counter(name, shape, dtype="int32"):
 @backend.jit_when_eager
 def _finite_values(values, added):
     """Append the sum of `added`. Return values, 0 for those not finite, and 1 for finite ones."""
-    added = [as_dtype(each, "float32") for each in added] or [ops.zeros(())]
-    values = ops.stop_gradient(ops.stack([*values, functools.reduce(operator.add, added)]))
+    first, *others = [as_dtype(each, "float32") for each in added] or [0.0]
+    values = ops.stop_gradient(ops.stack([*values, sum(others, first)]))
     finite = ops.nan_to_num(values, nan=0.0, posinf=0.0, neginf=0.0)
     return ops.stack([finite, ops.cast(values == finite, "float32")])
 

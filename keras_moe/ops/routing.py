@@ -123,17 +123,9 @@ def make_routing(
 
 
 @backend.jit_when_eager
-def complete(routing, mask=None):
-    """The routing with all of its fields, in which padding has no expert, weight or count.
-
-    With a mask (T,) its padding is added to that of the routing, which did not know about it.
-    """
-    num_experts = routing.logits.shape[-1]
-    counts, load = routing.counts, routing.load
-    if mask is not None:
-        extra = count_assignments(routing.indices, routing.mask & ~mask, num_experts)
-        counts, load = (x if x is None else x - ops.cast(extra, x.dtype) for x in (counts, load))
-        routing = routing._replace(mask=routing.mask & mask)
+def complete(routing):
+    """The routing with all of its fields, in which padding has no expert, weight or count."""
+    num_experts, counts, load = routing.logits.shape[-1], routing.counts, routing.load
     # Nothing is read or written out of range, whatever a user-defined router returns.
     indices = mask_invalid(routing.indices, num_experts, routing.mask)
     counts = backend.count_integers(indices, num_experts) if counts is None else counts

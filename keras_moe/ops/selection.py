@@ -105,7 +105,4 @@ def weights_of_experts(indices, weights, num_experts):
     return ops.sum(ops.where(is_chosen, ops.expand_dims(weights, 2), 0.0), axis=1)
 
 
-@backend.jit_when_eager
-def take_scores(scores, indices):
-    """Scores (T, K) of the chosen experts, from scores (T, E); 0 where an index is -1."""
-    return backend.take_columns(scores, indices)
+take_scores = backend.jit_when_eager(backend.take_columns)
