@@ -2,6 +2,7 @@
 
 import contextlib
 import itertools
+import math
 import threading
 from collections.abc import Iterator
 from typing import Any
@@ -230,6 +231,12 @@ class Backend:
             total = total + ops.where(places[:, own] >= 0, picked, 0.0)
         return total
 
+    def softmax(self, logits, axis=-1):
+        """Return the softmax along an axis, where one NaN makes all scores NaN."""
+        # TensorFlow's own softmax on CPUs gives the other experts a score of 0 there, which would
+        # hide a broken router; and `ops.softmax` warns of a single expert.
+        return ops.exp(ops.log_softmax(logits, axis=axis))
+
     def top_k(self, scores, number):
         """Return the best columns (T, K), int32, of scores (T, E): NaN first, of ties the first."""
         raise NotImplementedError
@@ -237,6 +244,22 @@ class Backend:
     def masked_fill(self, values, mask, number):
         """Return the values, with a number in place of those where a mask is True."""
         return ops.where(mask, number, values)
+
+    # Without padding fewer operations are needed: XLA finds out itself, and PyTorch is told.
+
+    def mark_complete(self, tensor, bound=0):
+        """Note that a mask has no False, or that integers are from 0 to `bound` - 1; return it."""
+        return tensor
+
+    def is_complete(self, tensor, bound=math.inf):
+        """Return True if this was noted, for this bound or a lower one."""
+        return False
+
+    def fill_unserved(self, values, indices, number):
+        """Return the values, with a number in place of those whose index is negative."""
+        if self.is_complete(indices):
+            return values
+        return self.masked_fill(values, indices < 0, number)
 
     # Accelerators never store one-hot rows, and the gradient of a choice by one is a product, where
     # a gather's is a scatter. A CPU would store the rows.

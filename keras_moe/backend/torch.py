@@ -18,7 +18,14 @@ from keras_moe.backend.base import (
     packed_order,
     refuse_second_derivative,
 )
-from keras_moe.backend.torch_groups import AllOnDevice, Chunks, is_traced, sizes_on_host, split
+from keras_moe.backend.torch_groups import (
+    AllOnDevice,
+    Chunks,
+    RowsOfProgram,
+    is_traced,
+    sizes_on_host,
+    split,
+)
 
 # With fewer comparisons, counting by them takes fewer operations.
 MAX_COMPARED = 2**16
@@ -107,9 +114,9 @@ class TorchBackend(Backend):
         return torch.cat([left @ block.to(left.dtype) for block in blocks], 1)
 
     def layout(self, problem, platform):
-        if platform == "gpu" and not is_traced():
-            return AllOnDevice(self, problem, platform)
-        return Chunks(problem)
+        if not is_traced() and platform == "cpu":
+            return Chunks(problem)
+        return (RowsOfProgram if is_traced() else AllOnDevice)(self, problem, platform)
 
     def gather_rows(self, tensor, indices):
         if indices.ndim == 1:
@@ -124,30 +131,47 @@ class TorchBackend(Backend):
         if not (is_plain and has_row_for_each) or is_traced() or is_any_derivative():
             return super().sum_chosen_rows(rows, places, weights)
         last, padding = rows.shape[0] - 1, None
-        if places.amin() < 0:  # so the last row is no assignment's
+        if not self.is_complete(places) and places.amin() < 0:  # the last row is no assignment's
             places, padding = torch.where(places < 0, last, places), last
         return torch.nn.functional.embedding_bag(
             places, rows, per_sample_weights=weights, mode="sum", padding_idx=padding
         )
 
+    def softmax(self, logits, axis=-1):
+        return torch.softmax(ops.convert_to_tensor(logits), axis)
+
     def top_k(self, scores, number):
         if not is_traced() and (not scores.is_cpu or scores.numel() <= MAX_SORTED):
-            order = torch.argsort(scores, stable=True, dim=1, descending=True)
-            return order[:, :number].to(torch.int32)
-        rest = torch.nan_to_num(scores.clamp_min(LOW), math.inf, math.inf)
-        chosen = [torch.argmax(rest, 1, keepdim=True)]
-        for _ in range(number - 1):
-            rest = rest.scatter(1, chosen[-1], -math.inf)
-            chosen.append(torch.argmax(rest, 1, keepdim=True))
-        return torch.cat(chosen, 1).to(torch.int32)
+            best = torch.argsort(scores, stable=True, dim=1, descending=True)[:, :number]
+        else:
+            rest = torch.nan_to_num(scores.clamp_min(LOW), math.inf, math.inf)
+            chosen = [torch.argmax(rest, 1, keepdim=True)]
+            for _ in range(number - 1):
+                rest = rest.scatter(1, chosen[-1], -math.inf)
+                chosen.append(torch.argmax(rest, 1, keepdim=True))
+            best = torch.cat(chosen, 1)
+        return self.mark_complete(best.to(torch.int32), scores.shape[1])
 
     def take_columns(self, matrix, columns):
+        if self.is_complete(columns, matrix.shape[1]):
+            return torch.gather(matrix, 1, columns.to(torch.int64))
         existing = columns.clamp(0, matrix.shape[1] - 1)
         taken = torch.gather(matrix, 1, existing.to(torch.int64))
         return taken.masked_fill(existing != columns, 0.0)
 
     def masked_fill(self, values, mask, number):
         return values.masked_fill(mask, number)  # the number stays on the host
+
+    def mark_complete(self, tensor, bound=0):
+        if not (is_traced() or tensor.is_inference() or tensor.numel() == 0):
+            tensor.complete = tensor._version, bound  # until something is written into it
+        return tensor
+
+    def is_complete(self, tensor, bound=math.inf):
+        if is_traced() or not hasattr(tensor, "complete"):
+            return False
+        version, own_bound = tensor.complete
+        return version == tensor._version and own_bound <= bound
 
     def count_integers(self, integers, number):
         integers = integers.reshape(-1)

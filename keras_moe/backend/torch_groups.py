@@ -19,17 +19,13 @@ def is_traced():
 
 def sizes_on_host(sizes, num_rows):
     """Return the sizes (E,) of groups, then the number of other rows; symbols in traces."""
-    if not is_traced():
-        numbers = sizes.tolist()
-        return [*numbers, num_rows - sum(numbers)]
-    # One vector: a program would add symbolic sizes one by one.
-    sizes = torch.cat([sizes, (num_rows - sizes.sum()).reshape(1).to(sizes.dtype)])
     if torch.jit.is_tracing():  # it would take numbers for constants
+        sizes = torch.cat([sizes, (num_rows - sizes.sum()).reshape(1).to(sizes.dtype)])
         return sizes.to(torch.int64).unbind()
     numbers = sizes.tolist()
-    for number in numbers:
+    for number in numbers if is_traced() else ():
         torch._check(number >= 0)
-    return numbers
+    return [*numbers, num_rows - sum(numbers)]
 
 
 def split(rows, sizes):
@@ -37,48 +33,59 @@ def split(rows, sizes):
     return split_rows(rows, sizes) if torch.jit.is_tracing() else rows.split(sizes)
 
 
+class RowsOfProgram(AllRows):
+    """All rows in an exported program, which multiplies those of each expert."""
+
+    @functools.cached_property
+    def _numbers(self):
+        return sizes_on_host(self.sizes, self.num_rows)
+
+    def product(self, rows, kernels, bias=None, transposed=False):
+        *groups, padding = split(rows, self._numbers)
+        products = []
+        for expert, group in enumerate(groups):
+            added = None if bias is None else bias[expert].to(rows.dtype)
+            kernel = kernels.apply(operator.itemgetter(expert))
+            products.append(multiply(kernel, group, added, transposed))
+        zeros = padding.new_zeros((padding.shape[0], products[0].shape[1]))
+        return torch.cat([*products, zeros])
+
+
 class Chunks(Parts):
     """Neighbouring groups form a chunk: they share all operations but their products.
 
-    A chunk has up to `CPU_CHUNK_VALUES` values of the widest map, or one group. In a traced program
-    each chunk is one group.
+    A chunk has up to `CPU_CHUNK_VALUES` values of the widest map, or one group.
     """
 
     def __init__(self, problem):
-        plan, self._is_traced = problem.plan, is_traced()
-        self.plan = plan
-        self.sizes, self.token_of_row = plan.sizes, plan.token_of_row()
-        *numbers, self._num_padding = sizes_on_host(plan.sizes, plan.num_rows())
-        self.parts: list[Any] = []
-        start, chunk, most_rows = 0, None, 0
-        if not self._is_traced:
-            widths = (max(linear.kernel.shape[1:]) for linear in problem.maps.values())
-            most_rows = CPU_CHUNK_VALUES // max(widths)
-        for expert, size in enumerate(numbers):
-            # An operation on zero rows would cost as much as on a few.
-            if not self._is_traced and size == 0:
+        self.plan, self._token_of_row = problem.plan, problem.plan.token_of_row()
+        sizes, self.parts = self.plan.sizes, []
+        *numbers, self._num_padding = sizes_on_host(sizes, self.plan.num_rows())
+        most_rows = CPU_CHUNK_VALUES // max(
+            max(linear.kernel.shape[1:]) for linear in problem.maps.values()
+        )
+        start = 0
+        for expert, number in enumerate(numbers):
+            if number == 0:  # An operation on zero rows would cost as much as on a few.
                 continue
-            if chunk is None or self._is_traced or chunk.num_rows + size > most_rows:
-                chunk = _Chunk(plan.sizes, start)
-                self.parts.append(chunk)
-            chunk.add(expert, size)
-            start = start + size
-        self.parts = self.parts or [_Chunk(plan.sizes, 0, [0], [0])]
+            if not self.parts or self.parts[-1].num_rows + number > most_rows:
+                self.parts.append(_Chunk(sizes, start))
+            self.parts[-1].add(expert, number)
+            start += number
+        if not self.parts:
+            self.parts.append(_Chunk(sizes, 0))
+            self.parts[0].add(0, 0)
 
     def gather(self, tokens):
-        # Gathered chunk by chunk they stay in the cache. In a program of unknown sizes a chunk is
-        # one expert, and one operation for all is faster.
-        if self._is_traced:
-            return self.to_buffer(tokens.index_select(0, self.token_of_row))
-        return (tokens.index_select(0, part) for part in self.to_buffer(self.token_of_row))
+        # Chunk by chunk they stay in the cache.
+        return (tokens.index_select(0, part) for part in self.to_buffer(self._token_of_row))
 
     def to_buffer(self, rows):
-        return split(rows, [*(chunk.num_rows for chunk in self.parts), self._num_padding])[:-1]
+        return rows.split([*(chunk.num_rows for chunk in self.parts), self._num_padding])[:-1]
 
     def to_rows(self, buffer):
-        if not self._is_traced and len(buffer) == 1 and not self._num_padding:
+        if len(buffer) == 1 and not self._num_padding:
             return buffer[0]
-        # Keras would convert each part, an operation of a program.
         return torch.cat([*buffer, buffer[0].new_zeros((self._num_padding, buffer[0].shape[1]))])
 
     def empty(self, trained):
@@ -94,15 +101,16 @@ class Chunks(Parts):
 class _Chunk:
     """The rows of neighbouring groups."""
 
-    def __init__(self, all_sizes, start, experts=(), sizes=()):
+    def __init__(self, all_sizes, start):
         self.all_sizes, self.start = all_sizes, start
-        self.experts, self.sizes = [*experts], [*sizes]
-        self.num_rows = sum(sizes)
+        self.experts: Any = []
+        self.numbers: Any = []  # of the rows of each
+        self.num_rows = 0
 
-    def add(self, expert, size):
+    def add(self, expert, number):
         self.experts.append(expert)
-        self.sizes.append(size)
-        self.num_rows = self.num_rows + size
+        self.numbers.append(number)
+        self.num_rows += number
 
     def row_numbers(self):
         return torch.arange(self.num_rows, dtype=torch.int32) + self.start
@@ -128,13 +136,9 @@ class _Chunk:
             values = values.mT if transposed else values
             return torch.nn.functional.grouped_mm(rows, values, offs=self.ends)
         bias = None if bias is None else bias.to(rows.dtype)
-        if len(self.sizes) == 1:  # also in a program, where nothing is written in place
-            of_expert = operator.itemgetter(self.experts[0])
-            bias = None if bias is None else of_expert(bias)
-            return multiply(kernels.apply(of_expert), rows, bias, transposed)
         outputs = rows.new_empty((rows.shape[0], kernels.shape[1 if transposed else 2]))
-        parts = rows.split(self.sizes)
-        for expert, part, output in zip(self.experts, parts, outputs.split(self.sizes)):
+        parts = rows.split(self.numbers), outputs.split(self.numbers)
+        for expert, part, output in zip(self.experts, *parts):
             if len(output):
                 kernel = kernels.apply(operator.itemgetter(expert))
                 added = None if bias is None else bias[expert]
@@ -150,10 +154,7 @@ class _Chunk:
                 return products.to(total.dtype)
             total[self._span] = products
             return total
-        if len(self.sizes) == 1:
-            _set_gradient(field, left, right, total[self.experts[0]])
-            return total
-        groups = zip(self.experts, left.split(self.sizes), right.split(self.sizes))
+        groups = zip(self.experts, left.split(self.numbers), right.split(self.numbers))
         for expert, rows, d_outputs in groups:
             if len(rows):
                 _set_gradient(field, rows, d_outputs, total[expert])
@@ -162,40 +163,33 @@ class _Chunk:
         return total
 
 
-class _AllGroups(_Chunk):
-    """All groups. Their sizes are read where no kernel multiplies all groups."""
+class AllOnDevice(_Chunk, AllRows):
+    """All rows, for the fewest kernels. Numbers are read where none multiplies all groups."""
 
-    def __init__(self, all_sizes, num_rows):
-        super().__init__(all_sizes, 0, range(len(all_sizes)))
-        del self.sizes
-        self.num_rows = num_rows
-
-    @functools.cached_property
-    def sizes(self):  # type: ignore[override]
-        return sizes_on_host(self.all_sizes, self.num_rows)  # the last one is the padding's
-
-
-class AllOnDevice(AllRows):
-    """All rows, for the fewest kernels."""
+    def __init__(self, backend, problem, platform):
+        AllRows.__init__(self, backend, problem, platform)
+        self.all_sizes, self.experts = self.sizes, range(len(self.sizes))
 
     @functools.cached_property
-    def _groups(self):
-        return _AllGroups(self.sizes, self.num_rows)
+    def numbers(self):  # type: ignore[override]
+        return sizes_on_host(self.sizes, self.num_rows)  # the last one is the padding's
+
+    row_numbers = AllRows.row_numbers
 
     def product(self, rows, kernels, bias=None, transposed=False):
-        if bias is None or not self._groups.has_grouped_mm(rows, kernels):
-            return self._groups.product(rows, kernels, bias, transposed)
-        products = self._groups.product(rows, kernels, transposed=transposed)
+        if bias is None or not self.has_grouped_mm(rows, kernels):
+            return super().product(rows, kernels, bias, transposed)
+        products = super().product(rows, kernels, transposed=transposed)
         return products + bias.to(rows.dtype)[self._experts().clamp(max=len(self.sizes) - 1)]
 
     def _experts(self):
-        return torch.searchsorted(self._groups.ends, self.row_numbers(), right=True)
+        return torch.searchsorted(self.ends, self.row_numbers(), right=True)
 
     def gradient(self, field, left, right, trained):
         if not trained.requires_grad:
             return None
         if field != "bias" or not has_grouped_mm(left, right):
-            return self._groups.gradient(field, left, right, torch.empty_like(trained))
+            return super().gradient(field, left, right, torch.empty_like(trained))
         # Rows after the last group are summed into a spare expert.
         totals = torch.zeros((len(self.sizes) + 1, right.shape[1]), device=right.device)
         totals.index_add_(0, self._experts(), right.float())

@@ -12,12 +12,14 @@ from keras import ops
 from keras_moe._internal import Tensor
 from keras_moe._internal.checks import check_choice, check_indices, check_number, check_tensors
 from keras_moe.backend import backend
+from keras_moe.backend.base import LOW
 from keras_moe.ops.selection import (
     SCORES,
     SMALLEST_SCORE,
     distribution,
     entropy,
     mask_invalid,
+    softmax,
     top_k_indices,
 )
 
@@ -55,8 +57,10 @@ class Routing(NamedTuple):
     @backend.jit_when_eager
     def mean(self, values: Tensor) -> Tensor:
         """Mean (N,) of values (T, N) over the real tokens, 0 where there is none."""
-        total = ops.sum(ops.where(self.mask[:, None], values, 0.0), axis=0)
-        return total / ops.maximum(ops.sum(ops.cast(self.mask, "float32")), 1.0)
+        if backend.is_complete(self.mask):
+            return ops.mean(values, axis=0)
+        total = ops.sum(backend.masked_fill(values, ~self.mask[:, None], 0.0), axis=0)
+        return total / (ops.sum(ops.cast(self.mask, "float32")) + 1e-20)
 
     @backend.jit_when_eager
     def entropy(self) -> Tensor:
@@ -119,23 +123,15 @@ def make_routing(
 
 
 @backend.jit_when_eager
-def complete(routing, mask=None):
-    """The routing with all of its fields, in which padding has no expert, weight or count.
-
-    With a mask (T,) its padding is added to that of the routing, which did not know about it.
-    """
-    num_experts = routing.logits.shape[-1]
-    counts, load = routing.counts, routing.load
-    if mask is not None:
-        extra = count_assignments(routing.indices, routing.mask & ~mask, num_experts)
-        counts, load = (x if x is None else x - ops.cast(extra, x.dtype) for x in (counts, load))
-        routing = routing._replace(mask=routing.mask & mask)
+def complete(routing):
+    """The routing with all of its fields, in which padding has no expert, weight or count."""
+    num_experts, counts, load = routing.logits.shape[-1], routing.counts, routing.load
     # Nothing is read or written out of range, whatever a user-defined router returns.
     indices = mask_invalid(routing.indices, num_experts, routing.mask)
     counts = backend.count_integers(indices, num_experts) if counts is None else counts
     return routing._replace(
         indices=indices,
-        weights=backend.masked_fill(routing.weights, indices < 0, 0.0),
+        weights=backend.fill_unserved(routing.weights, indices, 0.0),
         counts=counts,
         load=ops.cast(counts, "float32") if load is None else load,
         dropped=ops.zeros((), "float32") if routing.dropped is None else routing.dropped,
@@ -205,18 +201,23 @@ def top_k_routing(
     indices = ops.convert_to_tensor(select(ops.stop_gradient(scores)))
     sizes = {"T": logits.shape[0], "K": top_k}
     check_tensors(sizes, **{"select(scores)": (indices, "TK", "int")})
-    weights, probs = weigh(indices, scores, score, renormalize, scale)
+    weights, probs = weigh(indices, logits, scores, score, renormalize, scale)
     return complete(Routing(indices, weights, probs, logits, mask))
 
 
 @backend.jit_when_eager
-def weigh(indices, scores, score, renormalize=None, scale=1.0):
-    """Weights (T, K) of chosen experts by scores (T, E) of the kind `score`, and their `probs`."""
-    weights = backend.take_columns(scores, indices)
-    if indices.shape[1] > 1 if renormalize is None else renormalize:
+def weigh(indices, logits, scores, score, renormalize=None, scale=1.0):
+    """Weights (T, K) of chosen experts, and `probs`, by their scores (T, E) of the kind `score`."""
+    indices = mask_invalid(indices, scores.shape[1])
+    renormalizes = indices.shape[1] > 1 if renormalize is None else renormalize
+    is_softmax = score == "softmax"
+    weights = backend.take_columns(logits if renormalizes and is_softmax else scores, indices)
+    if renormalizes and is_softmax:  # with fewer operations
+        weights = softmax(backend.fill_unserved(weights, indices, LOW))
+    elif renormalizes:
         weights = distribution(weights)
     weights = weights if scale == 1 else weights * scale
-    return weights, scores if score == "softmax" else distribution(scores)
+    return weights, scores if is_softmax else distribution(scores)
 
 
 def weighted_counts(indices, weights, mask):

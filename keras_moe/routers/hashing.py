@@ -92,5 +92,5 @@ class HashRouter(Router):
                 mask=mask,
             )
         logits = ops.matmul(tokens, self.kernel)
-        weights, probs = weigh(indices, SCORES[self.score](logits), self.score)
+        weights, probs = weigh(indices, logits, SCORES[self.score](logits), self.score)
         return Routing(indices, weights, probs, logits, mask)

@@ -148,7 +148,7 @@ class Router(BaseLayer):
         }
         check_tensors(**{name: each for name, each in tensors.items() if each[0] is not None})
         if mask is None:
-            real = ops.ones_like(tokens[:, 0], "bool")
+            real = backend.mark_complete(ops.ones_like(tokens[:, 0], "bool"))
         else:
             real = ops.cast(mask, "bool")
             if not is_padding_zero:
@@ -162,12 +162,14 @@ class Router(BaseLayer):
             raise TypeError(f"{rule}. Received: an object of type {type(routing).__name__}")
         sizes = {"T": tokens.shape[0], "E": self.num_experts, "K": self.max_top_k}
         check_routing(routing, sizes)
-        # A user-defined router may not know about all of the padding.
-        mask = real if routing.mask is real else routing.mask & real
+        # A user-defined router may not know about all of the padding, and a plan relies on counts.
+        knows_padding = routing.mask is real
+        mask = real if knows_padding else routing.mask & real
+        counts = routing.counts if knows_padding and not self.tokens_choose else None
         if self.counted_by_weight:
             counts = weighted_counts(routing.indices, routing.weights, mask)
-            routing = routing._replace(counts=counts, mask=mask)
-        routing = complete(routing, None if routing.mask is mask else mask)
+        load = routing.load if self.has_smooth_load else None
+        routing = complete(routing._replace(mask=mask, counts=counts, load=load))
         for loss in routing.losses:
             self.add_loss(as_dtype(loss, keras.config.floatx()))
         if training and self.updates_state and indices is None:
@@ -183,7 +185,9 @@ class Router(BaseLayer):
 
         They are the `indices` of the routing, with -1 also where an expert has no slot.
         """
-        return GroupedPlan.of(experts, routing.weights, self.num_experts)
+        are_counted = experts is routing.indices and not self.counted_by_weight
+        sizes = routing.counts if are_counted and self.tokens_choose else None
+        return GroupedPlan.of(experts, routing.weights, self.num_experts, sizes)
 
     @property
     def updates_state(self) -> bool:
