@@ -1,15 +1,14 @@
-"""The base class of all layers, and of those with LoRA; initializers of stacked weights."""
+"""The base class of all layers, and initializers of stacked weights."""
 
 import copy
-from collections.abc import Callable
 from typing import Any
 
 import keras
 import numpy as np
 from keras import ops
 
-from keras_moe._internal.checks import check_integer, check_number, shortened
-from keras_moe._internal.keras_internals import KeepsLosses, unlocked
+from keras_moe._internal.checks import shortened
+from keras_moe._internal.keras_internals import KeepsLosses
 from keras_moe._internal.serialization import arguments_of, load_draws, save_draws
 from keras_moe.backend import backend
 
@@ -59,111 +58,6 @@ class BaseLayer(KeepsLosses, keras.layers.Layer):
 
     def get_config(self):
         return {**super().get_config(), **arguments_of(self)}
-
-
-class Adaptable(BaseLayer):
-    """Abstract: a layer with LoRA; the first base of a class.
-
-    A subclass implements `add_factors`, and calls it at the end of `build` if `lora_rank` is set.
-    """
-
-    lora_rank: Any = None
-    lora_alpha: Any = None
-    lora_enabled = False
-    # Names of the kernels, or of the bank, that factors correct. They never train.
-    _corrected: tuple = ()
-
-    @property
-    def trainable(self):
-        return keras.Layer.trainable.fget(self)
-
-    @trainable.setter
-    def trainable(self, value):
-        # Keras sets it for all weights. A corrected kernel has no gradient, only weight decay.
-        keras.Layer.trainable.fset(self, value)
-        for name in self._corrected:
-            getattr(self, name).trainable = False
-
-    def enable_lora(
-        self,
-        rank: int,
-        lora_alpha: float | None = None,
-        a_initializer: str | Callable = "he_uniform",
-        b_initializer: str | Callable = "zeros",
-    ) -> None:
-        """Freeze each kernel and train a correction of low rank for it.
-
-        `x W` becomes `x W + (lora_alpha / rank) (x A) B` with factors `A` (..., D, rank) and `B`
-        (..., rank, H), in a bank one of each expert. Saving adds the corrections to the kernels, as
-        Keras does. Compile the model afterwards. In a frozen layer only the factors train.
-
-        Args:
-            rank: Integer. Rank of the corrections.
-            lora_alpha: Float. The corrections are multiplied by `lora_alpha / rank`. None: `rank`.
-            a_initializer: Initializer of `A`, in a bank of each expert's.
-            b_initializer: Initializer of `B`. With zeros nothing changes at first.
-
-        Raises:
-            ValueError: If the layer is not built, or has LoRA already.
-            NotImplementedError: If a router computes its logits in another way than `x W`.
-
-        Reference: Hu et al. 2021 (arXiv:2106.09685), section 4.1.
-        """
-        rank = check_integer("rank", rank)
-        alpha = rank if lora_alpha is None else check_number("lora_alpha", lora_alpha, above=0)
-        if not self.built or self.lora_enabled:
-            received = f"built={self.built}, lora_enabled={self.lora_enabled}"
-            raise ValueError(f"`enable_lora` needs a built layer without it. Received: {received}")
-        self.check_takes_lora()
-        if not self.trainable:  # The factors of a frozen layer train, and nothing else of it.
-            self.trainable, self.state_is_frozen = True, True
-            for weight in self.weights:
-                weight.trainable = False
-        initializers = map(keras.initializers.get, (a_initializer, b_initializer))
-        self.lora_rank, self.lora_alpha = rank, alpha
-        with unlocked(self):
-            self.add_factors(*initializers)
-
-    def check_takes_lora(self) -> None:
-        """Raise where corrections would have no effect."""
-
-    def add_factors(self, a_initializer="he_uniform", b_initializer="zeros"):
-        raise NotImplementedError
-
-    def freeze_kernel(self, name):
-        getattr(self, name).trainable = False
-        self._corrected = (*self._corrected, name)
-
-    def merge_factors(self) -> None:
-        """Remove the factors; the kernels, which stay frozen, get the corrections."""
-        store: dict = {}
-        self.save_own_variables(store)  # with corrected kernels
-        self.remove_factors()
-        self.load_own_variables(store)
-
-    def remove_factors(self):
-        for weight in self.weights:
-            if "_lora_" in weight.name:
-                delattr(self, weight.name)
-        self.lora_rank = self.lora_alpha = None
-        self.lora_enabled, self._corrected = False, ()
-        if getattr(self, "state_is_frozen", False) and not self.trainable_weights:
-            self.trainable = self.state_is_frozen = False  # as before LoRA, which a file keeps
-
-    def lora_scale(self):
-        return (self.lora_alpha or self.lora_rank) / self.lora_rank
-
-    def get_config(self):
-        lora = {"lora_rank": self.lora_rank, "lora_alpha": self.lora_alpha}
-        return {**super().get_config(), **(lora if self.lora_rank else {})}
-
-    @classmethod
-    def from_config(cls, config):
-        lora = {name: config[name] for name in ("lora_rank", "lora_alpha") if name in config}
-        layer = super().from_config({key: config[key] for key in config if key not in lora})
-        for name, value in lora.items():
-            setattr(layer, name, value)
-        return layer
 
 
 def reseeded(initializer, *keys):

@@ -86,7 +86,6 @@ class LowRankExperts(StackedExperts):
         *("activation", "use_bias", "kernel_initializer", "bias_initializer"),
         *("kernel_regularizer", "bias_regularizer"),
     )
-    _corrected = ("base",)
 
     def __init__(
         self,
@@ -179,8 +178,12 @@ class LowRankExperts(StackedExperts):
         """Store the kernels of the base as integers, see its `quantize`; factors stay floats."""
         self.base.quantize(mode, config=config)
 
-    def check_takes_lora(self):
+    def enable_lora(self, *args: Any, **kwargs: Any) -> None:
+        """Raise: the experts are factors of low rank already."""
         raise NotImplementedError(f"`{self.name}` has factors of low rank already")
+
+    def _corrected(self):
+        return [self.base]
 
     def merge(self, experts: Sequence[int] | None = None) -> StackedExperts:
         """Return a bank of the base's class whose kernels are `W + (alpha / rank) A B`, as floats.

@@ -72,7 +72,6 @@ class Router(BaseLayer):
     has_logits = False  # whether its logits are learned, so that reports judge them
     normalizes_kernel = False  # whether rescaling the kernel leaves the logits unchanged
     shift_invariant: Any = True  # whether a number added to all logits of a token changes nothing
-    state_is_frozen = False  # whether it was frozen before it got LoRA
     surgeries: tuple = ()  # "cut", "merge", "copy": what `surgery` can do with its experts
     has_fixed_top_k = False  # whether weights depend on `top_k`, which `surgery` cannot change then
 
@@ -170,7 +169,7 @@ class Router(BaseLayer):
         routing = complete(routing, None if routing.mask is mask else mask)
         for loss in routing.losses:
             self.add_loss(as_dtype(loss, keras.config.floatx()))
-        if training and self.updates_state and indices is None:
+        if training and self.trainable and indices is None:
             self.update(routing)
         return routing
 
@@ -184,11 +183,6 @@ class Router(BaseLayer):
         They are the `indices` of the routing, with -1 also where an expert has no slot.
         """
         return GroupedPlan.of(experts, routing.weights, self.num_experts)
-
-    @property
-    def updates_state(self) -> bool:
-        """Whether training updates state, such as a selection bias: not if the router is frozen."""
-        return self.trainable and not self.state_is_frozen
 
     def update(self, routing: Routing) -> None:
         """Update the state of the router, in training, by a routing that was not replayed."""

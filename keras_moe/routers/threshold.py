@@ -144,7 +144,7 @@ class ReLURouter(LogitRouter):
         share = load * self.num_experts / self.top_k
         # A copy: PyTorch needs the old value for the gradient, after the assignment.
         strength = self.strength + 0.0
-        if self.updates_state:
+        if self.trainable:
             error = ops.where(num_real > 0, ops.sign(ops.sum(load) - self.top_k), 0.0)
             changed = strength * ops.power(self.growth ** (1 / self.accumulation_steps), error)
             # Below its initial value it has no effect and takes long to recover.
