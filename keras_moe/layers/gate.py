@@ -15,7 +15,7 @@ from keras import ops
 
 from keras_moe import losses, routers
 from keras_moe._internal import Tensor
-from keras_moe._internal.checks import check_number, check_tensors, fixed, shortened
+from keras_moe._internal.checks import check_number, check_tensors, shortened
 from keras_moe._internal.keras_internals import (
     drops_losses,
     in_symbolic_scope,
@@ -97,12 +97,14 @@ class Gate(Recomputable):
         """The banks that the router chooses experts from, in the order of their numbers."""
         raise NotImplementedError
 
-    @fixed("`surgery.set_top_k(model, top_k)` changes it")
-    def top_k(self):
+    @property
+    def top_k(self) -> int:
+        """Experts per token, K, which `surgery.set_top_k` changes."""
         return self.router.top_k
 
-    @fixed("`layer.set_router_loss_weight(index, weight)` changes the weight of a loss")
-    def router_losses(self):
+    @property
+    def router_losses(self) -> tuple:
+        """The router losses. `set_router_loss_weight` changes their weights."""
         return self._router_losses
 
     def quantize(self, *args: Any, **kwargs: Any) -> None:

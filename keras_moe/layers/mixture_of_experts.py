@@ -14,7 +14,7 @@ import numpy as np
 from keras import ops
 
 from keras_moe._internal import Tensor
-from keras_moe._internal.checks import check_indices, check_integer, fixed, shortened
+from keras_moe._internal.checks import check_indices, check_integer, shortened
 from keras_moe._internal.serialization import config_of, register, resolve
 from keras_moe.backend import backend
 from keras_moe.layers import expert_bank, sublayers
@@ -150,8 +150,9 @@ class MixtureOfExperts(Gate):
     def banks(self):
         return [self.experts]
 
-    @fixed("make the layer again, and set its weights")
-    def capacity_factor(self):
+    @property
+    def capacity_factor(self) -> float | None:
+        """The factor of the capacity in training, or None."""
         return None if self.capacity is None else self.capacity.factor
 
     def build(self, inputs_shape, router_inputs_shape=None):

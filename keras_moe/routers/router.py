@@ -60,7 +60,7 @@ class Router(BaseLayer):
     (6, 2)
     """
 
-    _top_k: Any = None
+    top_k: Any = None  # experts per token, K
     causal = True  # whether a token's experts depend on no other token
     default_losses: tuple = ("load_balance", "router_z")  # of a layer that is given none
     tokens_choose = True  # so that too many may choose an expert
@@ -186,19 +186,6 @@ class Router(BaseLayer):
 
     def update(self, routing: Routing) -> None:
         """Update the state of the router, in training, by a routing that was not replayed."""
-
-    @property
-    def top_k(self) -> Any:
-        """Experts per token, K. `surgery.set_top_k` changes it in a built router."""
-        return self._top_k
-
-    @top_k.setter
-    def top_k(self, top_k):
-        # A compiled function has read it, and would keep the old one.
-        if getattr(self, "built", False):
-            rule = "`top_k` of a built router is changed by `surgery.set_top_k(model, top_k)`"
-            raise AttributeError(f"{rule}. Received: router.top_k = {top_k}")
-        self._top_k = top_k
 
     @property
     def max_top_k(self) -> int:
