@@ -27,9 +27,9 @@ class ExpertMonitor(ExpertCallback):
 
     The logs get a few numbers over all `MixtureOfExperts` layers: `load_imbalance` and
     `val_load_imbalance` of the least even layer; `dead_experts`, their total; `dropped_fraction`,
-    the largest, if a layer has a capacity; and `router_loss`, which a call adds to `loss` on
-    average, summed over layers, if a layer has router losses. Callbacks that read the logs, such as
-    `EarlyStopping("val_load_imbalance", mode="min")` and `TensorBoard`, come after this one.
+    the largest, if a layer has a capacity; and `router_loss`, which the router losses of a call add
+    to `loss` on average, summed over layers, if a layer has any. Callbacks that read the logs, such
+    as `EarlyStopping("val_load_imbalance", mode="min")` and `TensorBoard`, come after this one.
     `model.evaluate` prints the first three but does not return them.
 
     `history`, a dict of lists by epoch as in `keras.callbacks.History`, has the numbers of each
@@ -191,7 +191,7 @@ class ExpertMonitor(ExpertCallback):
             for key, function in self._metrics.items():
                 found[key] = function(counts) if counts.any() else math.nan
             found.update(zip(_loss_names(layer.router_losses), means.losses))
-            if not evaluation and (layer.router_losses or means.added):
+            if not evaluation and layer.router_losses:
                 found["router_loss"] = means.added
             numbers[name] = {key: float(value) for key, value in found.items()}
         return numbers, shares

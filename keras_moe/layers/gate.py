@@ -176,7 +176,6 @@ class Gate(Recomputable):
         is_counted = any(observer.counts for observer in observers) and not in_symbolic_scope()
         if training or is_counted:
             self._add_losses_and_count(routing, num_dropped, length, training)
-        routing = routing._replace(losses=())  # which are added
         for observer in observers:
             if observer.on_routing is not None:
                 observer.on_routing(routing, tokens.values)
@@ -188,12 +187,10 @@ class Gate(Recomputable):
             self._compute_loss(loss, variables, routing, sequence_length, training)
             for loss, variables in zip(self._router_losses, self.loss_states)
         ]
-        added = list(routing.losses)  # by the router itself
         weights = ops.unstack(ops.convert_to_tensor(self.router_loss_weights)) if training else ()
-        for weight, value in zip(weights, values):
-            added.append(weight * value)
-            # Keras adds it to the other losses, which have this dtype.
-            self.add_loss(as_dtype(added[-1], keras.config.floatx()))
+        added = [weight * value for weight, value in zip(weights, values)]
+        for loss in added:  # Keras adds it to the other losses, which have this dtype.
+            self.add_loss(as_dtype(loss, keras.config.floatx()))
         if added and drops_losses():
             warnings.warn(
                 f"The router losses of `{self.name}` are dropped: in training call "

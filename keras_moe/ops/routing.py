@@ -36,8 +36,6 @@ class Routing(NamedTuple):
       routers that are `counted_by_weight`: the combine weight of each, scaled to the same sum.
     - `dropped` () float32: share of the assignments that found no slot in their expert.
     - `load` (E,) float32: `counts`; for noisy routers a smooth, differentiable estimate of them.
-    - `losses`: tuple of () float32, what the router itself adds to the loss in training; `()` in
-      what layers return.
     - `details`: dict of tensors for the router's own plan or a loss made for it. Empty for most.
     """
 
@@ -49,7 +47,6 @@ class Routing(NamedTuple):
     counts: Any = None
     dropped: Any = None
     load: Any = None
-    losses: tuple = ()
     details: Any = {}  # of all routings without: replaced as a whole, never changed
 
     @backend.jit_when_eager

@@ -12,7 +12,6 @@ from keras_moe._internal.checks import check_indices, check_integer, check_tenso
 from keras_moe.backend import backend
 from keras_moe.ops.plans import GroupedPlan
 from keras_moe.ops.routing import Routing, check_routing, complete, weighted_counts
-from keras_moe.ops.sorting import as_dtype
 
 
 class Router(BaseLayer):
@@ -167,8 +166,6 @@ class Router(BaseLayer):
             counts = weighted_counts(routing.indices, routing.weights, mask)
             routing = routing._replace(counts=counts, mask=mask)
         routing = complete(routing, None if routing.mask is mask else mask)
-        for loss in routing.losses:
-            self.add_loss(as_dtype(loss, keras.config.floatx()))
         if training and self.trainable and indices is None:
             self.update(routing)
         return routing
