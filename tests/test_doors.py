@@ -67,7 +67,8 @@ def routing(num_tokens=T, num_experts=E, top_k=2, **changes):
 
 
 def plan(**kwargs):
-    return ops.plan_groups(routing(**kwargs))
+    made = routing(**kwargs)
+    return ops.GroupedPlan.of(made.indices, made.weights, made.probs.shape[1])
 
 
 def model(**kwargs):
@@ -435,9 +436,6 @@ REFUSED = [
     ("layers.Capacity(True)", "`capacity_factor` must be a finite number"),
     ("ops.top_k_routing(t(T, E), 5)", "`top_k` must be at most"),
     ("ops.top_k_routing(t(T, E), 2, score='x')", "`score` must be one of"),
-    ("ops.make_routing(ints(T, 1) + E, t(T, 1), t(T, E), t(T, E), true(T))", "from 0 to 3"),
-    ("ops.plan_groups(routing(), 0)", "`capacity` must be"),
-    ("ops.plan_groups(routing(), 1, true(T, 1))", "`priority` must have"),
     ("plan().dispatch(t(9, D))", "must have the shape"),
     ("plan().combine(t(5, D))", "a row for each assignment"),
     ("ops.grouped_matmul(t(6, 4), t(3, 4, 8), [2, 2, 4])", "`group_sizes` must"),

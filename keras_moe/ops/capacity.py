@@ -3,77 +3,26 @@
 Axes: T tokens, E experts, K experts per token.
 """
 
-import numbers
 from fractions import Fraction
 
 import keras
-import numpy as np
 from keras import ops
 
-from keras_moe._internal import Tensor
-from keras_moe._internal.checks import check_integer, check_tensors
 from keras_moe.backend import backend
-from keras_moe.ops.plans import GroupedPlan
-from keras_moe.ops.routing import Routing, convert_and_check
-from keras_moe.ops.selection import mask_invalid
 from keras_moe.ops.sorting import at_least, ceil_divide, position_in_expert
 
 # More than there can be, and small enough that twice as many fit into int32.
 MAX_CAPACITY = 2**30
 
 
-def plan_groups(
-    routing: Routing,
-    capacity: int | Tensor | None = None,
-    priority: Tensor | None = None,
-) -> GroupedPlan:
-    """Sort the assignments of a routing by expert.
-
-    Inside an expert all first choices come before all second choices, each in the order of the
-    tokens; an expert with a capacity serves the first so many of them (GShard, Lepikhin et al.
-    2020, arXiv:2006.16668, algorithm 1). Padding and dropped assignments belong to no group.
-
-    Args:
-        routing: `ops.Routing`. Indices that are not an expert's belong to no group, like -1.
-        capacity: Integer, integer tensor or None. Most rows of one expert, on each device where a
-            distribution spreads the tokens; None for all.
-        priority: Tensor (T,) or None. Tokens of higher priority find a slot first. None: in the
-            order of the tokens.
-
-    Returns:
-        A `GroupedPlan`.
-
-    Raises:
-        ValueError: If the capacity is not positive.
-        TypeError: If the indices are no integers.
-
-    Example:
-
-    >>> routing = keras_moe.ops.top_k_routing(keras.random.normal((6, 4)), top_k=2)
-    >>> plan = keras_moe.ops.plan_groups(routing, capacity=2)
-    >>> plan.dispatch(keras.random.normal((6, 16))).shape
-    (12, 16)
-    """
-    indices, weights, _, _, mask, counts, *_ = routing
-    routing = convert_and_check(Routing(indices, weights, None, None, mask, counts))
-    if isinstance(capacity, (numbers.Number, np.ndarray)):  # no tensor
-        capacity = check_integer("capacity", capacity)
-    if priority is not None:
-        priority = ops.convert_to_tensor(priority)
-        check_tensors({"T": routing.mask.shape[0]}, priority=(priority, "T", "number"))
-    num_experts = routing.counts.shape[0]
-    experts = mask_invalid(routing.indices, num_experts, routing.mask)
-    if capacity is not None:
-        experts = drop_excess(experts, num_experts, capacity, priority)
-    return GroupedPlan.of(experts, routing.weights, num_experts)
-
-
 def drop_excess(
     experts, num_experts, capacity, priority=None, sequence_length=None, num_capacity_limited=None
 ):
-    """Experts (T, K), -1 for the assignments that find no slot; see `plan_groups`.
+    """Experts (T, K), -1 for the assignments that find no slot.
 
-    The capacity is for each sequence, if a length is given, and only for the first
+    An expert serves first choices before second ones, each in the order of the tokens, or the
+    tokens of higher priority (T,) first: GShard, Lepikhin et al. 2020 (arXiv:2006.16668), algorithm
+    1. The capacity is for each sequence, if a length is given, and only for the first
     `num_capacity_limited` experts.
     """
     if isinstance(capacity, int):

@@ -162,10 +162,6 @@ class GroupedPlan(NamedTuple):
         inside = (self.experts >= first) & (self.experts < last)
         return ops.sum(ops.where(inside, self.weights, 0.0), axis=1, keepdims=True)
 
-    def served(self) -> Tensor:
-        """Which tokens have a row, (T,) bool."""
-        return ops.any(self.experts >= 0, axis=1)
-
 
 class ExpertChoicePlan(GroupedPlan):
     """The plan of experts that choose their tokens: place e is expert e, so K is E.

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from keras import ops
 
 from keras_moe._internal import Tensor
-from keras_moe._internal.checks import check_choice, check_indices, check_number, check_tensors
+from keras_moe._internal.checks import check_choice, check_number, check_tensors
 from keras_moe.backend import backend
 from keras_moe.ops.selection import (
     SCORES,
@@ -23,7 +23,7 @@ from keras_moe.ops.selection import (
 
 
 class Routing(NamedTuple):
-    """The decision of a router, before any token moves.
+    """The decision of a router, before any token moves: five tensors, completed by `Router`.
 
     - `indices` (T, K) int32: the experts of each token, best first; of `DenseRouter`,
       `DSelectKRouter` and `ExpertChoiceRouter` position e is expert e. -1 in unused positions and
@@ -67,14 +67,6 @@ def check_routing(routing, sizes=None):
     check_tensors(sizes, **{name: field for name, field in fields.items() if field[0] is not None})
 
 
-def convert_and_check(routing):
-    """The routing, with tensors that fit each other in all fields that are not None."""
-    given = {name: getattr(routing, name) for name in _FIELDS if getattr(routing, name) is not None}
-    routing = routing._replace(**{n: ops.convert_to_tensor(each) for n, each in given.items()})
-    check_routing(routing)
-    return routing._replace(mask=ops.cast(routing.mask, "bool"))
-
-
 _FIELDS = {
     "indices": ("TK", "int"),
     "weights": ("TK", "float"),
@@ -84,35 +76,6 @@ _FIELDS = {
     "counts": ("E", "number"),
     "load": ("E", "float"),
 }
-
-
-def make_routing(
-    indices: Tensor,
-    weights: Tensor,
-    probs: Tensor,
-    logits: Tensor,
-    mask: Tensor,
-    counts: Tensor | None = None,
-    load: Tensor | None = None,
-) -> Routing:
-    """A `Routing` in which padding has no weight and no count.
-
-    Args:
-        indices, weights, probs, logits, mask: Tensors. As in a `Routing`.
-        counts: Integer tensor (E,) or None. Assignments per expert; None counts the indices.
-        load: Float tensor (E,) or None. None takes the counts.
-
-    Returns:
-        A `Routing`.
-
-    Raises:
-        ValueError: If shapes do not fit each other, or an array of indices names no expert.
-        TypeError: If a tensor has a dtype of another kind.
-    """
-    routing = Routing(indices, weights, probs, logits, mask, counts, load=load)
-    routing = convert_and_check(routing)
-    check_indices("indices", indices, routing.probs.shape[-1])
-    return complete(routing)
 
 
 @backend.jit_when_eager
