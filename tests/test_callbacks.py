@@ -142,7 +142,6 @@ def test_each_router_loss_is_reported_by_its_name_before_its_weight():
 
 
 @on_each_backend
-@pytest.mark.filterwarnings("ignore:.*in several places")
 def test_the_logged_router_loss_is_what_router_losses_add_to_the_loss():
     twice = moe(router_losses=[losses.LoadBalance(0.5)], name="twice")
     own = moe(router_losses=["router_z", losses.RouterZ(0.1)], name="own")

@@ -549,11 +549,6 @@ def test_refused(call, words, tmp_path, monkeypatch):
 
 
 WARNED = [
-    ("(lambda each: (moe(each)(t()), moe(each)(t())))(bank())", "share its weights"),
-    (
-        "(lambda each: [moe(router=each)(t()) for _ in 'ab'])(routers.TopKRouter())",
-        "share its weights",
-    ),
     ("moe(router='expert_choice')(t())", "rest of the batch"),
     ("moe(router_losses=['load_variation'])", "has no effect with a `TopKRouter`"),
     ("masked(lambda x: moe()(keras.layers.LayerNormalization()(x + 1)))", "mask .* is lost"),
@@ -563,9 +558,6 @@ WARNED = [
         "masked(lambda x: moe()(keras.layers.Add()([x, keras.Input((5, D))])))",
         "`keras.layers.Add` only if all its inputs have one",
     ),
-    ("(lambda each: each(each(keras.Input((5, D)))))(moe())", "in several places"),
-    ("(lambda each: encode(each, encode(each)))(moe())", "share its weights"),
-    ("(lambda each: each(each(keras.Input((5, D)))))(block())", "in several places"),
     ("dense_fitted(callbacks.ExpertMonitor())", "`ExpertMonitor` has nothing to report"),
     ("dense_fitted(callbacks.ExpertHealth())", "`ExpertHealth` has nothing to report"),
     ("masked(lambda x: tasks()(2 * x))", "mask .* is lost"),

@@ -159,7 +159,6 @@ class MixtureOfExperts(Gate):
         of_token = token_shape(inputs_shape, self.token_axes)
         axes = {axis - len(of_token): size for axis, size in enumerate(of_token)}
         self.input_spec = keras.layers.InputSpec(min_ndim=len(of_token) + 1, axes=axes)
-        sublayers.warn_of_second_use(self, self.router, self.experts, self.shared_expert)
         num_axes = len(inputs_shape) - len(of_token)
         if not self.router.tokens_choose and num_axes == 1:
             warnings.warn(
@@ -293,7 +292,6 @@ class MixtureOfExperts(Gate):
         router_inputs=None,
         return_expert_outputs=False,
     ):
-        sublayers.warn_of_repetition(self, inputs)
         num_axes = self.token_axes or len(inputs.shape) - 1
         if check_call(inputs, mask, num_axes, router_inputs, token_ids) is None:
             sublayers.warn_of_lost_mask(self, inputs)

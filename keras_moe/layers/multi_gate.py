@@ -42,7 +42,6 @@ class TaskGate(Gate):
         return self._banks
 
     def build(self, inputs_shape):
-        sublayers.warn_of_second_use(self, self.router)
         self._build_gate(inputs_shape[-1])
 
     def choices_of(self, bank, routing):
