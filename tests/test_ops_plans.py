@@ -19,9 +19,10 @@ from keras import ops
 from layer_checks import E, array, moe, one_hot, one_hot_router
 
 from keras_moe import layers
+from keras_moe.layers.capacity import drop_excess
 from keras_moe.ops import GroupedPlan, Routing, top_k_routing
-from keras_moe.ops.capacity import drop_excess, slots_of_expert
 from keras_moe.ops.selection import mask_invalid
+from keras_moe.ops.sorting import slots_of_expert
 
 pytestmark = on_one_backend
 

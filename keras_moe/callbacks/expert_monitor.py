@@ -6,20 +6,34 @@ import warnings
 import weakref
 from collections.abc import Callable, Sequence
 
+import keras
 import numpy as np
 from keras import ops
 
 from keras_moe import metrics
 from keras_moe._internal.checks import shortened
 from keras_moe._internal.keras_internals import forget_compiled, renew_test_function
-from keras_moe.callbacks.base import PASS_TRAINING, ExpertCallback
-from keras_moe.inspection.summaries import named_layers
+from keras_moe.inspection.summaries import find_layers, named_layers
 from keras_moe.layers.gate import Observer
 
+# What to do where a layer counts no token.
+PASS_TRAINING = "In a `call` of your own, pass `training` on: `self.moe(x, training=training)`."
 # Lets layers count an evaluation. Shared, so that any monitor can remove it after an interruption.
 _EVALUATION = Observer(counts=True)
 # Test functions that were traced while layers counted.
 _counting: weakref.WeakSet = weakref.WeakSet()
+
+
+class ExpertCallback(keras.callbacks.Callback):
+    """Abstract: a callback about MoE layers, which warns of a model without any."""
+
+    def on_train_begin(self, logs=None):
+        if not find_layers(self.model):
+            warnings.warn(
+                f"`{type(self).__name__}` has nothing to report: `{self.model.name}` has no "
+                "`MixtureOfExperts`.",
+                stacklevel=2,
+            )
 
 
 class ExpertMonitor(ExpertCallback):

@@ -3,6 +3,7 @@
 import collections
 import math
 import os
+import unicodedata
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -10,10 +11,15 @@ import keras
 
 from keras_moe import metrics
 from keras_moe._internal.keras_internals import built_shape, own_layers
-from keras_moe._internal.plain_text import as_text, table
 from keras_moe.layers.gate import Gate
 from keras_moe.layers.low_rank_experts import LowRankExperts
 from keras_moe.layers.stacked_experts import StackedExperts
+
+# Control and formatting characters, lone surrogates, separators of lines and paragraphs. Among them
+# are those that turn the direction of writing, and those that a terminal obeys.
+_ACTIVE = ("Cc", "Cf", "Cs", "Zl", "Zp")
+# They join letters and emojis.
+_JOINERS = "\u200c\u200d"
 
 
 def moe_layers(model: keras.Model) -> dict[str, Gate]:
@@ -188,6 +194,22 @@ def table_row(layer):
         "dead": f"{int(metrics.dead_experts(layer.counts))}" if used else "-",
         "dtype": layer.dtype,
     }
+
+
+def as_text(value):
+    r"""The text of a value, with an escape such as `\u202e` for each character that would act."""
+    return "".join(
+        letter.encode("unicode_escape").decode("ascii")
+        if unicodedata.category(letter) in _ACTIVE and letter not in _JOINERS
+        else letter
+        for letter in str(value)
+    )
+
+
+def table(rows):
+    """Lines of a table of texts, with the first column to the left and the others to the right."""
+    first, *others = (max(map(len, column)) for column in zip(*rows))
+    return ["  ".join([row[0].ljust(first), *map(str.rjust, row[1:], others)]) for row in rows]
 
 
 def count_parameters(model: keras.Model) -> tuple[int, int]:

@@ -24,12 +24,11 @@ from keras_moe._internal.keras_internals import (
     untrack,
 )
 from keras_moe._internal.serialization import load_draws, save_draws
-from keras_moe.layers.capacity import Capacity
+from keras_moe.layers.capacity import Capacity, count_dropped
 from keras_moe.layers.counters import Counters, Counts
 from keras_moe.layers.expert_bank import ExpertBank
 from keras_moe.layers.recomputation import Recomputable
 from keras_moe.layers.tokens import Tokens
-from keras_moe.ops.capacity import count_dropped
 from keras_moe.ops.routing import Routing
 from keras_moe.ops.sorting import as_dtype
 
