@@ -271,7 +271,6 @@ def _mean_of_sequences(routing, sequence_length):
     return ops.sum(losses) / ops.maximum(num_sequences, 1.0)
 
 
-@backend.jit_when_eager
 def _squared_variation(values):
     """`variance / mean ** 2` of values (E,), 0 where all are 0."""
     # Not the square of the standard deviation, whose root has no gradient at exact balance.

@@ -102,7 +102,6 @@ def complete(routing, mask=None):
     )
 
 
-@backend.jit_when_eager
 def _clean_logits(logits, mask=None):
     """Logits (T, E) in float32 with zeros for padding, and a mask (T,) that is never None.
 
