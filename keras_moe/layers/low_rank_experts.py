@@ -55,19 +55,17 @@ class LowRankExperts(StackedExperts):
     Args:
         base: Bank with one expert, such as `GatedExperts(1, hidden_dim)`; it is frozen. All its
             linear maps but the last take the tokens themselves, and the last one makes the output.
-        num_experts: Integer. Number of experts, E.
         rank: Integer. Rank of the corrections, r.
         alpha: Float. The corrections are multiplied by `alpha / rank`. None: `rank`.
         a_initializer: Initializer of each expert's `A`.
         b_initializer: Initializer of each expert's `B`. With zeros every expert begins as the base.
-        **kwargs: Arguments of a Keras layer, such as `name` and `dtype`.
 
     Raises:
         ValueError: If a number is out of its range, or `base` has several experts, LoRA, or a
             network of another form.
         TypeError: If `base` is no bank of stacked kernels.
 
-    Call arguments and output shape: as for `ExpertBank`.
+    Other arguments, call arguments and output shape: as for `ExpertBank`.
 
     Example:
 

@@ -39,21 +39,19 @@ class StackedExperts(ExpertBank):
     export need nothing of the subclass.
 
     Args:
-        num_experts: Integer. Number of experts, E.
         activation: String, function of one tensor, Keras layer without weights, or None.
         use_bias: Boolean. Whether each linear map has a bias.
         kernel_initializer: Initializer of each expert's kernels, drawn for each by itself.
         bias_initializer: Initializer of the biases.
         kernel_regularizer: Regularizer of the stacked kernels, or None.
         bias_regularizer: Regularizer of the stacked biases, or None.
-        **kwargs: Arguments of a Keras layer, such as `name` and `dtype`.
 
     Raises:
         ValueError: If a number is out of its range, or, when the bank is built, if a layer in it,
             such as `activation`, has weights or random numbers, or `network` does not call `linear`
             once for each name in `widths`.
 
-    Call arguments and output shape: as for `ExpertBank`.
+    Other arguments, call arguments and output shape: as for `ExpertBank`.
 
     Example:
 

@@ -3,14 +3,12 @@
 Axes: T tokens (all leading axes flattened), E experts, K experts per token.
 """
 
-import functools
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from keras import ops
 
 from keras_moe._internal import Tensor
-from keras_moe._internal.checks import check_choice, check_number, check_tensors
+from keras_moe._internal.checks import check_choice, check_tensors
 from keras_moe.backend import backend
 from keras_moe.ops.selection import (
     SCORES,
@@ -102,26 +100,11 @@ def complete(routing, mask=None):
     )
 
 
-def _clean_logits(logits, mask=None):
-    """Logits (T, E) in float32 with zeros for padding, and a mask (T,) that is never None.
-
-    Before any score is computed: a NaN in padding must not reach a gradient.
-    """
-    logits = ops.cast(logits, "float32")
-    if mask is None:
-        return logits, ops.ones(ops.shape(logits)[:1], "bool")
-    mask = ops.cast(mask, "bool")
-    return ops.where(ops.expand_dims(mask, 1), logits, 0.0), mask
-
-
 def top_k_routing(
     logits: Tensor,
     top_k: int,
     mask: Tensor | None = None,
     score: str = "softmax",
-    renormalize: bool | None = None,
-    scale: float = 1.0,
-    select: Callable | None = None,
 ) -> Routing:
     """The `top_k` experts with the best scores.
 
@@ -135,11 +118,6 @@ def top_k_routing(
         top_k: Integer. Experts per token, from 1 to E.
         mask: Bool tensor (T,), False for padding, or None.
         score: String. `"softmax"`, `"sigmoid"` or `"sqrt_softplus"`.
-        renormalize: Bool or None. Whether the weights of a token are divided by their sum. None:
-            if K > 1.
-        scale: Float. Factor of all weights.
-        select: Function from scores (T, E) to indices (T, K), which sees no gradient, or None for
-            the best scores.
 
     Returns:
         A `Routing`.
@@ -152,19 +130,16 @@ def top_k_routing(
     >>> keras_moe.ops.top_k_routing(keras.random.normal((6, 4)), top_k=2).indices.shape
     (6, 2)
     """
-    tensors = {"logits": (ops.convert_to_tensor(logits), "TE", "float")}
-    if mask is not None:
-        tensors["mask"] = (ops.convert_to_tensor(mask), "T", "mask")
-    check_tensors(**tensors)
+    logits = ops.convert_to_tensor(logits)
+    mask = ops.ones(ops.shape(logits)[:1], "bool") if mask is None else ops.convert_to_tensor(mask)
+    check_tensors(logits=(logits, "TE", "float"), mask=(mask, "T", "mask"))
     check_choice("score", score, SCORES)
-    scale = check_number("scale", scale, above=0)
-    logits, mask = _clean_logits(*(tensor for tensor, *_ in tensors.values()))
+    mask = ops.cast(mask, "bool")
+    # Before any score is computed: a NaN in padding must not reach a gradient.
+    logits = ops.where(ops.expand_dims(mask, 1), ops.cast(logits, "float32"), 0.0)
     scores = SCORES[score](logits)
-    select = select or functools.partial(top_k_indices, top_k=top_k)
-    indices = ops.convert_to_tensor(select(ops.stop_gradient(scores)))
-    sizes = {"T": logits.shape[0], "K": top_k}
-    check_tensors(sizes, **{"select(scores)": (indices, "TK", "int")})
-    weights, probs = weigh(indices, scores, score, renormalize, scale)
+    indices = top_k_indices(ops.stop_gradient(scores), top_k)
+    weights, probs = weigh(indices, scores, score)
     return complete(Routing(indices, weights, probs, logits, mask))
 
 
