@@ -243,12 +243,14 @@ def served_of(layer, routed, length, training):
     if capacity.priority == "probability":
         first = np.argsort(-np.max(routed.probs, axis=1), kind="stable")
     served, taken = np.zeros_like(chosen), {}
+    limited = layer.experts
+    limited = getattr(limited, "experts", limited).num_experts
     for place in range(num_experts):
         for t in first:
             for e in np.flatnonzero(chosen[t] & (routed.place[t] == place)):
                 queue = e, t // max(length, 1)
                 taken[queue] = taken.get(queue, 0) + 1
-                served[t, e] = taken[queue] <= slots
+                served[t, e] = e >= limited or taken[queue] <= slots
     return served
 
 

@@ -252,3 +252,16 @@ def test_random_priority_serves_as_many_and_not_always_the_same():
     assert {sum(draw) for draw in draws} == {4}
     # Not the first ones more often than the last: some draw serves a token of the second half.
     assert any(any(draw[8:]) for draw in draws)
+
+
+def test_experts_without_computation_have_no_limit():
+    bank = layers.ZeroComputationExperts(
+        layers.FeedForwardExperts(E - 2, 8), num_zero=1, num_identity=1
+    )
+    layer = moe(bank, router=one_hot_router(), router_losses=(), capacity_factor=1.0)
+    identity = E - 1
+    tokens = np.concatenate([one_hot(*[identity] * 10, *[0] * 6), np.ones((16, 2), "float32")], 1)
+    outputs, routing = layer(tokens, training=True, return_routing=True)
+    # Of the six tokens of the first expert, `ceil(16 / 4)` find a slot.
+    assert float(routing.dropped) == 2 / 16
+    assert_close(array(outputs)[:10], array(routing.weights)[:10] * tokens[:10])

@@ -90,10 +90,11 @@ class Capacity(Configured):
         sequence_length: int | None,
         training: bool | None,
         seed: keras.random.SeedGenerator,
+        num_capacity_limited: int,
     ) -> Tensor:
         """Return the experts (T, K) of a routing, -1 for the assignments that find no slot.
 
-        `seed` draws random priorities.
+        `seed` draws random priorities. Only the first `num_capacity_limited` experts have a limit.
         """
         factor = self.factor if training else self.evaluation_factor
         if factor is None:
@@ -115,21 +116,28 @@ class Capacity(Configured):
             priority = take_scores(routing.probs, top_k_indices(routing.probs, 1))[:, 0]
         elif self.priority == "random":
             priority = keras.random.uniform(ops.shape(routing.mask), seed=seed)
-        return drop_excess(routing.indices, num_experts, slots, priority, sequence_length)
+        return drop_excess(
+            routing.indices, num_experts, slots, priority, sequence_length, num_capacity_limited
+        )
 
 
-def drop_excess(experts, num_experts, capacity, priority=None, sequence_length=None):
+def drop_excess(
+    experts, num_experts, capacity, priority=None, sequence_length=None, num_capacity_limited=None
+):
     """Experts (T, K), -1 for the assignments that find no slot.
 
     An expert serves first choices before second ones, each in the order of the tokens, or the
     tokens of higher priority (T,) first: GShard, Lepikhin et al. 2020 (arXiv:2006.16668), algorithm
-    1. The capacity is for each sequence, if a length is given.
+    1. The capacity is for each sequence, if a length is given, and only for the first
+    `num_capacity_limited` experts.
     """
     if isinstance(capacity, int):
         capacity = min(capacity, MAX_CAPACITY)
 
     def on_device(experts, priority):
-        return _drop_excess(experts, priority, num_experts, capacity, sequence_length)
+        return _drop_excess(
+            experts, priority, num_experts, capacity, sequence_length, num_capacity_limited
+        )
 
     num_tokens, shards = ops.shape(experts)[0], backend.devices.token_shards()
     # Each device drops its own where no sequence has tokens on two of them.
@@ -142,7 +150,7 @@ def drop_excess(experts, num_experts, capacity, priority=None, sequence_length=N
 
 
 @backend.jit_when_eager
-def _drop_excess(experts, priority, num_experts, capacity, sequence_length):
+def _drop_excess(experts, priority, num_experts, capacity, sequence_length, num_capacity_limited):
     num_tokens, top_k = ops.shape(experts)
     expert = ops.reshape(ops.transpose(experts), (-1,))
     queue, num_queues = ops.where(expert >= 0, expert, num_experts), num_experts + 1
@@ -159,6 +167,8 @@ def _drop_excess(experts, priority, num_experts, capacity, sequence_length):
         choices = ops.expand_dims(ops.arange(top_k, dtype="int32"), 1)
         order = ops.reshape(choices * num_tokens + best_first, (-1,))
     has_slot = position_in_expert(queue, num_queues, order) < capacity
+    if num_capacity_limited is not None:
+        has_slot = has_slot | (expert >= num_capacity_limited)
     served = ops.where(has_slot, expert, -1)
     return ops.transpose(ops.reshape(served, (top_k, num_tokens)))
 

@@ -91,6 +91,11 @@ class ExpertBank(BaseLayer):
     def _take_policy(self, policy):
         """Set the policy of the bank and of banks in it; other layers keep their own."""
 
+    @property
+    def num_capacity_limited(self) -> int:
+        """Number of experts, the first ones, that a capacity limits."""
+        return self.num_experts
+
     def _compute(self, tensor):
         return as_dtype(tensor, self.compute_dtype)
 

@@ -167,8 +167,9 @@ class Gate(Recomputable):
         routing = self.router(tokens.vectors, training=training, is_padding_zero=True, **given)
         experts, num_dropped = routing.indices, None
         if self.capacity is not None:
-            seed = self._capacity_seed
-            experts = self.capacity.drop_excess(routing, length, training, seed)
+            limited = sum(bank.num_capacity_limited for bank in self.banks)
+            settings = length, training, self._capacity_seed, limited
+            experts = self.capacity.drop_excess(routing, *settings)
             num_dropped, share = count_dropped(routing, experts)
             routing = routing._replace(dropped=share)
         is_counted = any(observer.counts for observer in observers) and not in_symbolic_scope()

@@ -49,7 +49,7 @@ class MixtureOfExperts(Gate):
         shared_expert: Keras layer that serves every token, its output added to the chosen experts'
             output, or None. DeepSeekMoE (arXiv:2401.06066), section 3.2.
         capacity_factor: Positive float, the factor of a `Capacity` with its defaults; a `Capacity`;
-            or None for no limit.
+            or None for no limit. Experts without computation have none.
         gated_shared_expert: Boolean. Whether the shared expert's output is multiplied by a gate of
             each token, `sigmoid(x g)` with a learned g (D, 1), as in Qwen1.5-MoE.
         token_axes: Integer. Number of leading axes that count tokens; the others are the shape of

@@ -20,9 +20,10 @@ class ZeroComputationExperts(ExpertBank):
     """A bank of experts, followed by experts that compute next to nothing.
 
     The output of a zero expert is zero, of an identity expert the token, and of a constant expert
-    `a x + b v` with a learned vector v and `a, b = softmax(x W)`. Use a router that does not divide
-    weights by their sum, such as `TopKRouter(num_experts, renormalize=False)`, or the weight of a
-    zero expert counts too. A capacity limits all experts.
+    `a x + b v` with a learned vector v and `a, b = softmax(x W)`. A capacity is computed for all
+    experts, and limits only those that compute. Use a router that does not divide weights by their
+    sum, such as `TopKRouter(num_experts, renormalize=False)`, or the weight of a zero expert counts
+    too.
 
     Args:
         experts: Bank of experts that compute.
@@ -111,3 +112,7 @@ class ZeroComputationExperts(ExpertBank):
     def _take_policy(self, policy):
         self.dtype_policy = in_floats(policy)
         self.experts.inherit_policy(policy)
+
+    @property
+    def num_capacity_limited(self):
+        return self.experts.num_capacity_limited
