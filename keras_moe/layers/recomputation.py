@@ -44,8 +44,8 @@ def _recomputed(layer, call, *args, **kwargs):
     tensors = [place for place, leaf in enumerate(leaves) if ops.is_tensor(leaf)]
     places = [place for place in tensors if keras.backend.is_float_dtype(leaves[place].dtype)]
     with stored_dtypes():
-        # Reshaped, to read them here: TensorFlow adds a gradient for each variable read in the
-        # function, to which `convert_to_tensor` would hand the variable itself.
+        # Read here, outside the function: TensorFlow adds a gradient for each variable read inside.
+        # Reshaped, as `convert_to_tensor` would pass the variable itself on.
         weights = [ops.reshape(variable, variable.shape) for variable in trained]
         # Read once: TensorFlow's optimizer of graphs may let a second read follow the assignment.
         values = list(map(ops.stop_gradient, state))

@@ -47,7 +47,7 @@ class GroupedPlan(NamedTuple):
     def of_experts(
         self, experts: Tensor, weights: Tensor, first: Any, number: int
     ) -> "GroupedPlan":
-        """The plan of `number` experts from `first` on, under numbers from 0, for some tokens."""
+        """The part of a plan for experts `first` to `first + number - 1`, renumbered from 0."""
         return self.of(mask_invalid(experts - first, number), weights, number)
 
     @property
