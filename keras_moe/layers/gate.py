@@ -15,6 +15,7 @@ from keras import ops
 
 from keras_moe import losses, routers
 from keras_moe._internal import Tensor
+from keras_moe._internal.base_layer import Recomputable
 from keras_moe._internal.checks import check_number, check_tensors, shortened
 from keras_moe._internal.keras_internals import (
     drops_losses,
@@ -27,7 +28,6 @@ from keras_moe._internal.serialization import load_draws, save_draws
 from keras_moe.layers.capacity import Capacity, count_dropped
 from keras_moe.layers.counters import Counters, Counts
 from keras_moe.layers.expert_bank import ExpertBank
-from keras_moe.layers.recomputation import Recomputable
 from keras_moe.layers.tokens import Tokens
 from keras_moe.ops.routing import Routing
 from keras_moe.ops.sorting import as_dtype

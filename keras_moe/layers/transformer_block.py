@@ -6,10 +6,10 @@ import keras
 from keras import ops
 
 from keras_moe._internal import Tensor
+from keras_moe._internal.base_layer import Recomputable
 from keras_moe._internal.checks import check_integer, check_number, check_tensors
 from keras_moe._internal.keras_internals import get_keras_mask
 from keras_moe._internal.serialization import register, resolve
-from keras_moe.layers.recomputation import Recomputable
 from keras_moe.layers.sublayers import (
     build_and_measure,
     call_part,
