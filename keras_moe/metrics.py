@@ -16,7 +16,6 @@ from keras import ops
 from keras_moe._internal import Tensor
 from keras_moe._internal.checks import check_indices, check_integer, check_tensors, host_values
 from keras_moe._internal.serialization import register
-from keras_moe.ops.plans import GroupedPlan
 from keras_moe.ops.routing import Routing
 from keras_moe.ops.selection import chosen_experts, entropy, mask_invalid, weights_of_experts
 
@@ -32,7 +31,6 @@ __all__ = [
     "mutual_information",
     "router_entropy",
     "typical_words",
-    "unserved_fraction",
 ]
 __dir__ = __all__.copy
 
@@ -85,15 +83,6 @@ def router_entropy(routing: Routing) -> Tensor:
     Float32 scalar: 1 for a router without a preference, 0 for a certain one or padding alone.
     """
     return routing.entropy() / math.log(max(routing.counts.shape[0], 2))
-
-
-def unserved_fraction(routing: Routing, plan: GroupedPlan) -> Tensor:
-    """Share of the real tokens whose assignments were all dropped, or that no expert chose.
-
-    Of an `ops.Routing` and its plan, such as `ops.plan_groups(routing)`; float32 scalar.
-    """
-    unserved = ops.expand_dims(ops.logical_not(plan.served()), 1)
-    return routing.mean(ops.cast(unserved, "float32"))[0]
 
 
 def coactivation(routing: Routing) -> Tensor:

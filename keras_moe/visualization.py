@@ -17,7 +17,7 @@ from matplotlib.ticker import MaxNLocator
 from keras_moe import metrics
 from keras_moe._internal import Tensor
 from keras_moe._internal.checks import check_indices, check_integer
-from keras_moe._internal.plain_text import as_text
+from keras_moe.inspection.summaries import as_text
 from keras_moe.ops.routing import Routing
 
 __all__ = ["coactivation", "confidence", "shares_over_time", "specialization"]

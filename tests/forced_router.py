@@ -28,7 +28,7 @@ class ForcedRouter(routers.Router):
         weights = ops.full(ops.shape(indices), 1 / self.top_k, "float32")
         chosen = ops.one_hot(indices, self.num_experts, dtype="float32")
         probs = ops.sum(chosen, axis=1) / self.top_k
-        return moe_ops.make_routing(indices, weights, probs, logits, mask)
+        return moe_ops.Routing(indices, weights, probs, logits, mask)
 
     def get_config(self):
         return {**super().get_config(), "top_k": self.top_k, "to_one": self.to_one}

@@ -44,15 +44,11 @@ def kernel_of(bank, name, read):
         integers = array(keras.quantizers.unpack_int4(packed, scale.shape[2], axis=-1))
         group = np.arange(kernel.shape[1]) // -(-kernel.shape[1] // scale.shape[1])
         kernel = (integers - read(zero)[:, group]) * read(scale)[:, group]
-    return kernel + lora(bank, f"{name}_", read)
-
-
-def lora(layer, prefix, read):
-    if getattr(layer, f"{prefix}lora_a", None) is None:
-        return 0.0
-    a, b = (read(getattr(layer, f"{prefix}lora_{letter}")) for letter in "ab")
-    config = layer.get_config()
-    return (config["lora_alpha"] or config["lora_rank"]) / config["lora_rank"] * (a @ b)
+    if getattr(bank, f"{name}_lora_a", None) is None:
+        return kernel
+    a, b = (read(getattr(bank, f"{name}_lora_{letter}")) for letter in "ab")
+    config = bank.get_config()
+    return kernel + (config["lora_alpha"] or config["lora_rank"]) / config["lora_rank"] * (a @ b)
 
 
 def gated(bank, linear, act):
@@ -150,7 +146,7 @@ def logits_of(router, x, read):
     if isinstance(router, routers.SoftRouter):
         z = read(router.scale) * _unit(x, 1) @ _unit(kernel, 0)
     else:
-        z = x @ (kernel + lora(router, "kernel_", read))
+        z = x @ kernel
     if isinstance(router, routers.CosineRouter):
         scale = np.exp(min(read(router.log_scale), np.log(100)))
         z = scale * _unit(z, 1) @ _unit(read(router.directions), 0)

@@ -142,10 +142,9 @@ def test_each_router_loss_is_reported_by_its_name_before_its_weight():
 
 
 @on_each_backend
-@pytest.mark.filterwarnings("ignore:.*in several places")
-def test_the_logged_router_loss_is_what_a_call_adds_to_the_loss():
+def test_the_logged_router_loss_is_what_router_losses_add_to_the_loss():
     twice = moe(router_losses=[losses.LoadBalance(0.5)], name="twice")
-    own = moe(router=routers.ReLURouter(E, initial_strength=50.0), name="own")
+    own = moe(router_losses=["router_z", losses.RouterZ(0.1)], name="own")
     inputs = keras.Input((E,))
     model = keras.Model(inputs, own(twice(twice(inputs))))
     model.compile(keras.optimizers.SGD(0.0), "mse", metrics=["mse"], jit_compile=QUICK_JIT)
@@ -153,7 +152,7 @@ def test_the_logged_router_loss_is_what_a_call_adds_to_the_loss():
     logs = fit(model, monitor, validation=False)
     added = logs["loss"][0] - logs["mse"][0]
     (of_twice,), (of_own,) = (monitor.history[f"{name}_router_loss"] for name in ("twice", "own"))
-    assert of_twice > 0.5 and of_own > 0.01, "a loss of the router itself"
+    assert of_twice > 0.5 and of_own > 0.01
     assert 2 * of_twice + of_own == pytest.approx(added, rel=1e-4)
     assert logs["router_loss"] == [pytest.approx(of_twice + of_own)]
 
@@ -180,32 +179,17 @@ def test_a_batch_of_nan_does_not_end_the_counts_of_weights():
     assert np.isfinite([*monitor.shares["moe"], array(layer.expert_counts)]).all()
 
 
-def test_shares_of_all_epochs_are_kept_and_a_resumed_training_continues_them():
+def test_shares_of_all_epochs_are_kept():
     model, monitor, one, even = model_of(routed()), ExpertMonitor(), [0.75, 0.25, 0, 0], [0.25] * 4
     nothing = [np.nan] * 4
     fit(model, monitor, epochs=4, validation_freq=2)
     np.testing.assert_allclose(monitor.shares["moe"], [one] * 4)
     np.testing.assert_allclose(monitor.validation_shares["moe"], [nothing, even, nothing, even])
     fit(model, monitor, validation=False)
-    assert len(monitor.shares["moe"]) == 1 and not monitor.validation_shares
-    monitor.shares, monitor.validation_shares = {"moe": np.array([even] * 3)}, {"moe": [even]}
-    fit(model, monitor, initial_epoch=2, epochs=3)
-    np.testing.assert_allclose(monitor.shares["moe"], [even, even, one])
-    np.testing.assert_allclose(monitor.validation_shares["moe"], [even, nothing, even])
+    assert len(monitor.shares["moe"]) == 1
+    np.testing.assert_allclose(monitor.validation_shares["moe"], [nothing])
     fit(model, monitor, initial_epoch=3, epochs=5)
-    np.testing.assert_allclose(monitor.shares["moe"], [even, even, one, one, one])
-    # An epoch that was not watched has none.
-    fit(model, monitor, initial_epoch=6, epochs=7)
-    np.testing.assert_allclose(monitor.shares["moe"], [even, even, *[one] * 3, nothing, one])
-    # Nor has another model any.
-    fit(model_of(routed()), monitor, initial_epoch=1, epochs=2, validation=False)
-    np.testing.assert_allclose(monitor.shares["moe"], [nothing, one])
-    assert not monitor.validation_shares
-    # Shares of other layers are not those before.
-    for others in ({"other": [one] * 9}, {"moe": [[0.5, 0.5]] * 9}):
-        monitor.shares = others
-        fit(model, monitor, initial_epoch=2, epochs=3)
-        np.testing.assert_allclose(monitor.shares["moe"], [nothing, nothing, one])
+    np.testing.assert_allclose(monitor.shares["moe"], [one, one])
 
 
 def test_dropped_assignments_are_reported_of_a_model_that_its_first_batch_builds():

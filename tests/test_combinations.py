@@ -617,10 +617,8 @@ def weights_of(*parts):
 
 def enable_lora(model, made, folder):
     before = outputs_of(model, made)
-    for part in (made.layer.experts, made.layer.router):
-        if hasattr(part, "enable_lora"):
-            with contextlib.suppress(NotImplementedError, ValueError):
-                part.enable_lora(2, lora_alpha=3.0)
+    with contextlib.suppress(AttributeError, NotImplementedError, ValueError):
+        made.layer.experts.enable_lora(2, lora_alpha=3.0)
     same_as(before, model, made)
     for variable in made.layer.trainable_variables:
         if "_lora_" in variable.name:
@@ -677,7 +675,7 @@ def step(model, made, folder=None):
             moves = v.name in ("selection_bias", "measured", "measurements", "strength")
             assert (moves and layer.router.trainable) or (array(v) == before[v.path]).all(), v.path
     for name, value in state.items():
-        if layer.router.updates_state:
+        if layer.router.trainable:
             assert_close(array(getattr(layer.router, name)), value, 1.0, 1e-5)
     return model
 
@@ -687,18 +685,17 @@ def save(model, made, folder):
     if not getattr(model, "optimizer", None):
         step(model, made)  # so that states differ from their initial values
     again = saved_and_loaded(model, pathlib.Path(folder))
-    parts = made.layer.experts, made.layer.router
-    if any(getattr(part, "lora_enabled", False) for part in parts):
+    if getattr(made.layer.experts, "lora_enabled", False):
         return again  # the corrections are in the kernels, which may be integers
     before = outputs_of(model, made)
     np.testing.assert_array_equal(outputs_of(again, made), before)
     if not model.trainable_variables:
         return again
     # Keras saves which layers are frozen, not which weights, as kernels after `merge_lora`.
-    for part, loaded in zip(parts, (again.layers[-1].experts, again.layers[-1].router)):
-        if part.trainable:
-            for weight, other in zip(part._trainable_variables, loaded._trainable_variables):
-                other.trainable = weight.trainable
+    bank, loaded = made.layer.experts, again.layers[-1].experts
+    if bank.trainable:
+        for weight, other in zip(bank._trainable_variables, loaded._trainable_variables):
+            other.trainable = weight.trainable
     same_step(model, again, made.inputs, np.zeros_like(before, "float32"))
     return again
 

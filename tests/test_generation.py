@@ -12,7 +12,7 @@ import keras_moe
 from keras_moe import layers
 
 # One block is in the model twice.
-pytestmark = [on_one_backend, pytest.mark.filterwarnings("ignore:.*in several places")]
+pytestmark = on_one_backend
 
 V, PROMPTS = 30, [[3, 4, 5, 6], [7], [9, 8]]
 

@@ -12,7 +12,7 @@ FRAMEWORKS = {"tensorflow", "jax", "jaxlib", "torch", "tensorflow_probability", 
 
 # A part imports from those above it only; one that is not named, such as a tool, from all of them.
 PARTS = [
-    ("checks", "keras_internals", "plain_text", "Tensor"),
+    ("checks", "keras_internals", "Tensor"),
     ("backend", "serialization"),
     ("base_layer", "ops"),
     ("losses", "metrics", "optimizers", "routers"),

@@ -103,7 +103,6 @@ def test_active_parameters_are_those_of_the_experts_that_serve_a_token(router, s
         assert inspection.summarize(model) == [layer]
 
 
-@pytest.mark.filterwarnings("ignore:.*they share its weights")
 @pytest.mark.parametrize("is_wrapped", [False, True])
 @pytest.mark.parametrize("top_k", [1, 3])
 def test_experts_and_routers_that_layers_share_count_once(top_k, is_wrapped):

@@ -64,7 +64,6 @@ def test_a_shared_expert_is_built_by_an_empty_batch(shared, shape):
 
 
 @on_one_backend
-@pytest.mark.filterwarnings("ignore:.*they share its weights")
 def test_a_shared_expert_is_told_of_the_padding():
     x, mask = normal(2, 3, D), np.array([[True] * 3, [True, False, False]])
     layer = moe(shared_expert=keras.layers.BatchNormalization(), router_losses=())

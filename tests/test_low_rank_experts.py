@@ -82,7 +82,6 @@ def test_equal_to_copies_with_lora(case, mode):
 
 
 @on_one_backend
-@pytest.mark.filterwarnings("ignore:.* is in two layers:UserWarning")
 @pytest.mark.parametrize(
     ("router", "arguments"),
     [

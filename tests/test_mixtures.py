@@ -204,7 +204,6 @@ def mixture_of(task):
 
 
 @on_one_backend
-@pytest.mark.filterwarnings("ignore:.*is in two layers")
 @by_router
 def test_gradients_of_tasks_are_those_of_mixtures(router):
     layer = layers.MultiGateMixtureOfExperts(BANKS["gated"](), 2, ROUTERS[router]())

@@ -29,7 +29,7 @@ from keras_moe.backend import backend, tiles
 from keras_moe.backend.base import named_platform
 from keras_moe.backend.padded import tile_length
 from keras_moe.layers import layer_experts
-from keras_moe.ops import plan_groups, top_k_routing
+from keras_moe.ops import GroupedPlan, top_k_routing
 from keras_moe.ops.linears import Kernel
 
 T, D, H, E, K = 13, 8, 16, 3, 2
@@ -393,7 +393,8 @@ def loss_of_half_precision():
     bank = layers.FeedForwardExperts(E, H, dtype="mixed_bfloat16")
     bank.build((None, D))
     scores = np.random.default_rng(0).standard_normal((T, E)).astype("float32")
-    plan = plan_groups(top_k_routing(keras_ops.convert_to_tensor(scores), K))
+    routing = top_k_routing(keras_ops.convert_to_tensor(scores), K)
+    plan = GroupedPlan.of(routing.indices, routing.weights, E)
 
     def loss(weights):
         outputs, _ = bank.stateless_call(weights, [], keras_ops.ones((T, D), "bfloat16"), plan)

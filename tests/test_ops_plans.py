@@ -19,8 +19,10 @@ from keras import ops
 from layer_checks import E, array, moe, one_hot, one_hot_router
 
 from keras_moe import layers
-from keras_moe.ops import Routing, plan_groups, top_k_routing
-from keras_moe.ops.capacity import slots_of_expert
+from keras_moe.layers.capacity import drop_excess
+from keras_moe.ops import GroupedPlan, Routing, top_k_routing
+from keras_moe.ops.selection import mask_invalid
+from keras_moe.ops.sorting import slots_of_expert
 
 pytestmark = on_one_backend
 
@@ -31,6 +33,15 @@ def make_routing(indices, weights, mask, num_experts):
     chosen = ops.logical_and(chosen, ops.reshape(mask, (-1, 1, 1)))
     counts = ops.sum(ops.cast(chosen, "int32"), axis=(0, 1))
     return Routing(indices, weights, None, None, mask, counts, None)
+
+
+def plan_groups(routing, capacity=None, priority=None):
+    """The plan of a routing whose experts have a capacity."""
+    num_experts = routing.counts.shape[0]
+    experts = mask_invalid(routing.indices, num_experts, ops.convert_to_tensor(routing.mask))
+    if capacity is not None:
+        experts = drop_excess(experts, num_experts, capacity, priority)
+    return GroupedPlan.of(experts, ops.convert_to_tensor(routing.weights), num_experts)
 
 
 @st.composite
@@ -147,7 +158,7 @@ def test_indices_and_priorities_may_be_unsigned():
     mask = np.array([True, True, True, False])
     routing = top_k_routing(np.zeros((4, 2), "float32"), 1, mask)
     routing = routing._replace(indices=ops.convert_to_tensor(indices))
-    plan = plan_groups(routing, capacity=1, priority=np.array([0, 1, 2, 3], "uint8"))
+    plan = plan_groups(routing, capacity=1, priority=ops.array([0, 1, 2, 3], "uint8"))
     assert plan.experts.tolist() == [[0], [-1], [1], [-1]]
 
 

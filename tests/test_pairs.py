@@ -89,10 +89,9 @@ def compile_model(model, steps=None):
 
 
 def enable_lora(model, moe, data):
-    part = next((each for each in (moe.experts, moe.router) if hasattr(each, "enable_lora")), None)
-    if part is None:
+    if not hasattr(moe.experts, "enable_lora"):
         raise NotImplementedError
-    part.enable_lora(2)
+    moe.experts.enable_lora(2)
     for variable in moe.trainable_variables:
         if "_lora_" in variable.name:
             variable.assign(array(variable) + 0.3 * data.rng.normal(size=variable.shape))

@@ -70,7 +70,6 @@ def test_the_choices_of_each_token_are_on_the_page(tmp_path):
     assert bits == 0.5 and shuffled < 0.4, "bits that label and expert share"
 
 
-@pytest.mark.filterwarnings("ignore:.*in several places")
 def test_of_a_layer_that_is_called_twice_the_first_call_is_shown(tmp_path):
     once = one_hot_model("moe")
     layer = once.get_layer("moe")

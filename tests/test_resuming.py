@@ -198,7 +198,6 @@ SHARED = ("experts", "router", "both", "shared_expert", "feedforward", "layers",
 
 
 @pytest.mark.parametrize("kind", SHARED)
-@pytest.mark.filterwarnings("ignore:.*they share its weights")
 def test_layers_that_share_a_part_are_loaded_sharing_it(kind, tmp_path):
     keras.utils.set_random_seed(0)
     model = compiled(*sharing(kind))

@@ -373,7 +373,6 @@ REFUSED = {
 
 @on_one_backend
 @pytest.mark.parametrize("operate", REFUSED.values(), ids=REFUSED)
-@pytest.mark.filterwarnings("ignore:.*they share its weights")
 def test_wrong_results_are_refused(operate):
     with pytest.raises(ValueError, match=r"(?s)must .*Received: "):
         operate()

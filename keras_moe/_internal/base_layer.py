@@ -1,15 +1,22 @@
-"""The base class of all layers, and of those with LoRA; initializers of stacked weights."""
+"""Base classes of layers, and initializers of stacked weights."""
 
 import copy
-from collections.abc import Callable
+import functools
 from typing import Any
 
 import keras
 import numpy as np
 from keras import ops
 
-from keras_moe._internal.checks import check_integer, check_number, shortened
-from keras_moe._internal.keras_internals import KeepsLosses, unlocked
+from keras_moe._internal.checks import shortened
+from keras_moe._internal.keras_internals import (
+    KeepsLosses,
+    current_call,
+    get_keras_mask,
+    recompute_as_one,
+    set_keras_mask,
+    stored_dtypes,
+)
 from keras_moe._internal.serialization import arguments_of, load_draws, save_draws
 from keras_moe.backend import backend
 
@@ -61,109 +68,70 @@ class BaseLayer(KeepsLosses, keras.layers.Layer):
         return {**super().get_config(), **arguments_of(self)}
 
 
-class Adaptable(BaseLayer):
-    """Abstract: a layer with LoRA; the first base of a class.
+class Recomputable(BaseLayer):
+    """Abstract: a layer that `keras.RematScope` recomputes in the backward pass of training.
 
-    A subclass implements `add_factors`, and calls it at the end of `build` if `lora_rank` is set.
+    A layer that counts, draws random numbers, moves a bias or adds losses is no function of its
+    inputs: computed again, it would do all of that again, from another state.
     """
 
-    lora_rank: Any = None
-    lora_alpha: Any = None
-    lora_enabled = False
-    # Names of the kernels, or of the bank, that factors correct. They never train.
-    _corrected: tuple = ()
+    def rematerialized_call(self, call, *args, **kwargs):
+        # Keras's own wrapper fails with effects on JAX, and with `training` on TensorFlow.
+        if super().rematerialized_call(call, *args, **kwargs) is call:
+            return call
+        recompute_as_one(self)
+        parts = self._flatten_layers()
+        observers = (each for part in parts for each in getattr(part, "routing_observers", ()))
+        # A function would see each routing twice, on JAX without values.
+        is_seen = any(observer.on_routing for observer in observers)
+        if is_seen or not kwargs.get("training"):
+            return call
+        return functools.partial(_recomputed, self, call)
 
-    @property
-    def trainable(self):
-        return keras.Layer.trainable.fget(self)
 
-    @trainable.setter
-    def trainable(self, value):
-        # Keras sets it for all weights. A corrected kernel has no gradient, only weight decay.
-        keras.Layer.trainable.fset(self, value)
-        for name in self._corrected:
-            getattr(self, name).trainable = False
+def _recomputed(layer, call, *args, **kwargs):
+    """`call(*args, **kwargs)`, of which only inputs and outputs are kept for the gradient."""
+    trained = layer.trainable_variables
+    state = [*layer.non_trainable_variables, *layer.metrics_variables]
+    leaves = keras.tree.flatten((args, kwargs))
+    tensors = [place for place, leaf in enumerate(leaves) if ops.is_tensor(leaf)]
+    places = [place for place in tensors if keras.backend.is_float_dtype(leaves[place].dtype)]
+    with stored_dtypes():
+        # Read here, outside the function: TensorFlow adds a gradient for each variable read inside.
+        # Reshaped, as `convert_to_tensor` would pass the variable itself on.
+        weights = [ops.reshape(variable, variable.shape) for variable in trained]
+        # Read once: TensorFlow's optimizer of graphs may let a second read follow the assignment.
+        values = list(map(ops.stop_gradient, state))
+    again, found = current_call(), {}
 
-    def enable_lora(
-        self,
-        rank: int,
-        lora_alpha: float | None = None,
-        a_initializer: str | Callable = "he_uniform",
-        b_initializer: str | Callable = "zeros",
-    ) -> None:
-        """Freeze each kernel and train a correction of low rank for it.
+    def function(*tensors):
+        inputs = list(leaves)
+        for place, tensor in zip(places, tensors[len(trained) :]):
+            set_keras_mask(tensor, get_keras_mask(leaves[place]))
+            inputs[place] = tensor
+        args_again, kwargs_again = keras.tree.pack_sequence_as((args, kwargs), inputs)
+        mapping = zip([*trained, *state], [*tensors[: len(trained)], *values])
+        with stored_dtypes():  # to which the scope casts the values
+            scope = keras.StatelessScope(mapping, collect_losses=True)
+        with again(), scope:
+            before = list(map(scope.get_current_value, state))
+            outputs = call(*args_again, **kwargs_again)
+        after = list(map(scope.get_current_value, state))
+        found["changed"] = [n for n, value in enumerate(after) if value is not before[n]]
+        found["structure"] = keras.tree.map_structure(lambda _: 0, outputs)
+        updates = [ops.stop_gradient(after[number]) for number in found["changed"]]
+        return [*keras.tree.flatten(outputs), *updates, *scope.losses]
 
-        `x W` becomes `x W + (lora_alpha / rank) (x A) B` with factors `A` (..., D, rank) and `B`
-        (..., rank, H), in a bank one of each expert. Saving adds the corrections to the kernels, as
-        Keras does. Compile the model afterwards. In a frozen layer only the factors train.
-
-        Args:
-            rank: Integer. Rank of the corrections.
-            lora_alpha: Float. The corrections are multiplied by `lora_alpha / rank`. None: `rank`.
-            a_initializer: Initializer of `A`, in a bank of each expert's.
-            b_initializer: Initializer of `B`. With zeros nothing changes at first.
-
-        Raises:
-            ValueError: If the layer is not built, or has LoRA already.
-            NotImplementedError: If a router computes its logits in another way than `x W`.
-
-        Reference: Hu et al. 2021 (arXiv:2106.09685), section 4.1.
-        """
-        rank = check_integer("rank", rank)
-        alpha = rank if lora_alpha is None else check_number("lora_alpha", lora_alpha, above=0)
-        if not self.built or self.lora_enabled:
-            received = f"built={self.built}, lora_enabled={self.lora_enabled}"
-            raise ValueError(f"`enable_lora` needs a built layer without it. Received: {received}")
-        self.check_takes_lora()
-        if not self.trainable:  # The factors of a frozen layer train, and nothing else of it.
-            self.trainable, self.state_is_frozen = True, True
-            for weight in self.weights:
-                weight.trainable = False
-        initializers = map(keras.initializers.get, (a_initializer, b_initializer))
-        self.lora_rank, self.lora_alpha = rank, alpha
-        with unlocked(self):
-            self.add_factors(*initializers)
-
-    def check_takes_lora(self) -> None:
-        """Raise where corrections would have no effect."""
-
-    def add_factors(self, a_initializer="he_uniform", b_initializer="zeros"):
-        raise NotImplementedError
-
-    def freeze_kernel(self, name):
-        getattr(self, name).trainable = False
-        self._corrected = (*self._corrected, name)
-
-    def merge_factors(self) -> None:
-        """Remove the factors; the kernels, which stay frozen, get the corrections."""
-        store: dict = {}
-        self.save_own_variables(store)  # with corrected kernels
-        self.remove_factors()
-        self.load_own_variables(store)
-
-    def remove_factors(self):
-        for weight in self.weights:
-            if "_lora_" in weight.name:
-                delattr(self, weight.name)
-        self.lora_rank = self.lora_alpha = None
-        self.lora_enabled, self._corrected = False, ()
-        if getattr(self, "state_is_frozen", False) and not self.trainable_weights:
-            self.trainable = self.state_is_frozen = False  # as before LoRA, which a file keeps
-
-    def lora_scale(self):
-        return (self.lora_alpha or self.lora_rank) / self.lora_rank
-
-    def get_config(self):
-        lora = {"lora_rank": self.lora_rank, "lora_alpha": self.lora_alpha}
-        return {**super().get_config(), **(lora if self.lora_rank else {})}
-
-    @classmethod
-    def from_config(cls, config):
-        lora = {name: config[name] for name in ("lora_rank", "lora_alpha") if name in config}
-        layer = super().from_config({key: config[key] for key in config if key not in lora})
-        for name, value in lora.items():
-            setattr(layer, name, value)
-        return layer
+    results = iter(keras.remat(function)(*weights, *(leaves[place] for place in places)))
+    outputs = keras.tree.map_structure(lambda _: next(results), found["structure"])
+    for number in found["changed"]:
+        values[number] = ops.copy(values[number])  # PyTorch assigns in place
+    with stored_dtypes():  # In PyTorch a value that is read in another dtype is a copy.
+        for number in found["changed"]:
+            state[number].assign(next(results))
+    for loss in results:
+        layer.add_loss(ops.convert_to_tensor(loss))  # JAX returns a constant as a literal
+    return outputs
 
 
 def reseeded(initializer, *keys):

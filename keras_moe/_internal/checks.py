@@ -48,19 +48,6 @@ def check_choice(name, value, choices):
     return value
 
 
-def fixed(instead):
-    """A decorator of properties that cannot be set; their error says what to do instead."""
-
-    def decorate(read):
-        def refuse(owner, value):
-            rule = f"`{read.__name__}` of a `{type(owner).__name__}` is fixed: {instead}"
-            raise AttributeError(f"{rule}. Received: {read.__name__}={shortened(value)}")
-
-        return property(read, refuse)
-
-    return decorate
-
-
 def check_tensors(sizes=None, **tensors):
     """Check tensors that share axes: each has its rank, and an axis has one size in all of them.
 

@@ -115,11 +115,6 @@ def calls_of(model):
     return [(node.operation, node.input_tensors, node.outputs) for node in nodes]
 
 
-def built_shape(layer):
-    """The shape of the (first) inputs that a layer was built for, or ()."""
-    return next(iter((layer._build_shapes_dict or {}).values()), ())
-
-
 def operation_of(tensor):
     """The layer or operation that a symbolic tensor was computed by, or None."""
     return getattr(tensor, "_keras_history", (None,))[0]

@@ -8,7 +8,7 @@ from keras import ops
 
 from keras_moe import health
 from keras_moe._internal.checks import check_choice, check_integer
-from keras_moe.callbacks.base import PASS_TRAINING, ExpertCallback
+from keras_moe.callbacks.expert_monitor import PASS_TRAINING, ExpertCallback
 from keras_moe.inspection.summaries import named_layers
 from keras_moe.metrics import is_dead
 

@@ -6,20 +6,34 @@ import warnings
 import weakref
 from collections.abc import Callable, Sequence
 
+import keras
 import numpy as np
 from keras import ops
 
 from keras_moe import metrics
 from keras_moe._internal.checks import shortened
 from keras_moe._internal.keras_internals import forget_compiled, renew_test_function
-from keras_moe.callbacks.base import PASS_TRAINING, ExpertCallback
-from keras_moe.inspection.summaries import named_layers
+from keras_moe.inspection.summaries import find_layers, named_layers
 from keras_moe.layers.gate import Observer
 
+# What to do where a layer counts no token.
+PASS_TRAINING = "In a `call` of your own, pass `training` on: `self.moe(x, training=training)`."
 # Lets layers count an evaluation. Shared, so that any monitor can remove it after an interruption.
 _EVALUATION = Observer(counts=True)
 # Test functions that were traced while layers counted.
 _counting: weakref.WeakSet = weakref.WeakSet()
+
+
+class ExpertCallback(keras.callbacks.Callback):
+    """Abstract: a callback about MoE layers, which warns of a model without any."""
+
+    def on_train_begin(self, logs=None):
+        if not find_layers(self.model):
+            warnings.warn(
+                f"`{type(self).__name__}` has nothing to report: `{self.model.name}` has no "
+                "`MixtureOfExperts`.",
+                stacklevel=2,
+            )
 
 
 class ExpertMonitor(ExpertCallback):
@@ -27,9 +41,9 @@ class ExpertMonitor(ExpertCallback):
 
     The logs get a few numbers over all `MixtureOfExperts` layers: `load_imbalance` and
     `val_load_imbalance` of the least even layer; `dead_experts`, their total; `dropped_fraction`,
-    the largest, if a layer has a capacity; and `router_loss`, which a call adds to `loss` on
-    average, summed over layers, if a layer has router losses. Callbacks that read the logs, such as
-    `EarlyStopping("val_load_imbalance", mode="min")` and `TensorBoard`, come after this one.
+    the largest, if a layer has a capacity; and `router_loss`, which the router losses of a call add
+    to `loss` on average, summed over layers, if a layer has any. Callbacks that read the logs, such
+    as `EarlyStopping("val_load_imbalance", mode="min")` and `TensorBoard`, come after this one.
     `model.evaluate` prints the first three but does not return them.
 
     `history`, a dict of lists by epoch as in `keras.callbacks.History`, has the numbers of each
@@ -39,8 +53,7 @@ class ExpertMonitor(ExpertCallback):
     experts explains them.
 
     `shares` and `validation_shares`, for `visualization.shares_over_time`, are dicts from layers to
-    lists with the shares (E,) of each epoch, NaN for an epoch without the monitor or validation.
-    `fit` starts new lists; with an `initial_epoch` it extends the lists of the same model.
+    lists with the shares (E,) of each epoch of the last `fit`, NaN for one without validation.
 
     Args:
         metrics: List of functions from the counts of a layer in the epoch, a NumPy array (E,), to a
@@ -82,20 +95,17 @@ class ExpertMonitor(ExpertCallback):
     def set_model(self, model):
         if self.model is not None:  # An evaluation or a training was interrupted.
             self._stop_counting()
-        if self.model not in (None, model):
-            self.shares, self.validation_shares = {}, {}
         super().set_model(model)
         self._epoch_began = None
 
     def on_train_begin(self, logs=None):
         super().on_train_begin(logs)
-        self.history = {}
+        self.history, self.shares, self.validation_shares = {}, {}, {}
 
     def on_train_end(self, logs=None):
         self._stop_counting()
 
     def on_epoch_begin(self, epoch, logs=None):
-        self._keep_shares_before(epoch)
         self._test = ({}, {})
         self._epoch_began = self._read()
 
@@ -130,10 +140,10 @@ class ExpertMonitor(ExpertCallback):
         self._add_logs(logs, test_numbers, "val_")
         for key, value in {**_by_key(numbers), **_by_key(test_numbers, "val_")}.items():
             self.history.setdefault(key, []).append(value)
-        for of_epoch, so_far in ((shares, self.shares), (test_shares, self.validation_shares)):
-            for name, row in of_epoch.items():
-                rows = so_far.setdefault(name, [])
-                rows += [np.full_like(row, np.nan)] * (epoch - len(rows)) + [row]
+        for name, share in shares.items():
+            self.shares.setdefault(name, []).append(share)
+            of_test = test_shares.get(name, np.full_like(share, np.nan))
+            self.validation_shares.setdefault(name, []).append(of_test)
 
     def _add_logs(self, logs, numbers, prefix=""):
         """Add the numbers over all layers; of the validation of an epoch only one."""
@@ -148,17 +158,6 @@ class ExpertMonitor(ExpertCallback):
                 )
         if self.per_layer:
             logs.update(_by_key(numbers, prefix))
-
-    def _keep_shares_before(self, epoch):
-        """Keep the shares of earlier trainings, if this one continues them."""
-        layers = named_layers(self.model)
-        sizes = {name: (layer.router.num_experts,) for name, layer in layers.items()}
-
-        def kept(shares):
-            fitting = (name for name in shares if np.shape(shares[name])[1:] == sizes.get(name))
-            return {name: list(shares[name][:epoch]) for name in fitting if epoch}
-
-        self.shares, self.validation_shares = kept(self.shares), kept(self.validation_shares)
 
     def _stop_counting(self, goes_on=False):
         for layer in named_layers(self.model).values():
@@ -191,7 +190,7 @@ class ExpertMonitor(ExpertCallback):
             for key, function in self._metrics.items():
                 found[key] = function(counts) if counts.any() else math.nan
             found.update(zip(_loss_names(layer.router_losses), means.losses))
-            if not evaluation and (layer.router_losses or means.added):
+            if not evaluation and layer.router_losses:
                 found["router_loss"] = means.added
             numbers[name] = {key: float(value) for key, value in found.items()}
         return numbers, shares

@@ -3,17 +3,23 @@
 import collections
 import math
 import os
+import unicodedata
 from collections.abc import Callable
 from typing import NamedTuple
 
 import keras
 
 from keras_moe import metrics
-from keras_moe._internal.keras_internals import built_shape, own_layers
-from keras_moe._internal.plain_text import as_text, table
+from keras_moe._internal.keras_internals import own_layers
 from keras_moe.layers.gate import Gate
 from keras_moe.layers.low_rank_experts import LowRankExperts
 from keras_moe.layers.stacked_experts import StackedExperts
+
+# Control and formatting characters, lone surrogates, separators of lines and paragraphs. Among them
+# are those that turn the direction of writing, and those that a terminal obeys.
+_ACTIVE = ("Cc", "Cf", "Cs", "Zl", "Zp")
+# They join letters and emojis.
+_JOINERS = "\u200c\u200d"
 
 
 def moe_layers(model: keras.Model) -> dict[str, Gate]:
@@ -190,6 +196,22 @@ def table_row(layer):
     }
 
 
+def as_text(value):
+    r"""The text of a value, with an escape such as `\u202e` for each character that would act."""
+    return "".join(
+        letter.encode("unicode_escape").decode("ascii")
+        if unicodedata.category(letter) in _ACTIVE and letter not in _JOINERS
+        else letter
+        for letter in str(value)
+    )
+
+
+def table(rows):
+    """Lines of a table of texts, with the first column to the left and the others to the right."""
+    first, *others = (max(map(len, column)) for column in zip(*rows))
+    return ["  ".join([row[0].ljust(first), *map(str.rjust, row[1:], others)]) for row in rows]
+
+
 def count_parameters(model: keras.Model) -> tuple[int, int]:
     """All parameters of a built model, and those that work on one token, two integers.
 
@@ -228,7 +250,7 @@ def _active_shares(layers):
 
 def _num_positions(part):
     """The number of positions of a sample that a layer applies its weights to."""
-    shape = built_shape(part)
+    shape = (part.get_build_config() or {}).get("input_shape", ())
     if hasattr(part, "strides"):  # a convolution
         shape = part.compute_output_shape(shape)
     axes = shape[2:] if getattr(part, "data_format", None) == "channels_first" else shape[1:-1]

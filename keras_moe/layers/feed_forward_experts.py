@@ -59,7 +59,7 @@ class FeedForwardExperts(StackedExperts):
         activation: String, function of one tensor, or Keras layer without weights.
         use_bias: Boolean. Whether both projections have a bias.
         output_dim: Integer. Number of output features, D'. None: as many as the inputs have.
-        dropout: Float from 0 to below 1. Rate of dropout between the projections, in training.
+        dropout: Float from 0 to below 1. Rate of dropout before the last projection, in training.
 
     Other arguments, errors, call arguments and shapes: as for `StackedExperts`.
 
@@ -105,24 +105,13 @@ class GatedExperts(FeedForwardExperts):
     Stacked weights: `gate_kernel` and `up_kernel` (E, D, H), `down_kernel` (E, H, D'), and biases.
 
     Args:
-        num_experts: Integer. Number of experts, E.
-        hidden_dim: Integer. Hidden width of each expert, H.
-        activation: String, function of one tensor, or Keras layer without weights; of the gate.
+        activation: As in `FeedForwardExperts`, of the gate.
         use_bias: Boolean. Whether the three projections have a bias.
         clip: Positive float or None. The gate's projection is clipped from above, the up projection
             on both sides.
         up_shift: Float of at least 0, added to the up projection; gpt-oss has 1.
-        output_dim: Integer. Number of output features, D'. None: as many as the inputs have.
-        dropout: Float from 0 to below 1. Rate of dropout before the last projection, in training.
 
-    Other arguments, errors, call arguments and shapes: as for `StackedExperts`.
-
-    Example:
-
-    >>> experts = keras_moe.layers.GatedExperts(num_experts=8, hidden_dim=256)
-    >>> layer = keras_moe.layers.MixtureOfExperts(experts)
-    >>> layer(keras.random.normal((2, 10, 64))).shape
-    (2, 10, 64)
+    Other arguments, errors, call arguments, shapes and an example: as for `FeedForwardExperts`.
 
     References: Shazeer 2020 (arXiv:2002.05202), eq. 6; Jiang et al. 2024 (arXiv:2401.04088);
     OpenAI 2025 (arXiv:2508.10925), section 2, for the limit and the shift.

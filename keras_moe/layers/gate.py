@@ -15,7 +15,8 @@ from keras import ops
 
 from keras_moe import losses, routers
 from keras_moe._internal import Tensor
-from keras_moe._internal.checks import check_number, check_tensors, fixed, shortened
+from keras_moe._internal.base_layer import Recomputable
+from keras_moe._internal.checks import check_number, check_tensors, shortened
 from keras_moe._internal.keras_internals import (
     drops_losses,
     in_symbolic_scope,
@@ -24,12 +25,10 @@ from keras_moe._internal.keras_internals import (
     untrack,
 )
 from keras_moe._internal.serialization import load_draws, save_draws
-from keras_moe.layers.capacity import Capacity
+from keras_moe.layers.capacity import Capacity, count_dropped
 from keras_moe.layers.counters import Counters, Counts
 from keras_moe.layers.expert_bank import ExpertBank
-from keras_moe.layers.recomputation import Recomputable
 from keras_moe.layers.tokens import Tokens
-from keras_moe.ops.capacity import count_dropped
 from keras_moe.ops.routing import Routing
 from keras_moe.ops.sorting import as_dtype
 
@@ -97,12 +96,14 @@ class Gate(Recomputable):
         """The banks that the router chooses experts from, in the order of their numbers."""
         raise NotImplementedError
 
-    @fixed("`surgery.set_top_k(model, top_k)` changes it")
-    def top_k(self):
+    @property
+    def top_k(self) -> int:
+        """Experts per token, K, which `surgery.set_top_k` changes."""
         return self.router.top_k
 
-    @fixed("`layer.set_router_loss_weight(index, weight)` changes the weight of a loss")
-    def router_losses(self):
+    @property
+    def router_losses(self) -> tuple:
+        """The router losses. `set_router_loss_weight` changes their weights."""
         return self._router_losses
 
     def quantize(self, *args: Any, **kwargs: Any) -> None:
@@ -174,7 +175,6 @@ class Gate(Recomputable):
         is_counted = any(observer.counts for observer in observers) and not in_symbolic_scope()
         if training or is_counted:
             self._add_losses_and_count(routing, num_dropped, length, training)
-        routing = routing._replace(losses=())  # which are added
         for observer in observers:
             if observer.on_routing is not None:
                 observer.on_routing(routing, tokens.values)
@@ -186,12 +186,10 @@ class Gate(Recomputable):
             self._compute_loss(loss, variables, routing, sequence_length, training)
             for loss, variables in zip(self._router_losses, self.loss_states)
         ]
-        added = list(routing.losses)  # by the router itself
         weights = ops.unstack(ops.convert_to_tensor(self.router_loss_weights)) if training else ()
-        for weight, value in zip(weights, values):
-            added.append(weight * value)
-            # Keras adds it to the other losses, which have this dtype.
-            self.add_loss(as_dtype(added[-1], keras.config.floatx()))
+        added = [weight * value for weight, value in zip(weights, values)]
+        for loss in added:  # Keras adds it to the other losses, which have this dtype.
+            self.add_loss(as_dtype(loss, keras.config.floatx()))
         if added and drops_losses():
             warnings.warn(
                 f"The router losses of `{self.name}` are dropped: in training call "

@@ -39,14 +39,13 @@ class LayerExperts(ExpertBank):
 
     Args:
         layers: List of Keras layers, `keras.Sequential` or functional models.
-        **kwargs: Arguments of a Keras layer, such as `name` and `dtype`.
 
     Raises:
         TypeError: If `layers` holds anything but Keras layers.
         ValueError: If `layers` is empty or holds a layer twice, if the layers disagree on D', or
             if one writes its trainable weights in a call, as `keras.layers.SpectralNormalization`.
 
-    Call arguments and output shape: as for `ExpertBank`, or (T, ...) for samples.
+    Other arguments, call arguments and output shape: as for `ExpertBank`, or (T, ...) for samples.
 
     Example:
 

@@ -54,19 +54,17 @@ class LowRankExperts(StackedExperts):
     Args:
         base: Bank with one expert, such as `GatedExperts(1, hidden_dim)`; it is frozen. All its
             linear maps but the last take the tokens themselves, and the last one makes the output.
-        num_experts: Integer. Number of experts, E.
         rank: Integer. Rank of the corrections, r.
         alpha: Float. The corrections are multiplied by `alpha / rank`. None: `rank`.
         a_initializer: Initializer of each expert's `A`.
         b_initializer: Initializer of each expert's `B`. With zeros every expert begins as the base.
-        **kwargs: Arguments of a Keras layer, such as `name` and `dtype`.
 
     Raises:
         ValueError: If a number is out of its range, or `base` has several experts, LoRA, or a
             network of another form.
         TypeError: If `base` is no bank of stacked kernels.
 
-    Call arguments and output shape: as for `ExpertBank`.
+    Other arguments, call arguments and output shape: as for `ExpertBank`.
 
     Example:
 
@@ -85,7 +83,6 @@ class LowRankExperts(StackedExperts):
         *("activation", "use_bias", "kernel_initializer", "bias_initializer"),
         *("kernel_regularizer", "bias_regularizer"),
     )
-    _corrected = ("base",)
 
     def __init__(
         self,
@@ -178,8 +175,12 @@ class LowRankExperts(StackedExperts):
         """Store the kernels of the base as integers, see its `quantize`; factors stay floats."""
         self.base.quantize(mode, config=config)
 
-    def check_takes_lora(self):
+    def enable_lora(self, *args: Any, **kwargs: Any) -> None:
+        """Raise: the experts are factors of low rank already."""
         raise NotImplementedError(f"`{self.name}` has factors of low rank already")
+
+    def _corrected(self):
+        return [self.base]
 
     def merge(self, experts: Sequence[int] | None = None) -> StackedExperts:
         """Return a bank of the base's class whose kernels are `W + (alpha / rank) A B`, as floats.

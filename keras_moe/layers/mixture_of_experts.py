@@ -14,7 +14,7 @@ import numpy as np
 from keras import ops
 
 from keras_moe._internal import Tensor
-from keras_moe._internal.checks import check_indices, check_integer, fixed, shortened
+from keras_moe._internal.checks import check_indices, check_integer, shortened
 from keras_moe._internal.serialization import config_of, register, resolve
 from keras_moe.backend import backend
 from keras_moe.layers import expert_bank, sublayers
@@ -150,15 +150,15 @@ class MixtureOfExperts(Gate):
     def banks(self):
         return [self.experts]
 
-    @fixed("make the layer again, and set its weights")
-    def capacity_factor(self):
+    @property
+    def capacity_factor(self) -> float | None:
+        """The factor of the capacity in training, or None."""
         return None if self.capacity is None else self.capacity.factor
 
     def build(self, inputs_shape, router_inputs_shape=None):
         of_token = token_shape(inputs_shape, self.token_axes)
         axes = {axis - len(of_token): size for axis, size in enumerate(of_token)}
         self.input_spec = keras.layers.InputSpec(min_ndim=len(of_token) + 1, axes=axes)
-        sublayers.warn_of_second_use(self, self.router, self.experts, self.shared_expert)
         num_axes = len(inputs_shape) - len(of_token)
         if not self.router.tokens_choose and num_axes == 1:
             warnings.warn(
@@ -292,7 +292,6 @@ class MixtureOfExperts(Gate):
         router_inputs=None,
         return_expert_outputs=False,
     ):
-        sublayers.warn_of_repetition(self, inputs)
         num_axes = self.token_axes or len(inputs.shape) - 1
         if check_call(inputs, mask, num_axes, router_inputs, token_ids) is None:
             sublayers.warn_of_lost_mask(self, inputs)

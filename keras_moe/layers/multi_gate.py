@@ -11,14 +11,13 @@ from keras import ops
 
 from keras_moe import losses
 from keras_moe._internal import Tensor
-from keras_moe._internal.base_layer import reseeded
+from keras_moe._internal.base_layer import Recomputable, reseeded
 from keras_moe._internal.checks import check_integer, check_tensors, shortened
 from keras_moe._internal.serialization import register
 from keras_moe.backend import backend
 from keras_moe.layers import expert_bank, sublayers
 from keras_moe.layers.expert_bank import ExpertBank
 from keras_moe.layers.gate import Gate
-from keras_moe.layers.recomputation import Recomputable
 from keras_moe.layers.tokens import Tokens
 from keras_moe.ops.plans import GroupedPlan
 from keras_moe.ops.selection import mask_invalid, take_scores, weights_of_experts, without_repeats
@@ -42,7 +41,6 @@ class TaskGate(Gate):
         return self._banks
 
     def build(self, inputs_shape):
-        sublayers.warn_of_second_use(self, self.router)
         self._build_gate(inputs_shape[-1])
 
     def choices_of(self, bank, routing):

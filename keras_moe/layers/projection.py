@@ -103,7 +103,7 @@ class Projection:
     def add_factors(self, a_initializer, b_initializer):
         """Add low-rank factors A (E, D, r) and B (E, r, H); the kernel is frozen."""
         (num_experts, fan_in, fan_out), rank = self.shape, self.bank.lora_rank
-        self.bank.freeze_kernel(self._weight_name("kernel"))
+        self.kernel.trainable = False
         for part, widths, initializer in (
             ("lora_a", (fan_in, rank), a_initializer),
             ("lora_b", (rank, fan_out), b_initializer),
@@ -111,6 +111,11 @@ class Projection:
             initializer = keras.initializers.get(initializer)
             initializer = EachExpert(initializer, self.stream, range(num_experts))
             self._add(part, (num_experts, *widths), initializer, dtype="float32")
+
+    def remove_factors(self):
+        for part in ("lora_a", "lora_b"):
+            delattr(self.bank, self._weight_name(part))
+            setattr(self, part, None)
 
     @property
     def shape(self):

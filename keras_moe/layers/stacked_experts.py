@@ -9,7 +9,7 @@ from typing import Any
 import keras
 
 from keras_moe._internal import Tensor
-from keras_moe._internal.base_layer import Adaptable
+from keras_moe._internal.checks import check_integer, check_number
 from keras_moe._internal.keras_internals import own_layers, quantization, unlocked
 from keras_moe._internal.serialization import load_draws, save_draws
 from keras_moe.backend import backend
@@ -20,7 +20,7 @@ from keras_moe.ops.networks import Problem, network_of
 from keras_moe.ops.plans import GroupedPlan
 
 
-class StackedExperts(Adaptable, ExpertBank):
+class StackedExperts(ExpertBank):
     """Abstract: experts of one shape, each of their kernels stacked in one weight (E, D, H).
 
     An expert is a small network of linear maps. A subclass says their widths and how they connect:
@@ -38,21 +38,19 @@ class StackedExperts(Adaptable, ExpertBank):
     export need nothing of the subclass.
 
     Args:
-        num_experts: Integer. Number of experts, E.
         activation: String, function of one tensor, Keras layer without weights, or None.
         use_bias: Boolean. Whether each linear map has a bias.
         kernel_initializer: Initializer of each expert's kernels, drawn for each by itself.
         bias_initializer: Initializer of the biases.
         kernel_regularizer: Regularizer of the stacked kernels, or None.
         bias_regularizer: Regularizer of the stacked biases, or None.
-        **kwargs: Arguments of a Keras layer, such as `name` and `dtype`.
 
     Raises:
         ValueError: If a number is out of its range, or, when the bank is built, if a layer in it,
             such as `activation`, has weights or random numbers, or `network` does not call `linear`
             once for each name in `widths`.
 
-    Call arguments and output shape: as for `ExpertBank`.
+    Other arguments, call arguments and output shape: as for `ExpertBank`.
 
     Example:
 
@@ -69,6 +67,11 @@ class StackedExperts(Adaptable, ExpertBank):
     """
 
     projection_class = Projection
+    projections: tuple[Projection, ...] = ()
+    lora_rank: Any = None
+    lora_alpha: Any = None
+    lora_enabled = False
+    _was_frozen = False  # before it got LoRA
 
     def __init__(
         self,
@@ -92,7 +95,6 @@ class StackedExperts(Adaptable, ExpertBank):
         self.bias_regularizer = keras.regularizers.get(bias_regularizer)
         # Processes that share the experts, each with some of them; None where each has all.
         self.processes: Any = None
-        self.projections: tuple[Projection, ...] = ()
 
     def widths(self, features: int) -> dict[str, tuple[int, ...]]:
         """Return {name: (D, H)} of all linear maps, and {name: (H,)} of vectors."""
@@ -139,7 +141,7 @@ class StackedExperts(Adaptable, ExpertBank):
         for projection, each in zip(self.projections, widths.values()):
             projection.build(tuple(each), experts)
         if self.lora_rank:
-            self.add_factors()
+            self._add_factors()
 
     def _function(self):
         """The network as a hashable function; equal functions share compiled programs."""
@@ -177,15 +179,89 @@ class StackedExperts(Adaptable, ExpertBank):
     def _take_policy(self, policy):
         self.dtype_policy = policy
 
-    def add_factors(self, a_initializer="he_uniform", b_initializer="zeros"):
+    @property
+    def trainable(self):
+        return keras.Layer.trainable.fget(self)
+
+    @trainable.setter
+    def trainable(self, value):
+        # Keras sets it for all weights. A corrected kernel has no gradient, only weight decay.
+        keras.Layer.trainable.fset(self, value)
+        for part in self._corrected():
+            part.trainable = False
+
+    def _corrected(self):
+        """What factors correct, which never trains."""
+        return [each.kernel for each in self._kernels() if self.lora_enabled]
+
+    def enable_lora(
+        self,
+        rank: int,
+        lora_alpha: float | None = None,
+        a_initializer: str | Callable = "he_uniform",
+        b_initializer: str | Callable = "zeros",
+    ) -> None:
+        """Freeze each kernel and train a correction of low rank for it.
+
+        `x W` becomes `x W + (lora_alpha / rank) (x A) B` with factors `A` (E, D, rank) and `B`
+        (E, rank, H). Saving adds the corrections to the kernels, as Keras does. Compile the model
+        afterwards. In a frozen layer only the factors train.
+
+        Args:
+            rank: Integer. Rank of the corrections.
+            lora_alpha: Float. The corrections are multiplied by `lora_alpha / rank`. None: `rank`.
+            a_initializer: Initializer of each expert's `A`.
+            b_initializer: Initializer of each expert's `B`. With zeros nothing changes at first.
+
+        Raises:
+            ValueError: If the layer is not built, or has LoRA already.
+
+        Reference: Hu et al. 2021 (arXiv:2106.09685), section 4.1.
+        """
+        rank = check_integer("rank", rank)
+        alpha = rank if lora_alpha is None else check_number("lora_alpha", lora_alpha, above=0)
+        if not self.built or self.lora_enabled:
+            received = f"built={self.built}, lora_enabled={self.lora_enabled}"
+            raise ValueError(f"`enable_lora` needs a built layer without it. Received: {received}")
+        if not self.trainable:  # The factors of a frozen layer train, and nothing else of it.
+            self.trainable = self._was_frozen = True
+            for weight in self.weights:
+                weight.trainable = False
+        self.lora_rank, self.lora_alpha = rank, alpha
+        with unlocked(self):
+            self._add_factors(a_initializer, b_initializer)
+
+    def _add_factors(self, a_initializer="he_uniform", b_initializer="zeros"):
         for projection in self._kernels():
             projection.add_factors(a_initializer, b_initializer)
         self.lora_enabled = True
 
-    def remove_factors(self):
-        super().remove_factors()
-        for projection in self.projections:
-            projection.lora_a = projection.lora_b = None
+    def merge_factors(self) -> None:
+        """Remove the factors; the kernels, which stay frozen, get the corrections."""
+        store: dict = {}
+        self.save_own_variables(store)  # with corrected kernels
+        for projection in self._kernels():
+            projection.remove_factors()
+        self.lora_rank = self.lora_alpha = None
+        self.lora_enabled = False
+        self.load_own_variables(store)
+        if self._was_frozen and not self.trainable_weights:
+            self.trainable = self._was_frozen = False  # as before LoRA, which a file keeps
+
+    def lora_scale(self):
+        return (self.lora_alpha or self.lora_rank) / self.lora_rank
+
+    def get_config(self):
+        lora = {"lora_rank": self.lora_rank, "lora_alpha": self.lora_alpha}
+        return {**super().get_config(), **(lora if self.lora_rank else {})}
+
+    @classmethod
+    def from_config(cls, config):
+        lora = {name: config[name] for name in ("lora_rank", "lora_alpha") if name in config}
+        layer = super().from_config({key: config[key] for key in config if key not in lora})
+        for name, value in lora.items():
+            setattr(layer, name, value)
+        return layer
 
     def quantize(
         self, mode: str | None = None, type_check: bool = True, config: Any = None

@@ -2,28 +2,12 @@
 
 import inspect
 import warnings
-import weakref
 
 import keras
 
 from keras_moe._internal.checks import check_tensors
 from keras_moe._internal.keras_internals import get_keras_mask, operation_of, sources_of
 from keras_moe.layers.expert_bank import ExpertBank
-
-# Parts of layers that were built: routers, banks, feed-forward layers.
-_in_use: weakref.WeakSet = weakref.WeakSet()
-
-
-def warn_of_second_use(layer, *parts):
-    """Warn if a layer that is being built has parts of another, whose weights it shares."""
-    for part in filter(None, parts):
-        if part in _in_use and part.weights:
-            warnings.warn(
-                f"`{part.name}` is in two layers, of which `{layer.name}` is the second: they "
-                "share its weights. If that is not meant, make one for each.",
-                stacklevel=3,
-            )
-        _in_use.add(part)
 
 
 def freeze_parts(layer):
@@ -82,33 +66,18 @@ def call_part(name, layer, inputs, shape, **arguments):
     return outputs
 
 
-def _ancestors(tensor, is_end=lambda tensor: False):
-    """A symbolic tensor and those it was computed from, back to each that `is_end`."""
-    tensors, seen = [tensor], set()
-    while tensors:
-        tensor = tensors.pop()
-        if id(tensor) not in seen:
-            seen.add(id(tensor))
-            yield tensor
-            tensors += [] if is_end(tensor) else sources_of(tensor)
-
-
-def warn_of_repetition(layer, inputs):
-    """Warn if symbolic inputs were computed by the layer itself, as where a loop repeats it."""
-    if any(operation_of(tensor) is layer for tensor in _ancestors(inputs)):
-        warnings.warn(
-            f"`{layer.name}` receives what it has computed itself: it is in several places, "
-            "which share its weights. If that is not meant, make one for each.",
-            stacklevel=3,
-        )
-
-
 def warn_of_lost_mask(layer, inputs):
     """Warn if symbolic inputs (batch, ..., D) had a mask that an operation such as `+` dropped."""
     is_slice = type(operation_of(inputs)).__name__ == "GetItem"
-    for tensor in _ancestors(inputs, lambda tensor: get_keras_mask(tensor) is not None):
+    tensors, seen = [inputs], set()
+    while tensors:
+        tensor = tensors.pop()
         mask = get_keras_mask(tensor)
-        if mask is None or tensor is inputs:
+        if id(tensor) in seen or (mask is not None and tensor is inputs):
+            continue
+        seen.add(id(tensor))
+        if mask is None:
+            tensors += sources_of(tensor)
             continue
         is_like_inputs = tuple(mask.shape) == tuple(inputs.shape[:-1])
         if is_like_inputs or (is_slice and len(mask.shape) == len(inputs.shape) - 1):

@@ -6,17 +6,15 @@ import keras
 from keras import ops
 
 from keras_moe._internal import Tensor
+from keras_moe._internal.base_layer import Recomputable
 from keras_moe._internal.checks import check_integer, check_number, check_tensors
 from keras_moe._internal.keras_internals import get_keras_mask
 from keras_moe._internal.serialization import register, resolve
-from keras_moe.layers.recomputation import Recomputable
 from keras_moe.layers.sublayers import (
     build_and_measure,
     call_part,
     freeze_parts,
     warn_of_lost_mask,
-    warn_of_repetition,
-    warn_of_second_use,
 )
 from keras_moe.ops import draws
 
@@ -61,7 +59,6 @@ class TransformerBlock(Recomputable):
     def _build_feed_forward(self, inputs_shape):
         self.input_spec = keras.layers.InputSpec(ndim=3, axes={-1: inputs_shape[-1]})
         self._feedforward_norm = self._build_norm("feedforward_norm", inputs_shape)
-        warn_of_second_use(self, self.feedforward)
         outputs_shape = build_and_measure("feedforward", self.feedforward, inputs_shape)
         if outputs_shape[-1] != inputs_shape[-1]:
             rule = "`feedforward` must return as many features as it receives, for the residual"
@@ -99,7 +96,6 @@ class TransformerBlock(Recomputable):
         return tuple(inputs_shape)
 
     def compute_output_spec(self, inputs, mask=None, *args, **kwargs):
-        warn_of_repetition(self, inputs)
         if mask is None:
             warn_of_lost_mask(self, inputs)
         return super().compute_output_spec(inputs, mask, *args, **kwargs)

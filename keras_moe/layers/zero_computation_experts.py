@@ -30,14 +30,13 @@ class ZeroComputationExperts(ExpertBank):
         num_zero: Integer. Number of zero experts.
         num_identity: Integer. Number of identity experts.
         num_constant: Integer. Number of constant experts.
-        **kwargs: Arguments of a Keras layer, such as `name` and `dtype`.
 
     Raises:
         ValueError: If a number is negative, the bank changes the number of features, or experts
             choose tokens.
 
-    Call arguments and output shape: as for `ExpertBank`. The experts that compute come first, then
-    zero, identity and constant ones.
+    Other arguments, call arguments and output shape: as for `ExpertBank`. The experts that compute
+    come first, then zero, identity and constant ones.
 
     Example:
 

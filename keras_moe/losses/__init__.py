@@ -6,7 +6,7 @@ from typing import Any
 import keras
 from keras import ops
 
-from keras_moe._internal.checks import check_choice, check_integer, check_number, fixed, shortened
+from keras_moe._internal.checks import check_choice, check_integer, check_number, shortened
 from keras_moe._internal.serialization import Configured, register, resolve
 from keras_moe.backend import backend
 from keras_moe.losses.likelihood import MixtureNegativeLogLikelihood, pack_mixture
@@ -62,8 +62,9 @@ class RouterLoss(Configured):
     def __init__(self, weight: float = 1e-2):
         self._weight = check_number("weight", weight)
 
-    @fixed("`layer.set_router_loss_weight(index, weight)` changes it in a layer")
-    def weight(self):
+    @property
+    def weight(self) -> float:
+        """The weight from the constructor. `layer.set_router_loss_weight` changes a layer's own."""
         return self._weight
 
     def __call__(self, routing, *args, **kwargs):
@@ -270,7 +271,6 @@ def _mean_of_sequences(routing, sequence_length):
     return ops.sum(losses) / ops.maximum(num_sequences, 1.0)
 
 
-@backend.jit_when_eager
 def _squared_variation(values):
     """`variance / mean ** 2` of values (E,), 0 where all are 0."""
     # Not the square of the standard deviation, whose root has no gradient at exact balance.

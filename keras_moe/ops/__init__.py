@@ -1,10 +1,9 @@
 """Pure functions on tensors: routing, plans and grouped products."""
 
 from keras_moe.backend.base import any_derivative, platform
-from keras_moe.ops.capacity import plan_groups
 from keras_moe.ops.grouped_matmul import grouped_matmul, grouped_outer
 from keras_moe.ops.plans import GroupedPlan
-from keras_moe.ops.routing import Routing, make_routing, top_k_routing
+from keras_moe.ops.routing import Routing, top_k_routing
 
 __all__ = [
     "GroupedPlan",
@@ -12,8 +11,6 @@ __all__ = [
     "any_derivative",
     "grouped_matmul",
     "grouped_outer",
-    "make_routing",
-    "plan_groups",
     "platform",
     "top_k_routing",
 ]

@@ -7,10 +7,15 @@ sequence, S tokens of a sequence.
 from keras import ops
 
 from keras_moe.backend import backend
-from keras_moe.ops.capacity import slots_of_expert
 from keras_moe.ops.routing import Routing
 from keras_moe.ops.selection import softmax, take_scores, top_k_indices
-from keras_moe.ops.sorting import at_least, ceil_divide, position_in_expert, put
+from keras_moe.ops.sorting import (
+    at_least,
+    ceil_divide,
+    position_in_expert,
+    put,
+    slots_of_expert,
+)
 
 
 @backend.jit_when_eager

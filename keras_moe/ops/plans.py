@@ -52,7 +52,7 @@ class GroupedPlan(NamedTuple):
     def of_experts(
         self, experts: Tensor, weights: Tensor, first: Any, number: int
     ) -> "GroupedPlan":
-        """The plan of `number` experts from `first` on, under numbers from 0, for some tokens."""
+        """The part of a plan for experts `first` to `first + number - 1`, renumbered from 0."""
         return self.of(mask_invalid(experts - first, number), weights, number)
 
     @property
@@ -166,10 +166,6 @@ class GroupedPlan(NamedTuple):
         """The sum of a token's weights for the experts `first` to `last` - 1, (T, 1)."""
         inside = (self.experts >= first) & (self.experts < last)
         return ops.sum(ops.where(inside, self.weights, 0.0), axis=1, keepdims=True)
-
-    def served(self) -> Tensor:
-        """Which tokens have a row, (T,) bool."""
-        return ops.any(self.experts >= 0, axis=1)
 
 
 class ExpertChoicePlan(GroupedPlan):

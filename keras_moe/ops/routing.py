@@ -3,14 +3,12 @@
 Axes: T tokens (all leading axes flattened), E experts, K experts per token.
 """
 
-import functools
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from keras import ops
 
 from keras_moe._internal import Tensor
-from keras_moe._internal.checks import check_choice, check_indices, check_number, check_tensors
+from keras_moe._internal.checks import check_choice, check_tensors
 from keras_moe.backend import backend
 from keras_moe.backend.base import LOW
 from keras_moe.ops.selection import (
@@ -25,7 +23,7 @@ from keras_moe.ops.selection import (
 
 
 class Routing(NamedTuple):
-    """The decision of a router, before any token moves.
+    """The decision of a router, before any token moves: five tensors, completed by `Router`.
 
     - `indices` (T, K) int32: the experts of each token, best first; of `DenseRouter`,
       `DSelectKRouter` and `ExpertChoiceRouter` position e is expert e. -1 in unused positions and
@@ -38,8 +36,6 @@ class Routing(NamedTuple):
       routers that are `counted_by_weight`: the combine weight of each, scaled to the same sum.
     - `dropped` () float32: share of the assignments that found no slot in their expert.
     - `load` (E,) float32: `counts`; for noisy routers a smooth, differentiable estimate of them.
-    - `losses`: tuple of () float32, what the router itself adds to the loss in training; `()` in
-      what layers return.
     - `details`: dict of tensors for the router's own plan or a loss made for it. Empty for most.
     """
 
@@ -51,7 +47,6 @@ class Routing(NamedTuple):
     counts: Any = None
     dropped: Any = None
     load: Any = None
-    losses: tuple = ()
     details: Any = {}  # of all routings without: replaced as a whole, never changed
 
     @backend.jit_when_eager
@@ -74,14 +69,6 @@ def check_routing(routing, sizes=None):
     check_tensors(sizes, **{name: field for name, field in fields.items() if field[0] is not None})
 
 
-def convert_and_check(routing):
-    """The routing, with tensors that fit each other in all fields that are not None."""
-    given = {name: getattr(routing, name) for name in _FIELDS if getattr(routing, name) is not None}
-    routing = routing._replace(**{n: ops.convert_to_tensor(each) for n, each in given.items()})
-    check_routing(routing)
-    return routing._replace(mask=ops.cast(routing.mask, "bool"))
-
-
 _FIELDS = {
     "indices": ("TK", "int"),
     "weights": ("TK", "float"),
@@ -91,35 +78,6 @@ _FIELDS = {
     "counts": ("E", "number"),
     "load": ("E", "float"),
 }
-
-
-def make_routing(
-    indices: Tensor,
-    weights: Tensor,
-    probs: Tensor,
-    logits: Tensor,
-    mask: Tensor,
-    counts: Tensor | None = None,
-    load: Tensor | None = None,
-) -> Routing:
-    """A `Routing` in which padding has no weight and no count.
-
-    Args:
-        indices, weights, probs, logits, mask: Tensors. As in a `Routing`.
-        counts: Integer tensor (E,) or None. Assignments per expert; None counts the indices.
-        load: Float tensor (E,) or None. None takes the counts.
-
-    Returns:
-        A `Routing`.
-
-    Raises:
-        ValueError: If shapes do not fit each other, or an array of indices names no expert.
-        TypeError: If a tensor has a dtype of another kind.
-    """
-    routing = Routing(indices, weights, probs, logits, mask, counts, load=load)
-    routing = convert_and_check(routing)
-    check_indices("indices", indices, routing.probs.shape[-1])
-    return complete(routing)
 
 
 @backend.jit_when_eager
@@ -138,27 +96,11 @@ def complete(routing):
     )
 
 
-@backend.jit_when_eager
-def _clean_logits(logits, mask=None):
-    """Logits (T, E) in float32 with zeros for padding, and a mask (T,) that is never None.
-
-    Before any score is computed: a NaN in padding must not reach a gradient.
-    """
-    logits = ops.cast(logits, "float32")
-    if mask is None:
-        return logits, ops.ones(ops.shape(logits)[:1], "bool")
-    mask = ops.cast(mask, "bool")
-    return ops.where(ops.expand_dims(mask, 1), logits, 0.0), mask
-
-
 def top_k_routing(
     logits: Tensor,
     top_k: int,
     mask: Tensor | None = None,
     score: str = "softmax",
-    renormalize: bool | None = None,
-    scale: float = 1.0,
-    select: Callable | None = None,
 ) -> Routing:
     """The `top_k` experts with the best scores.
 
@@ -172,11 +114,6 @@ def top_k_routing(
         top_k: Integer. Experts per token, from 1 to E.
         mask: Bool tensor (T,), False for padding, or None.
         score: String. `"softmax"`, `"sigmoid"` or `"sqrt_softplus"`.
-        renormalize: Bool or None. Whether the weights of a token are divided by their sum. None:
-            if K > 1.
-        scale: Float. Factor of all weights.
-        select: Function from scores (T, E) to indices (T, K), which sees no gradient, or None for
-            the best scores.
 
     Returns:
         A `Routing`.
@@ -189,19 +126,16 @@ def top_k_routing(
     >>> keras_moe.ops.top_k_routing(keras.random.normal((6, 4)), top_k=2).indices.shape
     (6, 2)
     """
-    tensors = {"logits": (ops.convert_to_tensor(logits), "TE", "float")}
-    if mask is not None:
-        tensors["mask"] = (ops.convert_to_tensor(mask), "T", "mask")
-    check_tensors(**tensors)
+    logits = ops.convert_to_tensor(logits)
+    mask = ops.ones(ops.shape(logits)[:1], "bool") if mask is None else ops.convert_to_tensor(mask)
+    check_tensors(logits=(logits, "TE", "float"), mask=(mask, "T", "mask"))
     check_choice("score", score, SCORES)
-    scale = check_number("scale", scale, above=0)
-    logits, mask = _clean_logits(*(tensor for tensor, *_ in tensors.values()))
+    mask = ops.cast(mask, "bool")
+    # Before any score is computed: a NaN in padding must not reach a gradient.
+    logits = ops.where(ops.expand_dims(mask, 1), ops.cast(logits, "float32"), 0.0)
     scores = SCORES[score](logits)
-    select = select or functools.partial(top_k_indices, top_k=top_k)
-    indices = ops.convert_to_tensor(select(ops.stop_gradient(scores)))
-    sizes = {"T": logits.shape[0], "K": top_k}
-    check_tensors(sizes, **{"select(scores)": (indices, "TK", "int")})
-    weights, probs = weigh(indices, logits, scores, score, renormalize, scale)
+    indices = top_k_indices(ops.stop_gradient(scores), top_k)
+    weights, probs = weigh(indices, logits, scores, score)
     return complete(Routing(indices, weights, probs, logits, mask))
 
 

@@ -13,13 +13,11 @@ SMALLEST_SCORE = 1e-7
 softmax = backend.jit_when_eager(backend.softmax)
 
 
-@backend.jit_when_eager
 def sigmoid(logits):
     """Each expert scored alone: DeepSeek-V3 (arXiv:2412.19437), eq. 15."""
     return ops.sigmoid(logits) + SMALLEST_SCORE
 
 
-@backend.jit_when_eager
 def sqrt_softplus(logits):
     """`sqrt(log(1 + exp(z)))`, which grows with the logit where a sigmoid saturates."""
     # Inside the root: its slope at zero is infinite.
@@ -29,7 +27,6 @@ def sqrt_softplus(logits):
 SCORES = {"softmax": softmax, "sigmoid": sigmoid, "sqrt_softplus": sqrt_softplus}
 
 
-@backend.jit_when_eager
 def distribution(scores):
     """Scores (T, E) as shares of their sum."""
     return scores / (ops.sum(scores, axis=-1, keepdims=True) + 1e-20)
@@ -90,7 +87,6 @@ def mask_invalid(indices, num_experts, mask=None):
     return backend.masked_fill(indices, invalid, -1)
 
 
-@backend.jit_when_eager
 def without_repeats(indices):
     """Indices (T, S) with -1 in place of experts that the token has in an earlier place."""
     is_same = ops.expand_dims(indices, 1) == ops.expand_dims(indices, 2)  # (T, place, other)

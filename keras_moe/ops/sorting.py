@@ -1,5 +1,7 @@
 """Sorting of assignments by expert, sizes that may not be known while tracing, and dtypes."""
 
+from fractions import Fraction
+
 import keras
 from keras import ops
 
@@ -41,3 +43,18 @@ def put(values, places, size=None):
     zeros = ops.zeros_like(places, dtype) if size is None else ops.zeros((size,), dtype)
     # Not `ops.scatter`, which on PyTorch adds one value after the other in Python.
     return ops.scatter_update(zeros, ops.expand_dims(places, 1), values)
+
+
+def slots_of_expert(num_tokens, num_experts, top_k, capacity_factor):
+    """Slots of an expert: `ceil(factor * T * K / E)`, at least 1 and at most T * K.
+
+    The factor is read to three decimals or the nearest simple fraction. An integer, or an int32
+    tensor where the number of tokens is one.
+    """
+    # In integers: a compiled quotient in float32 may end just above a whole number.
+    factor = min(Fraction(float(capacity_factor)).limit_denominator(1000), num_experts)
+    share = Fraction(factor) * top_k / num_experts
+    # The whole parts separately: the product of all tokens with the numerator may exceed 32 bits.
+    whole, rest = num_tokens // share.denominator, num_tokens % share.denominator
+    rows = whole * share.numerator + ceil_divide(rest * share.numerator, share.denominator)
+    return at_least(1, rows)

@@ -22,9 +22,8 @@ from keras import ops
 
 from keras_moe import health, metrics, visualization
 from keras_moe._internal.checks import shortened
-from keras_moe._internal.plain_text import as_text
 from keras_moe.inspection import moe_layers, record_routings, summarize
-from keras_moe.inspection.summaries import table_row
+from keras_moe.inspection.summaries import as_text, table_row
 from keras_moe.visualization import by_layer, label_table, labels_of_tokens, mutual_bits
 
 BATCH_SIZE = 32

@@ -7,16 +7,13 @@ import keras
 from keras import ops
 
 from keras_moe._internal import Tensor
-from keras_moe._internal.base_layer import Adaptable
 from keras_moe._internal.checks import check_integer, check_number, check_tensors
-from keras_moe._internal.keras_internals import own_variables
-from keras_moe._internal.serialization import load_draws, save_draws
 from keras_moe.ops import draws
 from keras_moe.ops.sorting import as_dtype
 from keras_moe.routers.router import Router
 
 
-class LogitRouter(Adaptable, Router):
+class LogitRouter(Router):
     """Abstract: a router whose logits are learned; linear, unless a subclass overrides `project`.
 
     Args:
@@ -73,23 +70,13 @@ class LogitRouter(Adaptable, Router):
             features = self.hidden_dim
         self.kernel = self._add_kernel("kernel", self.kernel_shape(features))
 
-    def _post_build(self):
-        # After all that subclasses build, as where LoRA is enabled later: optimizers go by order.
-        if self.lora_rank and not self.lora_enabled:
-            self.add_factors()
-        super()._post_build()
-
     def kernel_shape(self, features: int) -> tuple[int, ...]:
         """Return the shape of the kernel for tokens of a width."""
         return features, self.num_experts
 
     def project(self, tokens: Tensor) -> Tensor:
         """Return logits (T, E) of tokens (T, D) without noise: their products with the kernel."""
-        products = ops.matmul(tokens, self.kernel)
-        if not self.lora_enabled:
-            return products
-        correction = ops.matmul(ops.matmul(tokens, self.kernel_lora_a), self.kernel_lora_b)
-        return products + self.lora_scale() * correction
+        return ops.matmul(tokens, self.kernel)
 
     def logits(self, tokens: Tensor, training: bool | None) -> Tensor:
         """Return logits (T, E) in float32, in training with noise."""
@@ -112,48 +99,6 @@ class LogitRouter(Adaptable, Router):
     def _noise(self, draw, like):
         return draw(ops.shape(like), self._noise_seed)
 
-    def check_takes_lora(self):
-        if type(self).project is not LogitRouter.project:
-            rule = "A router with LoRA must compute its logits by products with the kernel"
-            raise NotImplementedError(f"{rule}. Received: a `{type(self).__name__}`")
-
-    def add_factors(self, a_initializer="he_uniform", b_initializer="zeros"):
-        self.freeze_kernel("kernel")
-        fan_in, fan_out = self.kernel.shape
-        self.kernel_lora_a = self._add_factor("a", (fan_in, self.lora_rank), a_initializer)
-        self.kernel_lora_b = self._add_factor("b", (self.lora_rank, fan_out), b_initializer)
-        self.lora_enabled = True
-
-    def _add_factor(self, letter, shape, initializer):
-        return self.add_weight(
-            name=f"kernel_lora_{letter}", shape=shape, initializer=initializer, autocast=False
-        )
-
-    def _saved_variables(self):
-        """The variables in a file: all but factors, whose product is in the kernel there."""
-        factors = (self.kernel_lora_a, self.kernel_lora_b) if self.lora_enabled else ()
-        return [each for each in own_variables(self) if all(each is not f for f in factors)]
-
-    def save_own_variables(self, store):
-        for index, variable in enumerate(self._saved_variables()):
-            value = ops.convert_to_numpy(variable)
-            if self.lora_enabled and variable is self.kernel:
-                a, b = map(ops.convert_to_numpy, (self.kernel_lora_a, self.kernel_lora_b))
-                value = value + self.lora_scale() * (a @ b)
-            store[str(index)] = value
-        save_draws(self, store)
-
-    def load_own_variables(self, store):
-        entries, variables = load_draws(self, store), self._saved_variables()
-        if len(entries) != len(variables):
-            raise ValueError(
-                f"`{self.name}` has {len(variables)} weights. Received: {len(entries)} in the file"
-            )
-        for index, variable in enumerate(variables):
-            variable.assign(entries[str(index)])
-        if self.lora_enabled:
-            self.kernel_lora_b.assign(ops.zeros(self.kernel_lora_b.shape))
-
     def _add_kernel(self, name, shape, initializer=None):
         kernel = self.add_weight(
             name=name,
@@ -164,3 +109,9 @@ class LogitRouter(Adaptable, Router):
         # Keras does not compare them.
         check_tensors(dict(zip("DE", shape)), kernel_initializer=(kernel.value, "DE"))
         return kernel
+
+    @classmethod
+    def from_config(cls, config):
+        # Version 0.2 had LoRA in routers, whose corrections are in the saved kernels.
+        former = ("lora_rank", "lora_alpha")
+        return super().from_config({key: config[key] for key in config if key not in former})

@@ -120,7 +120,7 @@ class ExpertChoiceRouter(LogitRouter):
         super().__init__(num_experts, **kwargs)
         self.capacity_factor = check_number("capacity_factor", capacity_factor, above=0)
 
-    @property  # type: ignore[misc]
+    @property
     def top_k(self) -> int:
         """All experts, each of which may choose the token."""
         return self.num_experts

@@ -138,7 +138,7 @@ class GShardRouter(LogitRouter):
     TensorFlow, which draws in evaluation too.
     """
 
-    _top_k = 2
+    top_k = 2
 
     def __init__(self, num_experts: int | None = None, *, threshold: float = 0.2, **kwargs: Any):
         super().__init__(num_experts, **kwargs)

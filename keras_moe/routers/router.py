@@ -12,7 +12,6 @@ from keras_moe._internal.checks import check_indices, check_integer, check_tenso
 from keras_moe.backend import backend
 from keras_moe.ops.plans import GroupedPlan
 from keras_moe.ops.routing import Routing, check_routing, complete, weighted_counts
-from keras_moe.ops.sorting import as_dtype
 
 
 class Router(BaseLayer):
@@ -60,7 +59,7 @@ class Router(BaseLayer):
     (6, 2)
     """
 
-    _top_k: Any = None
+    top_k: Any = None  # experts per token, K
     causal = True  # whether a token's experts depend on no other token
     default_losses: tuple = ("load_balance", "router_z")  # of a layer that is given none
     tokens_choose = True  # so that too many may choose an expert
@@ -72,7 +71,6 @@ class Router(BaseLayer):
     has_logits = False  # whether its logits are learned, so that reports judge them
     normalizes_kernel = False  # whether rescaling the kernel leaves the logits unchanged
     shift_invariant: Any = True  # whether a number added to all logits of a token changes nothing
-    state_is_frozen = False  # whether it was frozen before it got LoRA
     surgeries: tuple = ()  # "cut", "merge", "copy": what `surgery` can do with its experts
     has_fixed_top_k = False  # whether weights depend on `top_k`, which `surgery` cannot change then
 
@@ -170,9 +168,7 @@ class Router(BaseLayer):
             counts = weighted_counts(routing.indices, routing.weights, mask)
         load = routing.load if self.has_smooth_load else None
         routing = complete(routing._replace(mask=mask, counts=counts, load=load))
-        for loss in routing.losses:
-            self.add_loss(as_dtype(loss, keras.config.floatx()))
-        if training and self.updates_state and indices is None:
+        if training and self.trainable and indices is None:
             self.update(routing)
         return routing
 
@@ -189,26 +185,8 @@ class Router(BaseLayer):
         sizes = routing.counts if are_counted and self.tokens_choose else None
         return GroupedPlan.of(experts, routing.weights, self.num_experts, sizes)
 
-    @property
-    def updates_state(self) -> bool:
-        """Whether training updates state, such as a selection bias: not if the router is frozen."""
-        return self.trainable and not self.state_is_frozen
-
     def update(self, routing: Routing) -> None:
         """Update the state of the router, in training, by a routing that was not replayed."""
-
-    @property
-    def top_k(self) -> Any:
-        """Experts per token, K. `surgery.set_top_k` changes it in a built router."""
-        return self._top_k
-
-    @top_k.setter
-    def top_k(self, top_k):
-        # A compiled function has read it, and would keep the old one.
-        if getattr(self, "built", False):
-            rule = "`top_k` of a built router is changed by `surgery.set_top_k(model, top_k)`"
-            raise AttributeError(f"{rule}. Received: router.top_k = {top_k}")
-        self._top_k = top_k
 
     @property
     def max_top_k(self) -> int:

@@ -31,7 +31,7 @@ class DenseRouter(LogitRouter):
     serves_all = True
     counted_by_weight = True
 
-    @property  # type: ignore[misc]
+    @property
     def top_k(self) -> int:
         """All experts."""
         return self.num_experts

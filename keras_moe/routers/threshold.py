@@ -10,6 +10,7 @@ from keras_moe._internal.serialization import register
 from keras_moe.backend import backend
 from keras_moe.ops.routing import Routing
 from keras_moe.ops.selection import distribution, softmax, take_scores, top_k_indices
+from keras_moe.ops.sorting import as_dtype
 from keras_moe.routers.logit_router import LogitRouter
 
 
@@ -65,9 +66,9 @@ class TopPRouter(LogitRouter):
 class ReLURouter(LogitRouter):
     """The weights are `relu(logits)`: continuous, and zero for experts that do not serve.
 
-    In training the router adds an L1 loss of its weights, whose strength grows by `growth` while
-    more than `top_k` experts serve a token on average and shrinks while there are fewer. The loss
-    weights each expert by its load, so no other balance loss is needed.
+    In training the router adds an L1 loss of its weights to its `losses`, whose strength grows by
+    `growth` while more than `top_k` experts serve a token on average and shrinks while there are
+    fewer. The loss weights each expert by its load, so no other balance loss is needed.
 
     Args:
         top_k: Integer. Experts per token on average that the loss aims at.
@@ -127,8 +128,10 @@ class ReLURouter(LogitRouter):
         # `not <=` instead of `>`: a NaN score stays visible.
         indices = ops.where(ops.logical_not(weights <= 0), indices, -1)
         routing = Routing(indices, weights, distribution(scores), logits, mask)
-        losses = (self._sparsity_loss(routing, scores),) if training else ()
-        return routing._replace(losses=losses)
+        if training:
+            loss = self._sparsity_loss(routing, scores)
+            self.add_loss(as_dtype(loss, keras.config.floatx()))
+        return routing
 
     def balance_advice(self):
         return f"The loss of the router balances the load: raise its growth of {self.growth:g}."
@@ -144,7 +147,7 @@ class ReLURouter(LogitRouter):
         share = load * self.num_experts / self.top_k
         # A copy: PyTorch needs the old value for the gradient, after the assignment.
         strength = self.strength + 0.0
-        if self.updates_state:
+        if self.trainable:
             error = ops.where(num_real > 0, ops.sign(ops.sum(load) - self.top_k), 0.0)
             changed = strength * ops.power(self.growth ** (1 / self.accumulation_steps), error)
             # Below its initial value it has no effect and takes long to recover.

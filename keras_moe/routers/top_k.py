@@ -182,9 +182,6 @@ class CosineRouter(TopKRouter):
         directions = scale * l2_normalize(self.directions, axis=0)
         return cosine_logits(super().project(tokens), directions)
 
-    def check_takes_lora(self) -> None:
-        """Accept LoRA: the kernel is used only in `project` of `LogitRouter`."""
-
 
 @register
 class GroupLimitedRouter(TopKRouter):

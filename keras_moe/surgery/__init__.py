@@ -188,9 +188,7 @@ def set_top_k(model: keras.Layer, top_k: int | dict) -> None:
         router = layer.router
         if getattr(router, "renormalize", False) is None:
             router.renormalize = router.top_k > 1
-        router.built = False  # A built router refuses another `top_k`.
         router.top_k = changed[name]
-        router.built = True
     _write_to_backbones(model, layers, top_k_of, "top_k", "num_experts_per_token")
     forget_compiled(model)
 

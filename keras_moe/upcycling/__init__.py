@@ -12,7 +12,6 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_moe._internal.base_layer import Adaptable
 from keras_moe._internal.checks import check_integer, check_number, shortened
 from keras_moe._internal.keras_internals import (
     float_array,
@@ -25,6 +24,7 @@ from keras_moe._internal.serialization import register
 from keras_moe.inspection.summaries import architecture
 from keras_moe.layers import FeedForwardExperts, GatedExperts, LowRankExperts, MixtureOfExperts
 from keras_moe.layers.replacement import record_changes, replace
+from keras_moe.layers.stacked_experts import StackedExperts
 from keras_moe.layers.sublayers import freeze_parts
 from keras_moe.routers import TopKRouter
 from keras_moe.upcycling.feed_forwards import feed_forwards, is_dense, left_dense
@@ -177,9 +177,9 @@ def freeze_all_but(model: keras.Model, pattern: str = "_lora_|router") -> None:
 
 
 def merge_lora(model: keras.Model) -> None:
-    """Merge low-rank corrections of experts and routers into their kernels; the outputs stay.
+    """Merge low-rank corrections of experts into their kernels; the outputs stay.
 
-    Banks and routers with `enable_lora` lose their factors. In `layers.LowRankExperts` each expert
+    Banks with `enable_lora` lose their factors. In `layers.LowRankExperts` each expert
     gets kernels of its own. The model changes in place, with a new optimizer. Merged kernels
     are frozen. Keras does not save that: after loading, a layer is frozen only if it was before
     `enable_lora`. Raises a ValueError if the model has no such layers.
@@ -193,11 +193,11 @@ def merge_lora(model: keras.Model) -> None:
     >>> tuple(layer.experts.up_kernel.shape)
     (4, 8, 16)
     """
-    adaptable = [layer for layer in model._flatten_layers() if isinstance(layer, Adaptable)]
-    banks = [layer for layer in adaptable if isinstance(layer, LowRankExperts)]
-    adapted = [layer for layer in adaptable if layer.lora_enabled]
+    stacked = [layer for layer in model._flatten_layers() if isinstance(layer, StackedExperts)]
+    banks = [layer for layer in stacked if isinstance(layer, LowRankExperts)]
+    adapted = [layer for layer in stacked if layer.lora_enabled]
     if not banks and not adapted:
-        rule = "`model` must have `LowRankExperts`, or banks or routers with LoRA"
+        rule = "`model` must have `LowRankExperts`, or banks with LoRA"
         raise ValueError(f"{rule}. Received: `{model.name}` without")
     for layer in adapted:
         layer.merge_factors()
