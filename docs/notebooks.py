@@ -1,6 +1,6 @@
 """Converts the examples to notebooks in docs/notebooks/, and executes them.
 
-    python docs/notebooks.py                           # of changed examples, without outputs
+    python docs/notebooks.py                           # keeps the outputs of unchanged code
     python -m tox -e notebooks                         # all, executed
     python -m tox -e notebooks -- density tabular
 
@@ -50,8 +50,8 @@ def main():
         if options.execute:
             print(f"{example.stem} ...", flush=True)
             execute(notebook)
-        elif path.exists() and without_outputs(json.loads(path.read_text("utf-8"))) == notebook:
-            continue
+        elif path.exists():
+            keep_outputs(json.loads(path.read_text(encoding="utf-8")), notebook)
         text = json.dumps(notebook, indent=1, ensure_ascii=False)
         path.write_text(text + "\n", encoding="utf-8")
 
@@ -78,6 +78,17 @@ def without_outputs(notebook):
         if "machine" not in cell["metadata"].get("tags", ())
     ]
     return {**notebook, "cells": cells}
+
+
+def keep_outputs(old, notebook):
+    """Copy the outputs of an old notebook that has the same code but for the set-up."""
+    (_, *before), (_, *now) = (
+        [cell for cell in each["cells"] if cell["cell_type"] == "code"] for each in (old, notebook)
+    )
+    if [cell["source"] for cell in before[: len(now)]] == [cell["source"] for cell in now]:
+        for cell, done in zip(now, before):
+            cell["outputs"] = done["outputs"]
+        notebook["cells"] += before[len(now) :]  # the one that says where it ran
 
 
 def execute(notebook):
