@@ -144,19 +144,28 @@ def _small_picture(png):
 
 def page_of(source, notebook=None):
     """The Markdown of an example, with the outputs of its notebook."""
-    executed = iter([])
-    machine = ""
-    if notebook is not None:
-        code = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
-        if "machine" in code[-1]["metadata"].get("tags", ()):
-            machine = "\n\n".join(["", "The outputs are from a run with:", *_outputs(code[-1])])
-        executed = iter(code[1:])
+    executed, machine = _executed(notebook)
     parts = []
     for prose, text in _cells(source):
         parts.append(text if prose else f"```python\n{text}\n```")
         if not prose:
-            parts += _outputs(next(executed, {"outputs": ()}))
-    return "\n\n".join(parts) + machine
+            parts += next(executed, ())
+    return "\n\n".join([*parts, *machine])
+
+
+def outputs_of(notebook):
+    """The Markdown of all outputs of a notebook; an empty string if it was not executed."""
+    executed, machine = _executed(notebook)
+    return "\n\n".join([each for outputs in executed for each in outputs] + machine)
+
+
+def _executed(notebook):
+    """The outputs of each cell of code as Markdown, and those that say where they were made."""
+    code = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"] if notebook else []
+    machine = []
+    if code and "machine" in code[-1]["metadata"].get("tags", ()):
+        machine = ["The outputs are from a run with:", *_outputs(code.pop())]
+    return (_outputs(cell) for cell in code[1:]), machine
 
 
 def _outputs(cell):
