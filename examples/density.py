@@ -50,9 +50,9 @@ x, y = 2 * distances - 1, angles / 45 - 1  # both from -1 to 1
 ## The models
 
 The experts have two outputs each: the mean of a Gaussian and the logarithm of its standard
-deviation. The gate, with one hidden layer, says how likely each expert is for a distance.
-`return_expert_outputs=True` returns what single experts say, before it is summed, and
-`losses.pack_mixture` puts that and the gate's weights in one tensor, as a Keras loss takes one.
+deviation. The gate, with one hidden layer, gives the probability of each expert for a distance.
+`return_expert_outputs=True` also returns each expert's output before the weighted sum, and
+`losses.pack_mixture` puts these and the gate's weights in one tensor, as a Keras loss takes one.
 
 For comparison, the other model is the same mixture with one output, trained on the squared error.
 """
@@ -104,8 +104,8 @@ for name, answer in answers.items():
 """
 ## A picture of both answers
 
-Left, what each expert says: the larger a dot, the more weight the gate gives it. Right, the density
-of the angle for two distances.
+Left, the answer of each expert: the larger a dot, the more weight the gate gives it. Right, the
+density of the angle for two distances.
 """
 
 parts = {name: keras.ops.convert_to_numpy(p) for name, p in likelihood.unpack(packed).items()}

@@ -75,7 +75,7 @@ x_test, y_test = encode(read("test"), NUM_ROWS // 16)
 ## The dense model
 
 Two decoder blocks, each with a feed-forward layer of two `Dense` layers in a `keras.Sequential`,
-where `upcycle` finds it. A model of your own or of KerasHub does as well.
+where `upcycle` finds it. A custom model or one of KerasHub works as well.
 """
 
 ids = keras.Input((LENGTH,), dtype="int32")
