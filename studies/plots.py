@@ -33,8 +33,8 @@ def courses(tasks, path, costs=("steps", "seconds"), entry="losses", **settings)
 def at_equal_cost(models, path, label="test loss", begin=1):
     """The losses of runs by the name of the model, against steps and against seconds.
 
-    The epochs before `begin` are left out. An arrow leads from the end of the first model to where the
-    quickest other one has reached its loss.
+    The epochs before `begin` are left out. An arrow leads from the end of the first model to where
+    the quickest other one has reached its loss.
     """
     figure = Figure(figsize=(10, 4.2), layout="constrained")
     by_steps, by_seconds = panels = figure.subplots(1, 2, sharey=True)
