@@ -171,7 +171,7 @@ class AllOnDevice(_Chunk, AllRows):
         self.all_sizes, self.experts = self.sizes, range(len(self.sizes))
 
     @functools.cached_property
-    def numbers(self):  # type: ignore[override]
+    def numbers(self):
         return sizes_on_host(self.sizes, self.num_rows)  # the last one is the padding's
 
     row_numbers = AllRows.row_numbers
