@@ -365,7 +365,7 @@ def copy_weights(moe, again):
     for part, other in ((moe.experts, again.experts), (moe.router, again.router)):
         values = {variable.name: variable for variable in part.weights}
         for variable in other.weights:
-            variable.assign(values[variable.name])
+            variable.assign(array(values[variable.name]))
 
 
 def same(name, found, expected, again, is_rough):
