@@ -163,6 +163,7 @@ class TorchBackend(Backend):
         return taken.masked_fill(existing != columns, 0.0)
 
     def masked_fill(self, values, mask, number):
+        values, mask = map(ops.convert_to_tensor, (values, mask))
         return values.masked_fill(mask, number)  # the number stays on the host
 
     def mark_complete(self, tensor, bound=0):
