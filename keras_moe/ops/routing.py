@@ -70,8 +70,9 @@ class Routing(NamedTuple):
 
 def check_routing(routing, sizes=None):
     """Check the shapes and dtypes of the fields of a routing that are not None."""
-    fields = {name: (getattr(routing, name), *kind) for name, kind in _FIELDS.items()}
-    check_tensors(sizes, **{name: field for name, field in fields.items() if field[0] is not None})
+    check_tensors(
+        sizes, **{name: (getattr(routing, name), *kind) for name, kind in _FIELDS.items()}
+    )
 
 
 def convert_and_check(routing):
@@ -139,16 +140,15 @@ def complete(routing):
 
 
 @backend.jit_when_eager
-def _clean_logits(logits, mask=None):
-    """Logits (T, E) in float32 with zeros for padding, and a mask (T,) that is never None.
+def without_padding(values, mask, is_zero=False):
+    """Values (T, F), zero where a mask (T,) is False, and the mask, which is never None.
 
     Before any score is computed: a NaN in padding must not reach a gradient.
     """
-    logits = ops.cast(logits, "float32")
     if mask is None:
-        return logits, ops.ones(ops.shape(logits)[:1], "bool")
+        return values, backend.mark_complete(ops.ones_like(values[:, 0], "bool"))
     mask = ops.cast(mask, "bool")
-    return ops.where(ops.expand_dims(mask, 1), logits, 0.0), mask
+    return values if is_zero else ops.where(ops.expand_dims(mask, 1), values, 0.0), mask
 
 
 def top_k_routing(
@@ -189,13 +189,12 @@ def top_k_routing(
     >>> keras_moe.ops.top_k_routing(keras.random.normal((6, 4)), top_k=2).indices.shape
     (6, 2)
     """
-    tensors = {"logits": (ops.convert_to_tensor(logits), "TE", "float")}
-    if mask is not None:
-        tensors["mask"] = (ops.convert_to_tensor(mask), "T", "mask")
-    check_tensors(**tensors)
+    logits = ops.convert_to_tensor(logits)
+    mask = None if mask is None else ops.convert_to_tensor(mask)
+    check_tensors(logits=(logits, "TE", "float"), mask=(mask, "T", "mask"))
     check_choice("score", score, SCORES)
     scale = check_number("scale", scale, above=0)
-    logits, mask = _clean_logits(*(tensor for tensor, *_ in tensors.values()))
+    logits, mask = without_padding(ops.cast(logits, "float32"), mask)
     scores = SCORES[score](logits)
     select = select or functools.partial(top_k_indices, top_k=top_k)
     indices = ops.convert_to_tensor(select(ops.stop_gradient(scores)))
