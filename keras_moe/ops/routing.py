@@ -230,8 +230,3 @@ def weighted_counts(indices, weights, mask):
     totals = ops.sum(ops.where(counted, ops.stop_gradient(weights), 0.0), axis=0)
     assigned = ops.sum(ops.cast(served, "float32"))
     return totals * (assigned / ops.maximum(ops.sum(totals), SMALLEST_SCORE))
-
-
-def count_assignments(indices, mask, num_experts):
-    """How many assignments (T, K), -1 for none, each expert has from real tokens, (E,) int32."""
-    return backend.count_integers(mask_invalid(indices, num_experts, mask), num_experts)
