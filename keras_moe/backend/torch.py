@@ -18,14 +18,7 @@ from keras_moe.backend.base import (
     packed_order,
     refuse_second_derivative,
 )
-from keras_moe.backend.torch_groups import (
-    AllOnDevice,
-    Chunks,
-    RowsOfProgram,
-    is_traced,
-    sizes_on_host,
-    split,
-)
+from keras_moe.backend.torch_groups import AllGroups, Chunks, is_traced, sizes_on_host, split
 
 # With fewer comparisons, counting by them takes fewer operations.
 MAX_COMPARED = 2**16
@@ -114,9 +107,9 @@ class TorchBackend(Backend):
         return torch.cat([left @ block.to(left.dtype) for block in blocks], 1)
 
     def layout(self, problem, platform):
-        if not is_traced() and platform == "cpu":
+        if platform == "cpu" and not is_traced():
             return Chunks(problem)
-        return (RowsOfProgram if is_traced() else AllOnDevice)(self, problem, platform)
+        return AllGroups(self, problem, platform)
 
     def gather_rows(self, tensor, indices):
         if indices.ndim == 1:
@@ -160,6 +153,7 @@ class TorchBackend(Backend):
         return taken.masked_fill(existing != columns, 0.0)
 
     def masked_fill(self, values, mask, number):
+        values, mask = map(ops.convert_to_tensor, (values, mask))
         return values.masked_fill(mask, number)  # the number stays on the host
 
     def mark_complete(self, tensor, bound=0):
@@ -168,10 +162,8 @@ class TorchBackend(Backend):
         return tensor
 
     def is_complete(self, tensor, bound=math.inf):
-        if is_traced() or not hasattr(tensor, "complete"):
-            return False
-        version, own_bound = tensor.complete
-        return version == tensor._version and own_bound <= bound
+        version, own_bound = getattr(tensor, "complete", (None, 0))
+        return version is not None and version == tensor._version and own_bound <= bound
 
     def count_integers(self, integers, number):
         integers = integers.reshape(-1)

@@ -1,8 +1,8 @@
 """Sizes of groups on PyTorch, and products of neighbouring groups."""
 
 import functools
+import itertools
 import operator
-from typing import Any
 
 import torch
 
@@ -33,48 +33,25 @@ def split(rows, sizes):
     return split_rows(rows, sizes) if torch.jit.is_tracing() else rows.split(sizes)
 
 
-class RowsOfProgram(AllRows):
-    """All rows in an exported program, which multiplies those of each expert."""
-
-    @functools.cached_property
-    def _numbers(self):
-        return sizes_on_host(self.sizes, self.num_rows)
-
-    def product(self, rows, kernels, bias=None, transposed=False):
-        *groups, padding = split(rows, self._numbers)
-        products = []
-        for expert, group in enumerate(groups):
-            added = None if bias is None else bias[expert].to(rows.dtype)
-            kernel = kernels.apply(operator.itemgetter(expert))
-            products.append(multiply(kernel, group, added, transposed))
-        zeros = padding.new_zeros((padding.shape[0], products[0].shape[1]))
-        return torch.cat([*products, zeros])
-
-
 class Chunks(Parts):
     """Neighbouring groups form a chunk: they share all operations but their products.
 
-    A chunk has up to `CPU_CHUNK_VALUES` values of the widest map, or one group.
+    A chunk has up to `CPU_CHUNK_VALUES` values of the widest map, or one group with rows.
     """
 
     def __init__(self, problem):
         self.plan, self._token_of_row = problem.plan, problem.plan.token_of_row()
-        sizes, self.parts = self.plan.sizes, []
-        *numbers, self._num_padding = sizes_on_host(sizes, self.plan.num_rows())
-        most_rows = CPU_CHUNK_VALUES // max(
-            max(linear.kernel.shape[1:]) for linear in problem.maps.values()
-        )
-        start = 0
+        *numbers, self._num_padding = sizes_on_host(self.plan.sizes, self.plan.num_rows())
+        widths = (max(linear.kernel.shape[1:]) for linear in problem.maps.values())
+        most_rows = CPU_CHUNK_VALUES // max(widths)
+        chunk = _Chunk(self.plan.sizes, 0, 0)
+        self.parts = [chunk]
         for expert, number in enumerate(numbers):
-            if number == 0:  # An operation on zero rows would cost as much as on a few.
-                continue
-            if not self.parts or self.parts[-1].num_rows + number > most_rows:
-                self.parts.append(_Chunk(sizes, start))
-            self.parts[-1].add(expert, number)
-            start += number
-        if not self.parts:
-            self.parts.append(_Chunk(sizes, 0))
-            self.parts[0].add(0, 0)
+            if chunk.num_rows and chunk.num_rows + number > most_rows:
+                chunk = _Chunk(self.plan.sizes, expert, chunk.start + chunk.num_rows)
+                self.parts.append(chunk)
+            chunk.numbers.append(number)
+            chunk.num_rows += number
 
     def gather(self, tokens):
         # Chunk by chunk they stay in the cache.
@@ -89,109 +66,106 @@ class Chunks(Parts):
         return torch.cat([*buffer, buffer[0].new_zeros((self._num_padding, buffer[0].shape[1]))])
 
     def empty(self, trained):
-        """Return zeros for experts without rows, or None if no gradient is needed."""
-        if not trained.requires_grad:
-            return None
-        total = torch.empty_like(trained)
-        for expert in set(range(len(total))).difference(*(chunk.experts for chunk in self.parts)):
-            total[expert] = 0
-        return total
+        return torch.empty_like(trained) if trained.requires_grad else None
 
 
 class _Chunk:
     """The rows of neighbouring groups."""
 
-    def __init__(self, all_sizes, start):
-        self.all_sizes, self.start = all_sizes, start
-        self.experts: Any = []
-        self.numbers: Any = []  # of the rows of each
+    def __init__(self, all_sizes, expert, start):
+        self._all_sizes, self._first, self.start = all_sizes, expert, start
+        self.numbers: list[int] = []  # of the rows of each expert
         self.num_rows = 0
-
-    def add(self, expert, number):
-        self.experts.append(expert)
-        self.numbers.append(number)
-        self.num_rows += number
 
     def row_numbers(self):
         return torch.arange(self.num_rows, dtype=torch.int32) + self.start
 
     @functools.cached_property
-    def _span(self):
-        """All experts from the first to the last; between them there may be some without rows."""
-        return slice(self.experts[0], self.experts[-1] + 1)
+    def _experts(self):
+        return slice(self._first, self._first + len(self.numbers))
 
     @functools.cached_property
-    def ends(self):
-        return torch.cumsum(self.all_sizes[self._span], 0, dtype=torch.int32)
+    def _ends(self):
+        return torch.cumsum(self._all_sizes[self._experts], 0, dtype=torch.int32)
 
-    def has_grouped_mm(self, rows, kernels):
-        return kernels.bits is None and self._multiplies_at_once(rows, kernels.values)
-
-    def _multiplies_at_once(self, *tensors):
-        return len(self.experts) > 1 and has_grouped_mm(*tensors)
+    def _has_grouped_mm(self, *tensors):
+        # An operation on zero rows would cost as much as on a few.
+        return sum(map(bool, self.numbers)) > 1 and has_grouped_mm(*tensors)
 
     def product(self, rows, kernels, bias=None, transposed=False):
-        if bias is None and self.has_grouped_mm(rows, kernels):
-            values = kernels.values[self._span].to(rows.dtype)
+        if bias is None and self._has_grouped_mm(rows, kernels.values):
+            values = kernels.values[self._experts].to(rows.dtype)
             values = values.mT if transposed else values
-            return torch.nn.functional.grouped_mm(rows, values, offs=self.ends)
+            return torch.nn.functional.grouped_mm(rows, values, offs=self._ends)
         bias = None if bias is None else bias.to(rows.dtype)
         outputs = rows.new_empty((rows.shape[0], kernels.shape[1 if transposed else 2]))
         parts = rows.split(self.numbers), outputs.split(self.numbers)
-        for expert, part, output in zip(self.experts, *parts):
+        for expert, part, output in zip(itertools.count(self._first), *parts):
             if len(output):
                 kernel = kernels.apply(operator.itemgetter(expert))
-                added = None if bias is None else bias[expert]
-                multiply(kernel, part, added, transposed, output)
+                multiply(kernel, part, None if bias is None else bias[expert], transposed, output)
         return outputs
 
     def gradient(self, field, left, right, total):
         if total is None:
             return None
-        if field != "bias" and self._multiplies_at_once(left, right):
-            products = torch.nn.functional.grouped_mm(left.T, right, offs=self.ends)
+        if field != "bias" and self._has_grouped_mm(left, right):
+            products = torch.nn.functional.grouped_mm(left.T, right, offs=self._ends)
             if len(products) == len(total):
                 return products.to(total.dtype)
-            total[self._span] = products
-            return total
-        groups = zip(self.experts, left.split(self.numbers), right.split(self.numbers))
-        for expert, rows, d_outputs in groups:
-            if len(rows):
-                _set_gradient(field, rows, d_outputs, total[expert])
-            else:
-                total[expert] = 0
+            total[self._experts] = products
+        else:
+            groups = left.split(self.numbers), right.split(self.numbers)
+            for rows, d_outputs, each in zip(*groups, total[self._experts]):
+                _set_gradient(field, rows, d_outputs, each)
         return total
 
 
-class AllOnDevice(_Chunk, AllRows):
-    """All rows, for the fewest kernels. Numbers are read where none multiplies all groups."""
-
-    def __init__(self, backend, problem, platform):
-        AllRows.__init__(self, backend, problem, platform)
-        self.all_sizes, self.experts = self.sizes, range(len(self.sizes))
+class AllGroups(AllRows):
+    """All rows. The host reads how many each group has only where no kernel multiplies them all."""
 
     @functools.cached_property
-    def numbers(self):
-        return sizes_on_host(self.sizes, self.num_rows)  # the last one is the padding's
+    def _numbers(self):
+        return sizes_on_host(self.sizes, self.num_rows)
 
-    row_numbers = AllRows.row_numbers
-
-    def product(self, rows, kernels, bias=None, transposed=False):
-        if bias is None or not self.has_grouped_mm(rows, kernels):
-            return super().product(rows, kernels, bias, transposed)
-        products = super().product(rows, kernels, transposed=transposed)
-        return products + bias.to(rows.dtype)[self._experts().clamp(max=len(self.sizes) - 1)]
+    @functools.cached_property
+    def _ends(self):
+        return torch.cumsum(self.sizes, 0, dtype=torch.int32)
 
     def _experts(self):
-        return torch.searchsorted(self.ends, self.row_numbers(), right=True)
+        return torch.searchsorted(self._ends, self.row_numbers(), right=True)
+
+    def product(self, rows, kernels, bias=None, transposed=False):
+        if has_grouped_mm(rows, kernels.values):
+            values = kernels.values.to(rows.dtype)
+            values = values.mT if transposed else values
+            products = torch.nn.functional.grouped_mm(rows, values, offs=self._ends)
+            if bias is None:
+                return products
+            return products + bias.to(rows.dtype)[self._experts().clamp(max=len(bias) - 1)]
+        *groups, padding = split(rows, self._numbers)
+        products = []
+        for expert, group in enumerate(groups):
+            added = None if bias is None else bias[expert].to(rows.dtype)
+            kernel = kernels.apply(operator.itemgetter(expert))
+            products.append(multiply(kernel, group, added, transposed))
+        zeros = padding.new_zeros((padding.shape[0], products[0].shape[1]))
+        return torch.cat([*products, zeros])
 
     def gradient(self, field, left, right, trained):
         if not trained.requires_grad:
             return None
-        if field != "bias" or not has_grouped_mm(left, right):
-            return super().gradient(field, left, right, torch.empty_like(trained))
+        if not has_grouped_mm(left, right):
+            total = torch.empty_like(trained)
+            groups = (each.split(self._numbers)[:-1] for each in (left, right))
+            for rows, d_outputs, each in zip(*groups, total):
+                _set_gradient(field, rows, d_outputs, each)
+            return total
+        if field == "kernel":
+            products = torch.nn.functional.grouped_mm(left.T, right, offs=self._ends)
+            return products.to(trained.dtype)
         # Rows after the last group are summed into a spare expert.
-        totals = torch.zeros((len(self.sizes) + 1, right.shape[1]), device=right.device)
+        totals = torch.zeros((len(trained) + 1, right.shape[1]), device=right.device)
         totals.index_add_(0, self._experts(), right.float())
         return totals[:-1].to(trained.dtype)
 
@@ -226,11 +200,11 @@ def has_grouped_mm(*tensors):
     if tensors[0].is_cuda:
         dtype, serves = torch.bfloat16, torch.cuda.get_device_capability()[0] in (9, 10)
     else:
-        dtype, serves = torch.float32, tensors[0].is_cpu
+        dtype, serves = torch.float32, tensors[0].is_cpu and not is_traced()
     return (
         serves
         and tensors[0].dtype == dtype
-        and all(each.is_contiguous() for each in tensors)
+        and all(each.is_contiguous() and each.is_floating_point() for each in tensors)
         and all(width * dtype.itemsize % 16 == 0 for each in tensors for width in each.shape[1:])
         and hasattr(torch.nn.functional, "grouped_mm")
     )

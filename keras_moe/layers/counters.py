@@ -127,7 +127,7 @@ def _counter(name, shape, dtype="int32"):
 @backend.jit_when_eager
 def _finite_values(values, added):
     """Append the sum of `added`. Return values, 0 for those not finite, and 1 for finite ones."""
-    first, *others = [as_dtype(each, "float32") for each in added] or [0.0]
+    first, *others = [as_dtype(each, "float32") for each in added] or [ops.zeros(())]
     values = ops.stop_gradient(ops.stack([*values, sum(others, first)]))
     finite = ops.nan_to_num(values, nan=0.0, posinf=0.0, neginf=0.0)
     return ops.stack([finite, ops.cast(values == finite, "float32")])

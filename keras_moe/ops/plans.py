@@ -220,7 +220,7 @@ def _sort(experts, num_experts, sizes):
     if backend.is_complete(experts):
         backend.mark_complete(rows)
     if sizes is None:
-        sizes = backend.count_integers(experts, num_experts)
+        sizes = backend.count_integers(ranked, num_experts)
     return sizes, order, rows
 
 

@@ -65,8 +65,9 @@ class Routing(NamedTuple):
 
 def check_routing(routing, sizes=None):
     """Check the shapes and dtypes of the fields of a routing that are not None."""
-    fields = {name: (getattr(routing, name), *kind) for name, kind in _FIELDS.items()}
-    check_tensors(sizes, **{name: field for name, field in fields.items() if field[0] is not None})
+    check_tensors(
+        sizes, **{name: (getattr(routing, name), *kind) for name, kind in _FIELDS.items()}
+    )
 
 
 _FIELDS = {
@@ -94,6 +95,18 @@ def complete(routing):
         load=ops.cast(counts, "float32") if load is None else load,
         dropped=ops.zeros((), "float32") if routing.dropped is None else routing.dropped,
     )
+
+
+@backend.jit_when_eager
+def without_padding(values, mask, is_zero=False):
+    """Values (T, F), zero where a mask (T,) is False, and the mask, which is never None.
+
+    Before any score is computed: a NaN in padding must not reach a gradient.
+    """
+    if mask is None:
+        return values, backend.mark_complete(ops.ones_like(values[:, 0], "bool"))
+    mask = ops.cast(mask, "bool")
+    return values if is_zero else ops.where(ops.expand_dims(mask, 1), values, 0.0), mask
 
 
 def top_k_routing(
@@ -127,12 +140,10 @@ def top_k_routing(
     (6, 2)
     """
     logits = ops.convert_to_tensor(logits)
-    mask = ops.ones(ops.shape(logits)[:1], "bool") if mask is None else ops.convert_to_tensor(mask)
+    mask = None if mask is None else ops.convert_to_tensor(mask)
     check_tensors(logits=(logits, "TE", "float"), mask=(mask, "T", "mask"))
     check_choice("score", score, SCORES)
-    mask = ops.cast(mask, "bool")
-    # Before any score is computed: a NaN in padding must not reach a gradient.
-    logits = ops.where(ops.expand_dims(mask, 1), ops.cast(logits, "float32"), 0.0)
+    logits, mask = without_padding(ops.cast(logits, "float32"), mask)
     scores = SCORES[score](logits)
     indices = top_k_indices(ops.stop_gradient(scores), top_k)
     weights, probs = weigh(indices, logits, scores, score)
@@ -165,8 +176,3 @@ def weighted_counts(indices, weights, mask):
     totals = ops.sum(ops.where(counted, ops.stop_gradient(weights), 0.0), axis=0)
     assigned = ops.sum(ops.cast(served, "float32"))
     return totals * (assigned / ops.maximum(ops.sum(totals), SMALLEST_SCORE))
-
-
-def count_assignments(indices, mask, num_experts):
-    """How many assignments (T, K), -1 for none, each expert has from real tokens, (E,) int32."""
-    return backend.count_integers(mask_invalid(indices, num_experts, mask), num_experts)

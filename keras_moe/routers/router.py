@@ -11,7 +11,7 @@ from keras_moe._internal.base_layer import BaseLayer
 from keras_moe._internal.checks import check_indices, check_integer, check_tensors
 from keras_moe.backend import backend
 from keras_moe.ops.plans import GroupedPlan
-from keras_moe.ops.routing import Routing, check_routing, complete, weighted_counts
+from keras_moe.ops.routing import Routing, check_routing, complete, weighted_counts, without_padding
 
 
 class Router(BaseLayer):
@@ -138,20 +138,13 @@ class Router(BaseLayer):
         if indices is not None and not self.replays_indices:
             rule = "`indices` can be replayed by routers with `replays_indices`"
             raise ValueError(f"{rule}. Received: indices for a `{type(self).__name__}`")
-        tensors = {
-            "tokens": (tokens, "TD", "float"),
-            "mask": (mask, "T", "mask"),
-            "token_ids": (token_ids, "T", "int"),
-            "indices": (indices, "TK", "int"),
-        }
-        check_tensors(**{name: each for name, each in tensors.items() if each[0] is not None})
-        if mask is None:
-            real = backend.mark_complete(ops.ones_like(tokens[:, 0], "bool"))
-        else:
-            real = ops.cast(mask, "bool")
-            if not is_padding_zero:
-                # It may hold anything, NaN included, and its gradient must be zero.
-                tokens = ops.where(ops.expand_dims(real, 1), tokens, 0.0)
+        check_tensors(
+            tokens=(tokens, "TD", "float"),
+            mask=(mask, "T", "mask"),
+            token_ids=(token_ids, "T", "int"),
+            indices=(indices, "TK", "int"),
+        )
+        tokens, real = without_padding(tokens, mask, is_padding_zero)
         with backend.scope_of_call(self, tokens):
             context = {"sequence_length": sequence_length, "token_ids": token_ids}
             routing = self.route(tokens, real, training, indices=indices, **context)
