@@ -300,7 +300,7 @@ CASES = {
         options=lambda: {"every": 5, "patience": 2, "stop": True, "rebalance": True}
     ),
     callbacks.RouterLossSchedule: Case(
-        lambda: {"schedule": lambda epoch, weight: weight}, lambda: {"loss": "router_z"}
+        lambda: {"schedule": lambda epoch: 1e-3}, lambda: {"loss": "router_z"}
     ),
     callbacks.ExpertMonitor: Case(
         options=lambda: {

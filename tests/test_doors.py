@@ -313,8 +313,6 @@ REFUSED = [
     ("of_task_banks((T, D), (T, D))", "one for each task"),
     ("of_task_banks((T, D), (5, D), (T, D))", "`inputs[1]` must"),
     ("bank()(t())", "use `MixtureOfExperts(bank)`"),
-    ("built(moe()).set_router_loss_weight('router_y', 0.1)", "['LoadBalance', 'RouterZ']"),
-    ("moe().set_router_loss_weight(2, 0.1)", "['LoadBalance', 'RouterZ']"),
     # Constructors, and what shows when a layer is built.
     ("moe(num_experts=8)", "multiple values for its experts"),
     ("layers.MixtureOfExperts(8, num_experts=8)", "multiple values for its experts"),

@@ -266,26 +266,15 @@ class Gate(Recomputable):
             return ops.convert_to_numpy(self.router_loss_weights).tolist()
         return list(self._initial_loss_weights)
 
-    def set_router_loss_weight(self, index: int | str, weight: float) -> None:
+    def set_router_loss_weight(self, index: int, weight: float) -> None:
         """Set the weight of a router loss. Nothing is compiled again.
 
         Args:
-            index: Integer, the place of the loss in `router_losses`, or its name for `losses.get`.
-            weight: Float of at least 0.
-
-        Raises:
-            ValueError: If there is no such loss, or the weight is negative or not finite.
+            index: Integer, the place of the loss in `router_losses`; another raises an IndexError.
+            weight: Float of at least 0, else a ValueError is raised.
         """
         weights = self.loss_weights_in_force
-        names = [each.name for each in self.router_losses]
-        place: Any = index
-        if isinstance(index, str):
-            name = losses.get(index).name if index in losses.IDENTIFIERS else index
-            place = names.index(name) if name in names else None
-        if place not in range(-len(names), len(names)):
-            rule = f"`index` must be the place or the name of one of the router losses {names}"
-            raise ValueError(f"{rule}. Received: index={index!r}")
-        weights[place] = check_number("weight", weight)
+        weights[index] = check_number("weight", weight)
         if self.built:
             self.router_loss_weights.assign(weights)
         else:
