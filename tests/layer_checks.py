@@ -296,9 +296,7 @@ CASES = {
     ),
     metrics.UsageMetric: _usage_metric({"function": metrics.load_imbalance}),
     metrics.DroppedFraction: _usage_metric(),
-    callbacks.ExpertHealth: Case(
-        options=lambda: {"every": 5, "patience": 2, "stop": True, "rebalance": True}
-    ),
+    callbacks.ExpertHealth: Case(options=lambda: {"every": 5, "patience": 2, "stop": True}),
     callbacks.RouterLossSchedule: Case(
         lambda: {"schedule": lambda epoch: 1e-3}, lambda: {"loss": "router_z"}
     ),

@@ -265,7 +265,7 @@ ARGUMENTS = [
     ("losses.LoadBalance({})", "weight=-1", "weight=NAN", "weight='0.1'", "scope='device'"),
     ("losses.MixtureNegativeLogLikelihood({})", "distribution='x'", "scale=0", "dtype='bfloat16'"),
     ("metrics.UsageMetric(metrics.expert_share, {})", "num_experts=0"),
-    ("callbacks.ExpertHealth({})", "every=0", "patience=1.5", "stop=1.5", "rebalance='yes'"),
+    ("callbacks.ExpertHealth({})", "every=0", "patience=1.5", "stop=1.5"),
     ("upcycle(plain(), {})", "num_experts=0", "every=0", "reinitialized=1.0"),
     ("surgery.add_experts(usual(), {})", "factor=1", "noise=-1"),
     ("tuner.SearchSpace({})", "active_width='64'", "active_width=()"),
