@@ -275,7 +275,7 @@ CASES = {
     routers.VMoERouter: _logit_router(top_k=3, noise_std=0.5),
     routers.HashRouter: Case(
         lambda: dict(num_experts=E, vocabulary_size=10),
-        lambda: dict(top_k=3, seed=7, score="sigmoid"),
+        lambda: dict(top_k=3, seed=7),
         lambda router: RoutedByFirstFeature(moe(router=router)),
     ),
     routers.LossFreeBias: _balancer(rate=0.1),

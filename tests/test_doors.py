@@ -255,7 +255,7 @@ ARGUMENTS = [
     ("routers.TopPRouter(E, {})", "threshold=1.0"),
     ("routers.ReLURouter(8, {})", "growth=1.0", "initial_strength=0"),
     ("routers.HashRouter(E, {})", "vocabulary_size=0", "vocabulary_size=None"),
-    ("routers.HashRouter(E, vocabulary_size=9, {})", "score='x'", "top_k=0", "seed=0.5"),
+    ("routers.HashRouter(E, vocabulary_size=9, {})", "top_k=0", "seed=0.5"),
     ("routers.ExpertChoiceRouter(E, {})", "capacity_factor=-1"),
     ("routers.SinkhornRouter(E, {})", "iterations=0", "top_k=0"),
     ("layers.LowRankExperts(bank(1), {})", "num_experts=0, rank=1", "rank=0, num_experts=1"),

@@ -345,14 +345,3 @@ def test_a_replay_that_is_refused_changes_nothing():
             with inspection.replay_routings(model, {"a": choices, **wrong}):
                 pass
         np.testing.assert_array_equal(array(model(x)), before)
-
-
-@on_one_backend
-def test_hash_routing_may_learn_its_weights():
-    router = routers.HashRouter(E, vocabulary_size=10, top_k=2, score="sigmoid")
-    x, ids = normal(6, D), np.arange(6)
-    routing = router(x, token_ids=ids)
-    np.testing.assert_array_equal(array(routing.indices), array(router.table)[ids])
-    scores = 1 / (1 + np.exp(-x @ array(router.kernel)))
-    taken = np.take_along_axis(scores, array(routing.indices), axis=1)
-    assert_close(array(routing.weights), taken / taken.sum(1, keepdims=True))
