@@ -181,13 +181,6 @@ def own_bank(widths, **parts):
     return own_part(layers.StackedExperts, E, **parts)
 
 
-class WithoutBias(layers.FeedForwardExperts):
-    """A bank that fixes an argument."""
-
-    def __init__(self, num_experts, hidden_dim, **kwargs):
-        super().__init__(num_experts, hidden_dim, use_bias=False, **kwargs)
-
-
 def logits(router, tokens, mask, training, **context):
     return kops.zeros((T, E))
 
@@ -420,7 +413,6 @@ REFUSED = [
     ("moe(own_bank({'up': (D, D), 'network': (D,)}))(t())", "Received: ['network']"),
     ("moe(own_bank({'up': (D, D), 'up_bias': (D,)}))(t())", "Received: ['up_bias']"),
     ("moe(own_bank({'up': (D, D), 'up_lora_a': (D, D)}))(t())", "Received: ['up_lora_a']"),
-    ("moe(WithoutBias(E, 16)).get_config()", "`WithoutBias.get_config` must leave out"),
     ("own(top_k=1)", "`indices` must have"),
     ("own(indices=t(T, 2))", "`indices` must have a dtype"),
     ("own(counts=ints(1, E))", "`counts` must have the shape"),

@@ -280,17 +280,15 @@ class Gate(Recomputable):
         else:
             self._initial_loss_weights = weights
 
-    # Weights that stay with the experts
+    # Weights that are saved
 
-    def keep_counters_of(self, experts: np.ndarray) -> None:
-        """Keep the counters of these experts, which may be copies; reset the losses' states."""
-        training, evaluation = self._training_counters, self._evaluation_counters
+    def restart_counters(self) -> None:
+        """Make counters and states of the losses again, for another number of experts."""
+        counters = *self._training_counters, *self._evaluation_counters
         with names_below(self.path), unlocked(self):
-            for variable in [*training, *evaluation, *sum(self.loss_states, [])]:
+            for variable in [*counters, *sum(self.loss_states, [])]:
                 untrack(self, variable)
             self._build_state()
-        self._training_counters.continue_from(training, experts)
-        self._evaluation_counters.continue_from(evaluation, experts)
 
     def save_own_variables(self, store):
         # Without the values, which are reported each epoch and which training does not read.
