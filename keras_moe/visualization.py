@@ -20,7 +20,7 @@ from keras_moe._internal.checks import check_indices, check_integer
 from keras_moe.inspection.summaries import as_text
 from keras_moe.ops.routing import Routing
 
-__all__ = ["coactivation", "confidence", "shares_over_time", "specialization"]
+__all__ = ["coactivation", "shares_over_time", "specialization"]
 __dir__ = __all__.copy
 
 PANEL_SIZE = (4.4, 3.4)
@@ -52,41 +52,6 @@ def _draw_coactivation(axes, routing):
     _heat_map(axes, share, "share of the row's tokens", vmin=0)
     axes.set(xlabel="also served by expert", ylabel="served by expert")
     _count_on(axes.xaxis, axes.yaxis)
-
-
-def confidence(routings: dict | Tensor) -> Figure:
-    """How sure the router is: the highest probability of each token, as a histogram.
-
-    The dotted line is chance, 1 / E: a peak there means a router without a preference.
-
-    Args:
-        routings: The result of `inspection.record_routings`; or probabilities (T, E), or a dict.
-            Others raise a ValueError.
-
-    Example:
-
-    >>> figure = keras_moe.visualization.confidence([[0.1, 0.9], [0.4, 0.6]])
-    """
-    found = by_layer(routings)
-    for name, value in found.items():
-        found[name] = value = value.probs[value.mask] if isinstance(value, Routing) else value
-        is_table = value.ndim == 2 and value.shape[1] and value.dtype.kind == "f"
-        if not is_table or not ((value >= 0) & (value <= 1 + 1e-4)).all():
-            _refuse("Probabilities must be floats (T, E) in [0, 1]", value)
-    return _figure(found, _draw_confidence)
-
-
-def _draw_confidence(axes, probs):
-    highest = probs.max(axis=1, initial=0)
-    if len(highest):
-        limit, each = min(1, 2 * highest.max()), np.full(len(highest), 1 / len(highest))
-        axes.hist(highest, bins=np.linspace(0, limit, 41), weights=each)
-        axes.axvline(highest.mean(), color="C1", label=f"mean {highest.mean():.1%}")
-        axes.set_xlim(0, limit)
-    axes.axvline(1 / probs.shape[1], color="grey", ls=":", label="chance")
-    axes.set(xlabel="highest probability of a token", ylabel="share of the tokens")
-    # Not `loc="best"`: on a busy machine the search takes so long that Matplotlib warns.
-    axes.legend(loc="upper right")
 
 
 def specialization(

@@ -275,7 +275,7 @@ CASES = {
     routers.VMoERouter: _logit_router(top_k=3, noise_std=0.5),
     routers.HashRouter: Case(
         lambda: dict(num_experts=E, vocabulary_size=10),
-        lambda: dict(top_k=3, seed=7, score="sigmoid"),
+        lambda: dict(top_k=3, seed=7),
         lambda router: RoutedByFirstFeature(moe(router=router)),
     ),
     routers.LossFreeBias: _balancer(rate=0.1),
@@ -296,11 +296,9 @@ CASES = {
     ),
     metrics.UsageMetric: _usage_metric({"function": metrics.load_imbalance}),
     metrics.DroppedFraction: _usage_metric(),
-    callbacks.ExpertHealth: Case(
-        options=lambda: {"every": 5, "patience": 2, "stop": True, "rebalance": True}
-    ),
+    callbacks.ExpertHealth: Case(options=lambda: {"every": 5, "patience": 2, "stop": True}),
     callbacks.RouterLossSchedule: Case(
-        lambda: {"schedule": lambda epoch, weight: weight}, lambda: {"loss": "router_z"}
+        lambda: {"schedule": lambda epoch: 1e-3}, lambda: {"loss": "router_z"}
     ),
     callbacks.ExpertMonitor: Case(
         options=lambda: {

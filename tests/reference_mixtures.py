@@ -137,7 +137,7 @@ def experts_of(bank, read):
 def logits_of(router, x, read):
     """Logits (T, E) of tokens (T, D), without noise; (T, E P) of a soft router."""
     if isinstance(router, routers.HashRouter):
-        return x @ read(router.kernel) if router.score else np.zeros((len(x), router.num_experts))
+        return np.zeros((len(x), router.num_experts))
     if isinstance(router, routers.DSelectKRouter):
         return read(router.bias) + (x @ read(router.kernel) if router.per_example else x[:, :1] * 0)
     if router.hidden_dim:
@@ -195,12 +195,8 @@ def hashed(router, token_ids):
 
     def route(logits, mask):
         def choose(t):
-            if router.score is None:
-                chosen = np.isin(np.arange(router.num_experts), table[t])
-                return {e: 1 / len(table[t]) for e in table[t]}, chosen / len(table[t])
-            scores = oracle.SCORES[router.score](logits[t])
-            total = sum(scores[table[t]]) if router.top_k > 1 else 1.0
-            return {e: scores[e] / total for e in table[t]}, scores
+            chosen = np.isin(np.arange(router.num_experts), table[t])
+            return {e: 1 / len(table[t]) for e in table[t]}, chosen / len(table[t])
 
         return oracle.routed(logits, mask, choose)
 

@@ -185,8 +185,7 @@ def draw_router(pick, number, noisy, kinds):
     if kind == "DSelectK":
         noise = dict(top_k=k, per_example=pick(True, False), gamma=pick(1.0, 3.0))
     if kind == "Hash":
-        score = pick(None, "softmax", "sigmoid")
-        noise = dict(vocabulary_size=7, top_k=k, score=score)
+        noise = dict(vocabulary_size=7, top_k=k)
     return code(f"routers.{kind}Router", **noise)
 
 

@@ -119,6 +119,19 @@ def test_a_functional_model_returns_what_the_layer_returns(name):
         np.testing.assert_allclose(array(value), array(of_layer[name]), rtol=1e-5, err_msg=name)
 
 
+@on_one_backend
+def test_a_symbolic_routing_of_a_table_has_the_shapes_of_a_call():
+    layer, inputs = moe(router=routers.HashRouter(vocabulary_size=9)), keras.Input((5, D))
+    ids = keras.Input((5,), dtype="int32")
+    _, routing = layer(inputs, token_ids=ids, return_routing=True)
+    model = keras.Model([inputs, ids], {"indices": routing.indices, "probs": routing.probs})
+    found = model([normal(2, 5, D), np.ones((2, 5), "int32")])
+    assert {name: tuple(each.shape) for name, each in found.items()} == {
+        "indices": (10, 1),
+        "probs": (10, E),
+    }
+
+
 class UnitExperts(layers.StackedExperts):
     """Experts that have no derivative at zero."""
 
@@ -332,14 +345,3 @@ def test_a_replay_that_is_refused_changes_nothing():
             with inspection.replay_routings(model, {"a": choices, **wrong}):
                 pass
         np.testing.assert_array_equal(array(model(x)), before)
-
-
-@on_one_backend
-def test_hash_routing_may_learn_its_weights():
-    router = routers.HashRouter(E, vocabulary_size=10, top_k=2, score="sigmoid")
-    x, ids = normal(6, D), np.arange(6)
-    routing = router(x, token_ids=ids)
-    np.testing.assert_array_equal(array(routing.indices), array(router.table)[ids])
-    scores = 1 / (1 + np.exp(-x @ array(router.kernel)))
-    taken = np.take_along_axis(scores, array(routing.indices), axis=1)
-    assert_close(array(routing.weights), taken / taken.sum(1, keepdims=True))

@@ -193,9 +193,9 @@ def test_the_weight_of_a_loss_changes_in_training_and_nothing_is_compiled_again(
 
     # Another scope is another loss.
     layer = moe(router_losses=[Traced(0.5), "router_z", losses.LoadBalance(0.0, "sequence")])
-    layer.set_router_loss_weight("sequence_load_balance", 1e-9)
+    layer.set_router_loss_weight(2, 1e-9)
     model = model_of(layer, shape=(5, D), optimizer=keras.optimizers.SGD(0.0))
-    schedule = callbacks.RouterLossSchedule(lambda epoch, weight: weight * (epoch + 1))
+    schedule = callbacks.RouterLossSchedule(lambda epoch: 0.5 * (epoch + 1))
     first = model.fit(X, X, batch_size=3, epochs=1, callbacks=[schedule], verbose=0)
     seen = len(traces)
     both = model.fit(X, X, batch_size=3, epochs=2, callbacks=[schedule], verbose=0)

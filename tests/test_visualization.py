@@ -3,9 +3,8 @@
 import io
 
 import numpy as np
-import pytest
 from backends import on_one_backend
-from layer_checks import moe, normal, one_hot, one_hot_router
+from layer_checks import normal
 from matplotlib.colors import to_rgba
 from test_inspection import two_block_model
 
@@ -48,7 +47,6 @@ def plots(num_experts, names):
         visualization.shares_over_time({n: random.random((5, num_experts)) for n in names}),
         visualization.specialization(indices, np.arange(60) % 3, num_experts=num_experts),
         visualization.coactivation(indices, num_experts),
-        visualization.confidence({n: random.dirichlet(np.ones(num_experts), 60) for n in names}),
     ]
 
 
@@ -60,7 +58,6 @@ def test_every_plot_draws_any_number_of_experts_and_layers():
     for figure in plots(256, ["$a_only$"]):
         axes, *colours = drawn(figure)
         assert len(colours) <= 1 and len(axes.get_xticks()) < 15
-    assert axes.get_xlim()[1] < 0.2, "small probabilities fill the plot of confidence"
 
 
 def test_shares_are_multiples_of_a_fair_share():
@@ -102,20 +99,11 @@ def test_coactivation_is_the_share_of_the_rows_tokens():
     np.testing.assert_allclose(image(drawn(visualization.coactivation(indices))[0]), expected)
 
 
-def test_confidence_is_the_highest_probability_of_real_tokens():
-    layer = moe(router=one_hot_router())
-    _, routing = layer(one_hot(0, 1)[None], mask=np.array([[True, False]]), return_routing=True)
-    axes = drawn(visualization.confidence({"moe": [routing, routing]}))[0]
-    heights = [bar.get_height() for bar in axes.patches]
-    assert heights[-1] == pytest.approx(1) and sum(heights) == pytest.approx(1)
-
-
 def test_recorded_routings_are_drawn_as_they_are():
     recorded = inspection.record_routings(two_block_model(), [normal(2, 5, 8), normal(2, 5, 8)])
     figures = [
         visualization.coactivation(recorded),
         visualization.specialization(recorded, np.arange(4)),
-        visualization.confidence(recorded),
     ]
     for figure in figures:
         assert titles(figure) == ["first", "second"]

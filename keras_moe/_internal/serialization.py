@@ -102,7 +102,6 @@ def config_of(part):
                 f"`{type(part).__name__}.get_config` must return all arguments of its constructor. "
                 f"Received: a config without {', '.join(missing)}"
             )
-        _check_fixed_arguments(type(part), config["config"])
     # The outer layer builds it: built before, its weights would have paths without the outer name,
     # and `keras.callbacks.OrbaxCheckpoint`, which goes by paths, would not find them.
     config.pop("build_config", None)
@@ -114,19 +113,6 @@ def config_of(part):
 
 def _is_ours(method):
     return str(method.__module__).startswith(PACKAGE)
-
-
-def _check_fixed_arguments(cls, config):
-    """Refuse a config with an argument that the constructor of a subclass passes on itself."""
-    try:
-        cls(**config)
-    except Exception as error:  # Others may come from classes that are registered later.
-        _, is_fixed, argument = str(error).partition("got multiple values for ")
-        if is_fixed:
-            raise NotImplementedError(
-                f"`{cls.__name__}.get_config` must leave out the arguments that its constructor "
-                f"fixes. Received: a config with a value for the {argument}"
-            ) from error
 
 
 def save_draws(layer, store):

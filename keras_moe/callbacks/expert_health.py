@@ -33,17 +33,13 @@ class ExpertHealth(ExpertCallback):
 
     At the end of the training, one check of 5 assignments per expert is enough for a collapse, and
     `patience` checks for dead experts. Each warning is given once a layer, again when more experts
-    die, and once more if `rebalance` did not help. `findings` keeps them, a list of `(step, layer
-    name, health.Finding)`.
+    die. `findings` keeps them, a list of `(step, layer name, health.Finding)`.
 
     Args:
         every: Integer. Training batches between checks. A check waits until experts average 20
             assignments.
         patience: Integer. Checks that a problem must last before it is reported.
         stop: Boolean. Whether a problem ends the training, one batch after the check.
-        rebalance: Boolean. Whether a collapse or a dead expert makes the layer's balancing losses
-            ten times as heavy, once, unless their weight is ten times the usual one already: see
-            `layer.loss_weights_in_force`.
 
     Raises:
         ValueError: If an argument is out of its range, or the model has no MoE layer.
@@ -57,14 +53,11 @@ class ExpertHealth(ExpertCallback):
     >>> history = model.fit(x, x, callbacks=[keras_moe.callbacks.ExpertHealth()], verbose=0)
     """
 
-    def __init__(
-        self, every: int = 10, patience: int = 3, stop: bool = False, rebalance: bool = False
-    ):
+    def __init__(self, every: int = 10, patience: int = 3, stop: bool = False):
         super().__init__()
         self.every = check_integer("every", every)
         self.patience = check_integer("patience", patience)
         self.stop = check_choice("stop", stop, (True, False))
-        self.rebalance = check_choice("rebalance", rebalance, (True, False))
         self.findings: list = []
 
     def on_train_begin(self, logs=None):
@@ -72,7 +65,7 @@ class ExpertHealth(ExpertCallback):
         self.findings = []
         self._step = self._next_check = 0
         self._largest_loss = np.nan
-        self._reported, self._rebalanced = set(), set()
+        self._reported: set = set()
         self._watches = {}
         for name, layer in named_layers(self.model).items():
             for loss, weight in zip(layer.router_losses, layer.loss_weights_in_force):
@@ -91,7 +84,7 @@ class ExpertHealth(ExpertCallback):
             for name, watch in self._watched():
                 watch.count()
                 numbers = self.patience, self.patience, _DEAD_PATIENCE * self.patience
-                for found in list(watch.check(health.ENOUGH, *numbers)):  # a report may restart it
+                for found in watch.check(health.ENOUGH, *numbers):
                     self._report(name, *found)
             self._next_check = self._step + self.every
         # Called once for the batches of one execution.
@@ -117,8 +110,7 @@ class ExpertHealth(ExpertCallback):
 
     def on_train_end(self, logs=None):
         for name, watch in self._watches.items():
-            of_collapse = self.patience if name in self._rebalanced else 1
-            for found in watch.check(health.FEW, of_collapse, 1, self.patience):
+            for found in watch.check(health.FEW, 1, 1, self.patience):
                 self._report(name, *found, acts=False)
 
     def _watched(self):
@@ -129,14 +121,10 @@ class ExpertHealth(ExpertCallback):
 
     def _report(self, name, kind, finding, about=(None,), *, acts=True):
         """Warn of a finding, or None, if it is about anything that was not reported before."""
-        # A problem in spite of rebalancing is worth another warning.
-        facts = {(name, name in self._rebalanced, kind, each) for each in about}
+        facts = {(name, kind, each) for each in about}
         if finding is None or facts <= self._reported:
             return
         self._reported |= facts
-        is_uneven = kind in ("collapse", "dead")
-        if acts and self.rebalance and is_uneven and name not in self._rebalanced:
-            finding = self._rebalance(name, finding)
         is_known = (name, finding.fix) in [(layer, each.fix) for _, layer, each in self.findings]
         self.findings.append((self._step, name, finding))
         advice = "The advice is the same as before." if is_known else finding.fix
@@ -146,23 +134,6 @@ class ExpertHealth(ExpertCallback):
             text += " Training stops here."
         # With the name of this module instead of a source line that says nothing to users.
         warnings.warn_explicit(text, UserWarning, __name__, self._step)
-
-    def _rebalance(self, name, finding):
-        """Make balancing losses heavier, and return the finding with that in its fix."""
-        watch, done = self._watches[name], []
-        layer = watch.layer
-        for index, weight in enumerate(layer.loss_weights_in_force):
-            loss = layer.router_losses[index]
-            # In a resumed training it may have been raised before.
-            if loss.balances and 0 < weight < 9 * loss.weight and not health.is_large(loss, weight):
-                layer.set_router_loss_weight(index, 10 * weight)
-                done.append(f"The weight of its {type(loss).__name__} is now {10 * weight:g}.")
-        if not done:
-            return finding
-        self._rebalanced.add(name)
-        watch.restart()
-        fix = " ".join([*done, "What else to try:", health.balance_advice(layer)])
-        return finding._replace(fix=fix)
 
 
 class _Watch:
@@ -179,9 +150,6 @@ class _Watch:
         self._dropped = 0.0
         self._is_nan = False  # all logits since the last check that counted any
         self._first_size = _router_size(layer.router)
-        self.restart()
-
-    def restart(self):
         self._spreads: collections.deque = collections.deque(maxlen=self.patience)
         self._drops: collections.deque = collections.deque(maxlen=self.patience)
         self._idle: np.ndarray = np.zeros(len(self._window), "int64")

@@ -1,6 +1,5 @@
 """Router losses whose weight changes while a model trains."""
 
-import inspect
 from collections.abc import Callable
 
 import keras
@@ -15,8 +14,7 @@ class RouterLossSchedule(keras.callbacks.Callback):
     """Sets the weight of a router loss at the start of each epoch, without compiling again.
 
     Args:
-        schedule: Function of the epoch, from 0, or of the epoch and the weight in the loss's
-            constructor, that returns the weight.
+        schedule: Function of the epoch, from 0, that returns the weight.
         loss: String or `losses.RouterLoss`. Name of a loss for `losses.get`, or one of its class
             and scope.
 
@@ -35,12 +33,6 @@ class RouterLossSchedule(keras.callbacks.Callback):
         self.schedule = schedule
         self.loss = loss
         self._like = losses.get(loss)
-        signature = inspect.signature(schedule)
-        try:
-            signature.bind(0, 0.0)
-            self._takes_weight = True
-        except TypeError:
-            self._takes_weight = False
 
     def on_train_begin(self, logs=None):
         if not self._scheduled():
@@ -48,8 +40,7 @@ class RouterLossSchedule(keras.callbacks.Callback):
 
     def on_epoch_begin(self, epoch, logs=None):
         for layer, index in self._scheduled():
-            initial = (layer.router_losses[index].weight,) if self._takes_weight else ()
-            weight = check_number("schedule(...)", self.schedule(epoch, *initial))
+            weight = check_number("schedule(...)", self.schedule(epoch))
             layer.set_router_loss_weight(index, weight)
 
     def _scheduled(self):

@@ -56,17 +56,6 @@ class Counters(NamedTuple):
         )
         return Counts(assignments, dropped, *(total.astype("float64") - error))
 
-    def continue_from(self, earlier: "Counters", experts: np.ndarray) -> None:
-        """Take what earlier ones have counted, of these experts, which may be copies."""
-        shares = earlier.read().assignments[experts] / np.bincount(experts)[experts]
-        # Copies share what their expert has counted, in whole numbers.
-        counts = np.diff(np.round(np.cumsum(shares)), prepend=0)
-        if self.assignments.dtype == "int32":  # which `read` takes for unsigned
-            counts = counts.astype("int64").astype("uint32").view("int32")
-        self.assignments.assign(counts)
-        for variable, before in zip(self[1:], earlier[1:]):
-            variable.assign(ops.convert_to_numpy(before))
-
 
 class Counts(NamedTuple):
     """A reading of the counters of a gate, or the difference of two: NumPy arrays."""

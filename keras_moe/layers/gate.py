@@ -266,42 +266,29 @@ class Gate(Recomputable):
             return ops.convert_to_numpy(self.router_loss_weights).tolist()
         return list(self._initial_loss_weights)
 
-    def set_router_loss_weight(self, index: int | str, weight: float) -> None:
+    def set_router_loss_weight(self, index: int, weight: float) -> None:
         """Set the weight of a router loss. Nothing is compiled again.
 
         Args:
-            index: Integer, the place of the loss in `router_losses`, or its name for `losses.get`.
-            weight: Float of at least 0.
-
-        Raises:
-            ValueError: If there is no such loss, or the weight is negative or not finite.
+            index: Integer, the place of the loss in `router_losses`; another raises an IndexError.
+            weight: Float of at least 0, else a ValueError is raised.
         """
         weights = self.loss_weights_in_force
-        names = [each.name for each in self.router_losses]
-        place: Any = index
-        if isinstance(index, str):
-            name = losses.get(index).name if index in losses.IDENTIFIERS else index
-            place = names.index(name) if name in names else None
-        if place not in range(-len(names), len(names)):
-            rule = f"`index` must be the place or the name of one of the router losses {names}"
-            raise ValueError(f"{rule}. Received: index={index!r}")
-        weights[place] = check_number("weight", weight)
+        weights[index] = check_number("weight", weight)
         if self.built:
             self.router_loss_weights.assign(weights)
         else:
             self._initial_loss_weights = weights
 
-    # Weights that stay with the experts
+    # Weights that are saved
 
-    def keep_counters_of(self, experts: np.ndarray) -> None:
-        """Keep the counters of these experts, which may be copies; reset the losses' states."""
-        training, evaluation = self._training_counters, self._evaluation_counters
+    def restart_counters(self) -> None:
+        """Make counters and states of the losses again, for another number of experts."""
+        counters = *self._training_counters, *self._evaluation_counters
         with names_below(self.path), unlocked(self):
-            for variable in [*training, *evaluation, *sum(self.loss_states, [])]:
+            for variable in [*counters, *sum(self.loss_states, [])]:
                 untrack(self, variable)
             self._build_state()
-        self._training_counters.continue_from(training, experts)
-        self._evaluation_counters.continue_from(evaluation, experts)
 
     def save_own_variables(self, store):
         # Without the values, which are reported each epoch and which training does not read.

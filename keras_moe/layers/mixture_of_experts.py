@@ -299,8 +299,11 @@ class MixtureOfExperts(Gate):
         sizes = inputs.shape[:num_axes]
         returned = [keras.KerasTensor(shape, self.compute_dtype)]
         if return_routing:
-            tokens = keras.KerasTensor((None if None in sizes else math.prod(sizes), None))
-            returned.append(self.router.compute_output_spec(tokens))
+            length = None if None in sizes else math.prod(sizes)
+            seen = inputs if router_inputs is None else router_inputs
+            tokens = keras.KerasTensor((length, math.prod(token_shape(seen.shape, num_axes))))
+            ids = None if token_ids is None else keras.KerasTensor((length,), "int32")
+            returned.append(self.router.compute_output_spec(tokens, token_ids=ids))
         if return_expert_outputs:
             shape = (*sizes, self.router.max_top_k, *shape[num_axes:])
             returned.append(keras.KerasTensor(shape, self.compute_dtype))

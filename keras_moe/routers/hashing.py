@@ -2,14 +2,13 @@
 
 from typing import Any
 
-import keras
 import numpy as np
 from keras import ops
 
-from keras_moe._internal.checks import check_choice, check_integer
+from keras_moe._internal.checks import check_integer
 from keras_moe._internal.serialization import register
-from keras_moe.ops.routing import Routing, weigh
-from keras_moe.ops.selection import SCORES, chosen_experts, mask_invalid
+from keras_moe.ops.routing import Routing
+from keras_moe.ops.selection import chosen_experts, mask_invalid
 from keras_moe.routers.router import Router
 
 
@@ -17,15 +16,13 @@ from keras_moe.routers.router import Router
 class HashRouter(Router):
     """Each word of the vocabulary has its experts, drawn at random and never changed.
 
-    The K experts of a token have the weight 1 / K, or with a `score` learned weights. To choose
-    experts by topic or by frequency, call `router.table.assign(table)`.
+    The K experts of a token have the weight 1 / K. To choose experts by topic or by frequency, call
+    `router.table.assign(table)`.
 
     Args:
         vocabulary_size: Integer. Number of token ids. Any int32 is an id, modulo this.
         top_k: Integer. Experts per token, K, at most E.
         seed: Integer seed of the table (vocabulary_size, K).
-        score: String. "softmax", "sigmoid" or "sqrt_softplus": the experts of the table are
-            weighted by scores of a learned kernel (D, E), as in DeepSeek-V4. None: all alike.
 
     Other arguments, errors, call arguments and returns: as for `Router`, without `indices`;
     `token_ids` are required.
@@ -50,21 +47,15 @@ class HashRouter(Router):
         vocabulary_size: int,
         top_k: int = 1,
         seed: int = 0,
-        score: str | None = None,
         **kwargs: Any,
     ):
         super().__init__(num_experts, **kwargs)
         self.vocabulary_size = check_integer("vocabulary_size", vocabulary_size)
         self.top_k = check_integer("top_k", top_k)
         self.seed = seed if seed is None else check_integer("seed", seed, minimum=0)
-        self.score = None if score is None else check_choice("score", score, SCORES)
         self.check_num_experts()
 
     def build(self, tokens_shape):
-        if self.score is not None:
-            shape = (tokens_shape[-1], self.num_experts)
-            normal = keras.initializers.RandomNormal(stddev=0.02, seed=self.seed)
-            self.kernel = self.add_weight(name="kernel", shape=shape, initializer=normal)
         self.table = self.add_weight(
             name="table",
             shape=(self.vocabulary_size, self.top_k),
@@ -82,15 +73,11 @@ class HashRouter(Router):
             raise ValueError("`HashRouter` goes by the ids of tokens. Received: token_ids=None")
         ids = ops.cast(token_ids, "int32") % self.vocabulary_size
         indices = mask_invalid(ops.take(self.table, ids, axis=0), self.num_experts)
-        if self.score is None:
-            num_tokens, top_k = ops.shape(indices)
-            return Routing(
-                indices=indices,
-                weights=ops.full((num_tokens, top_k), 1 / top_k, "float32"),
-                probs=ops.cast(chosen_experts(indices, self.num_experts), "float32") / top_k,
-                logits=ops.zeros((num_tokens, self.num_experts), "float32"),
-                mask=mask,
-            )
-        logits = ops.matmul(tokens, self.kernel)
-        weights, probs = weigh(indices, logits, SCORES[self.score](logits), self.score)
-        return Routing(indices, weights, probs, logits, mask)
+        num_tokens, top_k = ops.shape(indices)
+        return Routing(
+            indices=indices,
+            weights=ops.full((num_tokens, top_k), 1 / top_k, "float32"),
+            probs=ops.cast(chosen_experts(indices, self.num_experts), "float32") / top_k,
+            logits=ops.zeros((num_tokens, self.num_experts), "float32"),
+            mask=mask,
+        )

@@ -6,7 +6,6 @@ Axes: T tokens, E experts.
 import math
 from typing import Any
 
-import keras
 from keras import ops
 
 from keras_moe._internal import Tensor
@@ -136,8 +135,3 @@ class ExpertChoiceRouter(LogitRouter):
     def plan(self, routing, experts):
         num_rows = math.prod(ops.shape(routing.details["places"]))
         return ExpertChoicePlan.of_choices(experts, routing.weights, num_rows)
-
-    def compute_output_spec(self, tokens, *args, **kwargs):
-        places = keras.KerasTensor((None, self.num_experts, None), "int32")
-        routing = super().compute_output_spec(tokens, *args, **kwargs)
-        return routing._replace(details={"places": places})

@@ -210,23 +210,6 @@ class Router(BaseLayer):
     def compute_mask(self, tokens, mask=None):
         return None
 
-    def compute_output_spec(self, tokens, *args, **kwargs):
-        sizes = {"T": tokens.shape[0], "K": self.max_top_k, "E": self.num_experts}
-
-        def spec(axes, dtype="float32"):
-            return keras.KerasTensor([sizes[axis] for axis in axes], dtype)
-
-        return Routing(
-            indices=spec("TK", "int32"),
-            weights=spec("TK"),
-            probs=spec("TE"),
-            logits=spec("TE"),
-            mask=spec("T", "bool"),
-            counts=spec("E", "float32" if self.counted_by_weight else "int32"),
-            dropped=spec(""),
-            load=spec("E"),
-        )
-
     def get_config(self):
         config = super().get_config()
         del config["dtype"]

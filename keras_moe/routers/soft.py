@@ -89,11 +89,6 @@ class SoftRouter(LogitRouter):
     def plan(self, routing, experts):
         return SoftPlan(**routing.details)
 
-    def compute_output_spec(self, tokens, *args, **kwargs):
-        share = keras.KerasTensor((None, None, self.num_experts * self.slots), "float32")
-        routing = super().compute_output_spec(tokens, *args, **kwargs)
-        return routing._replace(details={"to_slots": share, "back": share})
-
 
 @register
 class DSelectKRouter(Router):
@@ -181,11 +176,6 @@ class DSelectKRouter(Router):
         indices = ops.where(serves, ops.arange(self.num_experts, dtype="int32"), -1)
         details = {"selectors": selectors}
         return Routing(indices, weights, weights, weights, mask, details=details)
-
-    def compute_output_spec(self, tokens, *args, **kwargs):
-        selectors = keras.KerasTensor((tokens.shape[0], self.top_k, self.num_experts), "float32")
-        routing = super().compute_output_spec(tokens, *args, **kwargs)
-        return routing._replace(details={"selectors": selectors})
 
 
 def _smooth_step(values):

@@ -65,8 +65,8 @@ def take(model, chosen, noise=None):
     for layer, experts in chosen.items():
         replacements |= _other_parts(layer, experts, noise)
     replace(model, replacements)
-    for layer, experts in chosen.items():
-        layer.keep_counters_of(experts)
+    for layer in chosen:
+        layer.restart_counters()
 
 
 def _other_parts(layer, experts, noise):
