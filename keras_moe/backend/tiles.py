@@ -27,8 +27,8 @@ BLOCK_ENTRIES = 2**16
 # With fewer rows for an expert, on average, most experts have none, or a single tile.
 MIN_WIDE_ROWS = 8
 
-# The widest rows of a chunk have about so many numbers, 512 KB in float32, which stay in the cache.
-CHUNK_ENTRIES = 2**17
+# The widest rows of a chunk have about so many numbers, 2 MB in float32, which stay in the cache.
+CHUNK_ENTRIES = 2**19
 
 # With more numbers for an expert, on average, the loop is as fast, and takes less memory.
 MAX_WIDE_ENTRIES = 2**19
@@ -61,110 +61,109 @@ class ChunksAndTiles:
 
     def __init__(self, backend, problem):
         plan = problem.plan
-        self.backend, self.sizes, self.num_rows = backend, plan.sizes, plan.num_rows()
-        self.num_experts = self.sizes.shape[0]
+        self.backend, self.plan, self.sizes = backend, plan, plan.sizes
+        self.num_rows, self.num_experts = plan.num_rows(), plan.sizes.shape[0]
         self.length = tile_length(self.num_rows, self.num_experts, "cpu")
         self.dtype = computed_dtype(problem.tokens)
         self.starts = ops.cumsum(self.sizes) - self.sizes
         self.num_wide = num_wide_rows(problem)
+        self.rest, self.num_skipped, first, self.num_places = self.sizes, 0, 0, self.num_rows
         if self.num_wide:
-            number = CHUNK_ENTRIES // (self.num_wide * widest(problem))
+            number = max(CHUNK_ENTRIES // (self.num_wide * widest(problem)), 1)
             # In pairs, so that the products of a chunk keep more than one core busy.
-            self.chunk_size = min(number // 2 * 2 + 2, self.num_experts)
+            number = min(number // 2 * 2 + 2, self.num_experts)
+            self.chunk_size = next(n for n in range(number, 0, -1) if self.num_experts % n == 0)
             self.length = max(self.length // 2, 1)
-            self.plan = self._place_rows(plan)
-        else:
-            self.rest, self.num_skipped, self.places = self.sizes, 0, self.starts
-            self.num_places = self.num_rows + self.length
-            numbers = ops.pad(plan.assignment_of_row, (0, self.length))
-            self.plan = plan._replace(assignment_of_row=numbers)
-        self.token_of_place = self.plan.token_of_row()
-
-    def _place_rows(self, plan):
-        """Return the plan with rows as they lie in buffers."""
-        gather, num_wide = self.backend.gather_rows, self.num_wide * self.num_experts
-        most = int(MAX_REST * self.num_rows)
-        rest = ops.maximum(self.sizes - self.num_wide, 0)
-        self.is_even = ops.sum(rest) <= most
-        self.rest = ops.where(self.is_even, rest, self.sizes)
-        self.num_skipped = ops.where(self.is_even, self.num_wide, 0)  # rows of a group
-        first = ops.where(self.is_even, num_wide, 0)
+            most = int(MAX_REST * self.num_rows)
+            rest = ops.maximum(self.sizes - self.num_wide, 0)
+            self.is_even = ops.sum(rest) <= most
+            self.rest = ops.where(self.is_even, rest, self.sizes)
+            self.num_skipped = ops.where(self.is_even, self.num_wide, 0)  # rows of a group
+            num_wide = self.num_wide * self.num_experts
+            first = ops.where(self.is_even, num_wide, 0)
+            self.num_places = max(num_wide + most, self.num_rows)
         self.places = first + ops.cumsum(self.rest) - self.rest
-        self.num_places = max(num_wide + most, self.num_rows) + self.length
+        overrun = max(self.length, self.num_wide)
+        self.assignments = ops.pad(plan.assignment_of_row, (0, overrun))
 
-        expert, row = ops.maximum(plan.experts, 0), plan.row_of_assignment
-        rank = row - gather(self.starts, expert)
-        place = gather(self.places, expert) + rank - self.num_skipped
-        place = ops.where(rank < self.num_skipped, expert * self.num_wide + rank, place)
-        # What has no row is written to the last place, which is padding.
-        flat = ops.reshape(ops.transpose(ops.where(row >= 0, place, self.num_places - 1)), (-1, 1))
-        numbers = ops.arange(ops.shape(flat)[0], dtype="int32")
-        return plan._replace(
-            row_of_assignment=ops.where(row >= 0, place, -1),
-            assignment_of_row=ops.scatter_update(
-                ops.zeros((self.num_places,), "int32"), flat, numbers
-            ),
-        )
+    def of_assignments(self, values):
+        return ops.reshape(ops.transpose(values), (-1,))
 
-    def to_buffer(self, rows):
-        return rows  # of `self.plan`
+    def at_assignments(self, buffer):
+        return ops.transpose(ops.reshape(buffer, ops.shape(self.plan.experts)[::-1]))
 
-    def to_rows(self, buffer):
-        return buffer
-
-    def run(self, function, maps, by_token, by_row, widths, trained):
+    def run(self, function, maps, by_token, by_row, widths, trained, weights=None):
         entry, sizes, length = self.backend.gather_rows, self.rest, self.length
         # Reading the kernels of an expert costs as much as a few rows. For a few tokens, as in
         # decoding, most experts have none.
         has_rows = sizes > 0
         busy_first = ops.cast(ops.argsort(~has_rows), "int32")
         num_tiles = (sizes + length - 1) // length
+        by_row = [*by_row] if weights is None else [self.of_assignments(weights), *by_row]
 
         def compute(part, own_maps, carry):
-            buffers, totals = carry
+            sums, buffers, totals = carry
             rows = [*map(part.gather, by_token), *map(part.read, by_row)]
-            outputs, factors = function(part, own_maps, *rows)
-            return list(map(part.write, buffers, outputs)), {
-                (name, field): part.add_gradient(total, field, *factors[name])
-                for (name, field), total in totals.items()
-            }
+            row_weights = () if weights is None else (rows.pop(len(by_token)),)
+            (summed, *outputs), factors = function(part, own_maps, *rows)
+            return (
+                part.add_to_tokens(sums, summed, *row_weights),
+                list(map(part.write, buffers, outputs)),
+                {
+                    (name, field): part.add_gradient(total, field, *factors[name])
+                    for (name, field), total in totals.items()
+                },
+            )
 
         def nth_chunk(number, carry):
-            # The last one may overlap: its experts are written again.
-            first = ops.minimum(number * self.chunk_size, self.num_experts - self.chunk_size)
-            own_sizes = self.backend.slice_at(self.sizes, (first,), (self.chunk_size,))
-            inside = ops.arange(self.num_wide, dtype="int32") < ops.expand_dims(own_sizes, 1)
-            chunk = _Chunk(self, first, first * self.num_wide, ops.reshape(inside, (-1, 1)))
+            first = number * self.chunk_size
+            sizes, starts = (
+                ops.expand_dims(self.backend.slice_at(each, (first,), (self.chunk_size,)), 1)
+                for each in (self.sizes, self.starts)
+            )
+            rank = ops.arange(self.num_wide, dtype="int32")
+            row, inside = (ops.reshape(each, (-1,)) for each in (starts + rank, rank < sizes))
+            numbers = entry(self.assignments, row)
+            chunk = _Chunk(self, first, row, numbers, inside, first * self.num_wide)
             own_maps = {name: chunk.of_experts(each) for name, each in maps.items()}
             return compute(chunk, own_maps, carry)
 
         def group(number, carry):
             expert = entry(busy_first, number)
-            first = entry(self.places, expert)
-            end = first + entry(sizes, expert)
+            first, first_place = entry(self.starts, expert), entry(self.places, expert)
             own_maps = {name: self._of_expert(each, expert) for name, each in maps.items()}
 
             def nth_tile(i, carry):
-                start = first + i * length
-                inside = start + ops.arange(length, dtype="int32") < end
-                tile = _Tile(self, expert, start, ops.expand_dims(inside, 1))
+                rank = i * length + ops.arange(length, dtype="int32")
+                inside = rank < entry(sizes, expert)
+                start = first + self.num_skipped + i * length
+                numbers = self.backend.slice_at(self.assignments, (start,), (length,))
+                row, place = first + self.num_skipped + rank, first_place + i * length
+                tile = _Tile(self, expert, row, numbers, inside, place)
                 return compute(tile, own_maps, carry)
 
             return ops.fori_loop(0, entry(num_tiles, expert), nth_tile, carry)
 
-        buffers = [ops.zeros((self.num_places, width), self.dtype) for width in widths]
+        sums = ops.zeros((ops.shape(by_token[0])[0], widths[0]), "float32")
+        # A tile may overrun the last row.
+        buffers = [
+            ops.zeros((self.num_places + length, width), self.dtype)
+            if width
+            else ops.zeros((ops.size(self.plan.experts),), "float32")
+            for width in widths[1:]
+        ]
         totals = {  # kernels as `_kernel_gradient` computes them
             key: ops.zeros((each.shape[0], *sorted(each.shape[1:])), "float32")
             for key, each in trained.items()
         }
-        carry = buffers, totals
+        carry = sums, buffers, totals
         if self.num_wide:
-            num_chunks = -(-self.num_experts // self.chunk_size)
-            num_chunks = ops.where(self.is_even, num_chunks, 0)
+            num_chunks = ops.where(self.is_even, self.num_experts // self.chunk_size, 0)
             carry = ops.fori_loop(0, num_chunks, nth_chunk, carry)
         num_busy = ops.sum(ops.cast(has_rows, "int32"))
-        buffers, totals = ops.fori_loop(0, num_busy, group, carry)
-        return buffers, {key: _like(total, trained[key]) for key, total in totals.items()}
+        sums, buffers, totals = ops.fori_loop(0, num_busy, group, carry)
+        totals = {key: _like(total, trained[key]) for key, total in totals.items()}
+        return sums, buffers, totals
 
     def _of_expert(self, linear_map, expert):
         """The linear map of one expert. Cast per expert on use: idle ones are never cast."""
@@ -187,8 +186,10 @@ class _Tile(NamedTuple):
 
     layout: Any
     expert: Any
-    start: Any  # place of the first row
-    inside: Any  # (n, 1) bool, False past the end of a group
+    row: Any  # (n,) int32, rows of the plan
+    numbers: Any  # (n,) int32, their assignments
+    inside: Any  # (n,) bool, False past the end of a group
+    place: Any  # of the first row in buffers
 
     def product(self, rows, kernels, bias=None, transposed=False):
         if kernels.bits == 8 and not transposed:
@@ -198,27 +199,34 @@ class _Tile(NamedTuple):
         return kernels.multiply(rows, bias, transposed)
 
     def row_numbers(self):
-        # Those of the plan, whatever the layout: random draws go by them.
-        entry = self.layout.backend.gather_rows
-        moved = entry(self.layout.starts - self.layout.places, self.expert)
-        first = self.start + moved + self.layout.num_skipped
-        return first + ops.arange(self.layout.length, dtype="int32")
+        # Whatever the layout: random draws go by them.
+        return self.row
 
     def gather(self, tokens):
         """The tokens of the rows, zeros past the end of the group."""
-        backend, length = self.layout.backend, self.inside.shape[0]
-        token_of_row = backend.slice_at(self.layout.token_of_place, (self.start,), (length,))
-        return self._mask(backend.gather_rows(tokens, token_of_row), 0.0)
+        return self._mask(self.layout.backend.gather_rows(tokens, self._token()), 0.0)
 
     def read(self, buffer):
         """The rows of a buffer, ones past the end of the group."""
         # Not zeros, where an activation may have no derivative: NaN times 0 is NaN.
+        if len(buffer.shape) == 1:
+            rows = self.layout.backend.gather_rows(buffer, self.numbers)
+            return self._mask(ops.expand_dims(rows, 1), 1.0)
         shape = (self.inside.shape[0], buffer.shape[1])
-        return self._mask(self.layout.backend.slice_at(buffer, (self.start, 0), shape), 1.0)
+        return self._mask(self.layout.backend.slice_at(buffer, (self.place, 0), shape), 1.0)
 
     def write(self, buffer, rows):
+        if len(buffer.shape) == 1:
+            added = ops.where(self.inside, ops.cast(rows[:, 0], buffer.dtype), 0.0)
+            return self.layout.backend.add_at(buffer, self.numbers, added)
         rows = ops.cast(rows, buffer.dtype)
-        return self.layout.backend.update_at(buffer, (self.start, 0), rows)
+        return self.layout.backend.update_at(buffer, (self.place, 0), rows)
+
+    def add_to_tokens(self, sums, rows, weights=None):
+        rows = ops.cast(rows, "float32")
+        rows = rows if weights is None else rows * weights
+        rows = ops.where(ops.expand_dims(self.inside, 1), rows, 0.0)
+        return self.layout.backend.add_at(sums, self._token(), rows)
 
     def add_gradient(self, total, field, left, right):
         """Add the tile's part of a gradient to the expert's entry, in place under XLA."""
@@ -230,9 +238,13 @@ class _Tile(NamedTuple):
         start = _start(total, self.expert)
         return self.layout.backend.update_at(total, start, ops.expand_dims(entry, 0))
 
+    def _token(self):
+        return self.numbers % ops.shape(self.layout.plan.experts)[0]
+
     def _mask(self, rows, past_end):
         past_end = ops.full((), past_end, self.layout.dtype)
-        return ops.where(self.inside, ops.cast(rows, self.layout.dtype), past_end)
+        inside = ops.expand_dims(self.inside, 1)
+        return ops.where(inside, ops.cast(rows, self.layout.dtype), past_end)
 
 
 class _Chunk(_Tile):
@@ -252,12 +264,6 @@ class _Chunk(_Tile):
         products = ops.matmul(self._by_expert(rows), values)
         products = products if bias is None else products + ops.expand_dims(bias, 1)
         return ops.reshape(products, (-1, products.shape[2]))
-
-    def row_numbers(self):
-        layout = self.layout
-        starts = layout.backend.slice_at(layout.starts, (self.expert,), (layout.chunk_size,))
-        numbers = ops.arange(layout.num_wide, dtype="int32")
-        return ops.reshape(ops.expand_dims(starts, 1) + numbers, (-1,))
 
     def add_gradient(self, total, field, left, right):
         """Write the gradient of the experts' entries."""
