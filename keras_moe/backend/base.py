@@ -368,6 +368,10 @@ class StaticBackend(Backend):
         """Return the tensor (R, ...) with rows (n, ...) added at indices (n,)."""
         raise NotImplementedError
 
+    def product_over_rows(self, left, right):
+        """Return `left^T right` (..., D, H), for (..., n, D) and (..., n, H)."""
+        return ops.matmul(ops.swapaxes(left, -1, -2), right)
+
     def scan(self, step, carry, xs):
         """Return carry and stacked y of `carry, y = step(carry, x)` over the first axis of `xs`.
 

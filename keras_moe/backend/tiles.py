@@ -69,7 +69,8 @@ class ChunksAndTiles:
         self.num_wide = num_wide_rows(problem)
         self.rest, self.num_skipped, first, self.num_places = self.sizes, 0, 0, self.num_rows
         if self.num_wide:
-            number = max(CHUNK_ENTRIES // (self.num_wide * widest(problem)), 1)
+            # A row of few numbers costs something, too.
+            number = CHUNK_ENTRIES // (self.num_wide * max(widest(problem), 128))
             # In pairs, so that the products of a chunk keep more than one core busy.
             number = min(number // 2 * 2 + 2, self.num_experts)
             self.chunk_size = next(n for n in range(number, 0, -1) if self.num_experts % n == 0)
@@ -152,17 +153,14 @@ class ChunksAndTiles:
             else ops.zeros((ops.size(self.plan.experts),), "float32")
             for width in widths[1:]
         ]
-        totals = {  # kernels as `_kernel_gradient` computes them
-            key: ops.zeros((each.shape[0], *sorted(each.shape[1:])), "float32")
-            for key, each in trained.items()
-        }
+        totals = {key: ops.zeros(each.shape, "float32") for key, each in trained.items()}
         carry = sums, buffers, totals
         if self.num_wide:
             num_chunks = ops.where(self.is_even, self.num_experts // self.chunk_size, 0)
             carry = ops.fori_loop(0, num_chunks, nth_chunk, carry)
         num_busy = ops.sum(ops.cast(has_rows, "int32"))
         sums, buffers, totals = ops.fori_loop(0, num_busy, group, carry)
-        totals = {key: _like(total, trained[key]) for key, total in totals.items()}
+        totals = {key: ops.cast(total, trained[key].dtype) for key, total in totals.items()}
         return sums, buffers, totals
 
     def _of_expert(self, linear_map, expert):
@@ -233,7 +231,7 @@ class _Tile(NamedTuple):
         if field == "bias":
             part = ops.sum(ops.cast(right, "float32"), axis=0)
         else:
-            part = _kernel_gradient(left, right)
+            part = self.layout.backend.product_over_rows(left, right)
         entry = _at(self.layout.backend, total, self.expert) + ops.cast(part, total.dtype)
         start = _start(total, self.expert)
         return self.layout.backend.update_at(total, start, ops.expand_dims(entry, 0))
@@ -271,19 +269,12 @@ class _Chunk(_Tile):
         if field == "bias":
             part = ops.sum(ops.cast(right, "float32"), axis=1)
         else:
-            part = _kernel_gradient(left, right)
+            part = self.layout.backend.product_over_rows(left, right)
         part, start = ops.cast(part, total.dtype), _start(total, self.expert)
         return self.layout.backend.update_at(total, start, part)
 
     def _by_expert(self, rows):
         return ops.reshape(rows, (self.layout.chunk_size, self.layout.num_wide, rows.shape[1]))
-
-
-def _kernel_gradient(left, right):
-    # On CPUs XLA computes A^T B at half the speed where A is wider than B. Such gradients are
-    # summed transposed. Transposing the sum costs less than transposing each part.
-    narrow, wide = sorted((left, right), key=lambda rows: rows.shape[-1])
-    return ops.matmul(ops.swapaxes(narrow, -1, -2), wide)
 
 
 def _multiply_in_blocks(backend, rows, kernel):
@@ -311,12 +302,6 @@ def _multiply_in_blocks(backend, rows, kernel):
         for number in range(num_blocks):
             total = nth_block(number, total)
     return add_product(num_blocks * length, rest, total) if rest else total
-
-
-def _like(total, parameter):
-    """The sum of a parameter's gradients, with its axes and dtype."""
-    upright = total if total.shape == parameter.shape else ops.transpose(total, (0, 2, 1))
-    return ops.cast(upright, parameter.dtype)
 
 
 def computed_dtype(tokens):
