@@ -74,7 +74,6 @@ class ChunksAndTiles:
             # In pairs, so that the products of a chunk keep more than one core busy.
             number = min(number // 2 * 2 + 2, self.num_experts)
             self.chunk_size = next(n for n in range(number, 0, -1) if self.num_experts % n == 0)
-            self.length = max(self.length // 2, 1)
             most = int(MAX_REST * self.num_rows)
             rest = ops.maximum(self.sizes - self.num_wide, 0)
             self.is_even = ops.sum(rest) <= most

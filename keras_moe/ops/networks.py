@@ -90,7 +90,7 @@ class Network(NamedTuple):
         return backend.differentiable(forward, backward, *problem.inputs_and_context())
 
     def _forward(self, problem, layout, save):
-        """Return the weighted sums, and buffers of what `save` asks for: the outputs, then `saved`."""
+        """Return the weighted sums; if `save`, also buffers of the outputs and of `saved`."""
         tokens, maps, plan, key = problem
 
         def compute(part, maps, rows):
