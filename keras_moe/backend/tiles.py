@@ -93,21 +93,21 @@ class ChunksAndTiles:
         return ops.transpose(ops.reshape(buffer, ops.shape(self.plan.experts)[::-1]))
 
     def run(self, function, maps, by_token, by_row, widths, trained, weights=None):
-        entry, sizes, length = self.backend.gather_rows, self.rest, self.length
+        entry, length = self.backend.gather_rows, self.length
         # Reading the kernels of an expert costs as much as a few rows. For a few tokens, as in
         # decoding, most experts have none.
-        has_rows = sizes > 0
+        has_rows = self.rest > 0
         busy_first = ops.cast(ops.argsort(~has_rows), "int32")
-        num_tiles = (sizes + length - 1) // length
-        by_row = [*by_row] if weights is None else [self.of_assignments(weights), *by_row]
+        num_tiles = (self.rest + length - 1) // length
+        weights = None if weights is None else self.of_assignments(weights)
 
         def compute(part, own_maps, carry):
             sums, buffers, totals = carry
             rows = [*map(part.gather, by_token), *map(part.read, by_row)]
-            row_weights = () if weights is None else (rows.pop(len(by_token)),)
             (summed, *outputs), factors = function(part, own_maps, *rows)
+            sums = part.add_to_tokens(sums, summed, weights)
             return (
-                part.add_to_tokens(sums, summed, *row_weights),
+                sums,
                 list(map(part.write, buffers, outputs)),
                 {
                     (name, field): part.add_gradient(total, field, *factors[name])
@@ -116,84 +116,95 @@ class ChunksAndTiles:
             )
 
         def nth_chunk(number, carry):
-            first = number * self.chunk_size
-            sizes, starts = (
-                ops.expand_dims(self.backend.slice_at(each, (first,), (self.chunk_size,)), 1)
-                for each in (self.sizes, self.starts)
-            )
-            rank = ops.arange(self.num_wide, dtype="int32")
-            row, inside = (ops.reshape(each, (-1,)) for each in (starts + rank, rank < sizes))
-            numbers = entry(self.assignments, row)
-            chunk = _Chunk(self, first, row, numbers, inside, first * self.num_wide)
-            own_maps = {name: chunk.of_experts(each) for name, each in maps.items()}
+            first, size = number * self.chunk_size, self.chunk_size
+            own_maps = {name: self._of_experts(each, first, size) for name, each in maps.items()}
+            chunk = self._part(first, size, 0, self.num_wide, first * self.num_wide)
             return compute(chunk, own_maps, carry)
 
         def group(number, carry):
             expert = entry(busy_first, number)
-            first, first_place = entry(self.starts, expert), entry(self.places, expert)
-            own_maps = {name: self._of_expert(each, expert) for name, each in maps.items()}
+            own_maps = {name: self._of_experts(each, expert, 1) for name, each in maps.items()}
 
             def nth_tile(i, carry):
-                rank = i * length + ops.arange(length, dtype="int32")
-                inside = rank < entry(sizes, expert)
-                start = first + self.num_skipped + i * length
-                numbers = self.backend.slice_at(self.assignments, (start,), (length,))
-                row, place = first + self.num_skipped + rank, first_place + i * length
-                tile = _Tile(self, expert, row, numbers, inside, place)
-                return compute(tile, own_maps, carry)
+                skipped, place = (
+                    self.num_skipped + i * length,
+                    entry(self.places, expert) + i * length,
+                )
+                return compute(self._part(expert, 1, skipped, length, place), own_maps, carry)
 
             return ops.fori_loop(0, entry(num_tiles, expert), nth_tile, carry)
 
-        sums = ops.zeros((ops.shape(by_token[0])[0], widths[0]), "float32")
-        # A tile may overrun the last row.
-        buffers = [
-            ops.zeros((self.num_places + length, width), self.dtype)
-            if width
-            else ops.zeros((ops.size(self.plan.experts),), "float32")
+        # The last tile may overrun the buffers' rows.
+        shapes = [
+            (self.num_places + length, width) if width else (ops.size(self.plan.experts),)
             for width in widths[1:]
         ]
-        totals = {key: ops.zeros(each.shape, "float32") for key, each in trained.items()}
-        carry = sums, buffers, totals
+        carry = (
+            ops.zeros((by_token[0].shape[0], widths[0]), "float32"),
+            [ops.zeros(shape, self.dtype) for shape in shapes],
+            {key: ops.zeros(each.shape, "float32") for key, each in trained.items()},
+        )
         if self.num_wide:
             num_chunks = ops.where(self.is_even, self.num_experts // self.chunk_size, 0)
             carry = ops.fori_loop(0, num_chunks, nth_chunk, carry)
         num_busy = ops.sum(ops.cast(has_rows, "int32"))
         sums, buffers, totals = ops.fori_loop(0, num_busy, group, carry)
-        totals = {key: ops.cast(total, trained[key].dtype) for key, total in totals.items()}
-        return sums, buffers, totals
+        return sums, buffers, {k: ops.cast(each, trained[k].dtype) for k, each in totals.items()}
 
-    def _of_expert(self, linear_map, expert):
-        """The linear map of one expert. Cast per expert on use: idle ones are never cast."""
-        few_rows = isinstance(self.num_rows, int) and self.num_rows <= MAX_BLOCK_ROWS
-        linear_map = linear_map.apply(lambda stack: _at(self.backend, stack, expert))
-        # Products with int4 are faster without a conversion first, with int8 only for few rows.
-        bits = linear_map.kernel.bits
-        return linear_map if bits == 4 or (few_rows and bits == 8) else self.as_floats(linear_map)
-
-    def as_floats(self, linear_map):
-        kernel, bias = linear_map
-        kernel = kernel._replace(values=kernel.floats(self.dtype), scale=None)
-        return linear_map._replace(
-            kernel=kernel, bias=None if bias is None else ops.cast(bias, self.dtype)
+    def _part(self, expert, number, skipped, length, place):
+        """Some rows of each of `number` experts from `expert` on, in buffers from `place` on."""
+        starts, sizes = (
+            ops.expand_dims(self.backend.slice_at(each, (expert,), (number,)), 1)
+            for each in (self.starts, self.sizes)
         )
+        rank = skipped + ops.arange(length, dtype="int32")
+        row, inside = (ops.reshape(each, (-1,)) for each in (starts + rank, rank < sizes))
+        assignment = self.backend.gather_rows(self.assignments, row)
+        return _Part(self, expert, number, row, assignment, inside, place)
+
+    def _of_experts(self, linear_map, expert, number):
+        """The linear map of some experts. Cast per expert on use: idle ones are never cast."""
+        few_rows = isinstance(self.num_rows, int) and self.num_rows <= MAX_BLOCK_ROWS
+        kernel, bias = linear_map.apply(lambda stack: self._slice(stack, expert, number))
+        # Products with int4 are faster without a conversion first, with int8 only for few rows.
+        if kernel.bits != 4 and not (few_rows and kernel.bits == 8):
+            kernel = kernel._replace(values=kernel.floats(self.dtype), scale=None)
+            bias = None if bias is None else ops.cast(bias, self.dtype)
+        return linear_map._replace(kernel=kernel, bias=bias)
+
+    def _slice(self, stack, expert, number):
+        return self.backend.slice_at(stack, _start(stack, expert), (number, *stack.shape[1:]))
 
 
-class _Tile(NamedTuple):
-    """Some rows of one expert. Everything that is read has the dtype that is computed in."""
+class _Part(NamedTuple):
+    """As many rows of each of some experts. What is read has the dtype that is computed in."""
 
     layout: Any
-    expert: Any
+    expert: Any  # the first
+    number: int  # of experts
     row: Any  # (n,) int32, rows of the plan
-    numbers: Any  # (n,) int32, their assignments
+    assignment: Any  # (n,) int32
     inside: Any  # (n,) bool, False past the end of a group
     place: Any  # of the first row in buffers
 
     def product(self, rows, kernels, bias=None, transposed=False):
-        if kernels.bits == 8 and not transposed:
-            products = _multiply_in_blocks(self.layout.backend, rows, kernels.values)
-            products = products * ops.cast(kernels.scale, rows.dtype)
-            return products if bias is None else products + bias
-        return kernels.multiply(rows, bias, transposed)
+        if kernels.bits is not None:
+            return self._integer_product(
+                rows, kernels.apply(lambda stack: stack[0]), bias, transposed
+            )
+        values = kernels.values
+        values = ops.transpose(values, (0, 2, 1)) if transposed else values
+        products = ops.matmul(self._by_expert(rows), values)
+        products = products if bias is None else products + ops.expand_dims(bias, 1)
+        return ops.reshape(products, (-1, products.shape[2]))
+
+    def _integer_product(self, rows, kernel, bias, transposed):
+        bias = None if bias is None else bias[0]
+        if kernel.bits == 4 or transposed:
+            return kernel.multiply(rows, bias, transposed)
+        products = _multiply_in_blocks(self.layout.backend, rows, kernel.values)
+        products = products * ops.cast(kernel.scale, rows.dtype)
+        return products if bias is None else products + bias
 
     def row_numbers(self):
         # Whatever the layout: random draws go by them.
@@ -205,75 +216,49 @@ class _Tile(NamedTuple):
 
     def read(self, buffer):
         """The rows of a buffer, ones past the end of the group."""
-        # Not zeros, where an activation may have no derivative: NaN times 0 is NaN.
+        backend = self.layout.backend
         if len(buffer.shape) == 1:
-            rows = self.layout.backend.gather_rows(buffer, self.numbers)
-            return self._mask(ops.expand_dims(rows, 1), 1.0)
-        shape = (self.inside.shape[0], buffer.shape[1])
-        return self._mask(self.layout.backend.slice_at(buffer, (self.place, 0), shape), 1.0)
+            rows = ops.expand_dims(backend.gather_rows(buffer, self.assignment), 1)
+        else:
+            shape = (self.inside.shape[0], buffer.shape[1])
+            rows = backend.slice_at(buffer, (self.place, 0), shape)
+        # Not zeros, where an activation may have no derivative: NaN times 0 is NaN.
+        return self._mask(rows, 1.0)
 
     def write(self, buffer, rows):
+        backend, rows = self.layout.backend, ops.cast(rows, buffer.dtype)
         if len(buffer.shape) == 1:
-            added = ops.where(self.inside, ops.cast(rows[:, 0], buffer.dtype), 0.0)
-            return self.layout.backend.add_at(buffer, self.numbers, added)
-        rows = ops.cast(rows, buffer.dtype)
-        return self.layout.backend.update_at(buffer, (self.place, 0), rows)
+            return backend.add_at(buffer, self.assignment, self._mask(rows, 0.0)[:, 0])
+        return backend.update_at(buffer, (self.place, 0), rows)
 
-    def add_to_tokens(self, sums, rows, weights=None):
-        rows = ops.cast(rows, "float32")
-        rows = rows if weights is None else rows * weights
+    def add_to_tokens(self, sums, rows, weights):
+        backend, rows = self.layout.backend, ops.cast(rows, sums.dtype)
+        if weights is not None:
+            rows = rows * ops.expand_dims(backend.gather_rows(weights, self.assignment), 1)
         rows = ops.where(ops.expand_dims(self.inside, 1), rows, 0.0)
-        return self.layout.backend.add_at(sums, self._token(), rows)
+        return backend.add_at(sums, self._token(), rows)
 
     def add_gradient(self, total, field, left, right):
-        """Add the tile's part of a gradient to the expert's entry, in place under XLA."""
+        """Add the part's share of a gradient to the entries of the experts, in place under XLA."""
+        backend, right = self.layout.backend, self._by_expert(right)
         if field == "bias":
-            part = ops.sum(ops.cast(right, "float32"), axis=0)
+            added = ops.sum(ops.cast(right, "float32"), axis=1)
         else:
-            part = self.layout.backend.product_over_rows(left, right)
-        entry = _at(self.layout.backend, total, self.expert) + ops.cast(part, total.dtype)
-        start = _start(total, self.expert)
-        return self.layout.backend.update_at(total, start, ops.expand_dims(entry, 0))
+            added = backend.product_over_rows(self._by_expert(left), right)
+        entries = self.layout._slice(total, self.expert, self.number)
+        entries = entries + ops.cast(added, total.dtype)
+        return backend.update_at(total, _start(total, self.expert), entries)
+
+    def _by_expert(self, rows):
+        return ops.reshape(rows, (self.number, -1, rows.shape[1]))
 
     def _token(self):
-        return self.numbers % ops.shape(self.layout.plan.experts)[0]
+        return self.assignment % self.layout.plan.num_tokens
 
     def _mask(self, rows, past_end):
         past_end = ops.full((), past_end, self.layout.dtype)
         inside = ops.expand_dims(self.inside, 1)
         return ops.where(inside, ops.cast(rows, self.layout.dtype), past_end)
-
-
-class _Chunk(_Tile):
-    """The wide rows of neighbouring experts, from `expert` on."""
-
-    def of_experts(self, linear_map):
-        backend, number = self.layout.backend, self.layout.chunk_size
-
-        def part(stack):
-            return backend.slice_at(stack, _start(stack, self.expert), (number, *stack.shape[1:]))
-
-        return self.layout.as_floats(linear_map.apply(part))
-
-    def product(self, rows, kernels, bias=None, transposed=False):
-        values = kernels.values
-        values = ops.transpose(values, (0, 2, 1)) if transposed else values
-        products = ops.matmul(self._by_expert(rows), values)
-        products = products if bias is None else products + ops.expand_dims(bias, 1)
-        return ops.reshape(products, (-1, products.shape[2]))
-
-    def add_gradient(self, total, field, left, right):
-        """Write the gradient of the experts' entries."""
-        left, right = self._by_expert(left), self._by_expert(right)
-        if field == "bias":
-            part = ops.sum(ops.cast(right, "float32"), axis=1)
-        else:
-            part = self.layout.backend.product_over_rows(left, right)
-        part, start = ops.cast(part, total.dtype), _start(total, self.expert)
-        return self.layout.backend.update_at(total, start, part)
-
-    def _by_expert(self, rows):
-        return ops.reshape(rows, (self.layout.chunk_size, self.layout.num_wide, rows.shape[1]))
 
 
 def _multiply_in_blocks(backend, rows, kernel):
@@ -308,12 +293,6 @@ def computed_dtype(tokens):
     # For products of narrow floats XLA on CPUs would convert each operand, and round each result.
     dtype = keras.backend.standardize_dtype(tokens.dtype)
     return "float32" if dtype in ("bfloat16", "float16") else dtype
-
-
-def _at(backend, stacked, expert):
-    """Entry `expert` of a tensor (E, ...)."""
-    part = backend.slice_at(stacked, _start(stacked, expert), (1, *stacked.shape[1:]))
-    return ops.squeeze(part, 0)
 
 
 def _start(stacked, expert):
