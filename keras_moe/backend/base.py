@@ -387,6 +387,14 @@ class StaticBackend(Backend):
         """Return the tensor with `part` written at indices `start`."""
         return ops.slice_update(tensor, start, part)
 
+    def add_at(self, tensor, indices, rows):
+        """Return the tensor (R, ...) with rows (n, ...) added at indices (n,)."""
+        raise NotImplementedError
+
+    def product_over_rows(self, left, right):
+        """Return `left^T right` (..., D, H), for (..., n, D) and (..., n, H)."""
+        return ops.matmul(ops.swapaxes(left, -1, -2), right)
+
     def scan(self, step, carry, xs):
         """Return carry and stacked y of `carry, y = step(carry, x)` over the first axis of `xs`.
 

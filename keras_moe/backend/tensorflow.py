@@ -136,6 +136,9 @@ class TensorFlowBackend(StaticBackend):
         read = xla.dynamic_slice if self.needs_static_shapes() else tf.slice
         return tf.ensure_shape(read(tensor, tf.stack(start), tf.constant(shape)), shape)
 
+    def add_at(self, tensor, indices, rows):
+        return tf.tensor_scatter_nd_add(tensor, tf.expand_dims(indices, 1), rows)
+
     def scan(self, step, carry, xs):
         length = tf.shape(xs[0])[0]
         outputs = tf.TensorArray(xs[-1].dtype, size=length)

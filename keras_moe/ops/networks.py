@@ -83,9 +83,8 @@ class Network(NamedTuple):
         def forward(inputs, context, save):
             problem = Problem.of(inputs, context)
             if is_any_derivative():
-                return self._forward(problem, AllRows(backend, problem, platform), ())
-            layout = backend.layout(problem, platform)
-            return self._forward(problem, layout, self.saved if save else ())
+                return self._forward(problem, AllRows(backend, problem, platform), save)
+            return self._forward(problem, backend.layout(problem, platform), save)
 
         def backward(inputs, context, buffers, gradient):
             problem, trained = Problem.of(inputs, context), inputs[2]
@@ -94,25 +93,25 @@ class Network(NamedTuple):
 
         return backend.differentiable(forward, backward, *problem.inputs_and_context())
 
-    def _forward(self, problem, layout, saved):
-        """Return the weighted sums, and buffers of the outputs and of the maps named in `saved`."""
-        tokens, maps, _, key = problem
-        plan = layout.plan
+    def _forward(self, problem, layout, save):
+        """Return the weighted sums; if `save`, also buffers of the outputs and of `saved`."""
+        tokens, maps, plan, key = problem
 
         def compute(part, maps, rows):
             linear = Linear(rows, part, maps, key)
             outputs = as_dtype(self.function(rows, linear), rows.dtype)
-            return [outputs, *(linear.outputs[name] for name in saved)], {}
+            saved = [outputs, *(linear.outputs[name] for name in self.saved)] if save else []
+            return [outputs, *saved], {}
 
-        widths = [self.output_width, *(maps[name].kernel.shape[2] for name in saved)]
-        buffers, _ = layout.run(compute, maps, [tokens], [], widths, {})
-        outputs = layout.to_rows(buffers[0])
-        return as_dtype(plan.sum_rows(outputs, plan.weights), tokens.dtype), buffers
+        width = self.output_width
+        widths = [width, width, *(maps[name].kernel.shape[2] for name in self.saved)]
+        widths = widths if save else [width]
+        sums, buffers, _ = layout.run(compute, maps, [tokens], [], widths, {}, plan.weights)
+        return as_dtype(sums, tokens.dtype), buffers
 
     def _backward(self, problem, layout, buffers, gradient, trained):
         """Return the gradients of tokens, weights and trained tensors."""
-        tokens, maps, _, key = problem
-        plan = layout.plan
+        tokens, maps, plan, key = problem
 
         def compute(part, maps, rows, d_outputs, weights, outputs, *saved):
             values = dict(zip(self.saved, saved))
@@ -133,17 +132,13 @@ class Network(NamedTuple):
             }
             return [d_rows, row_sums(d_outputs, outputs)], factors
 
-        weights = ops.expand_dims(as_dtype(plan.weight_of_row(plan.weights), tokens.dtype), 1)
-        by_row, widths = [layout.to_buffer(weights), *buffers], [tokens.shape[1], 1]
-        (d_rows, d_weights), d_maps = layout.run(
-            compute, maps, [tokens, gradient], by_row, widths, trained
+        weights = layout.of_assignments(as_dtype(plan.weights, tokens.dtype))
+        by_token, by_row, widths = [tokens, gradient], [weights, *buffers], [tokens.shape[1], None]
+        d_tokens, (d_weights,), d_maps = layout.run(
+            compute, maps, by_token, by_row, widths, trained
         )
-        d_weights = layout.to_rows(d_weights)[:, 0]
-        return (
-            as_dtype(plan.sum_rows(layout.to_rows(d_rows)), tokens.dtype),
-            as_dtype(plan.at_assignments(d_weights), plan.weights.dtype),
-            d_maps,
-        )
+        d_weights = layout.at_assignments(d_weights)
+        return as_dtype(d_tokens, tokens.dtype), as_dtype(d_weights, plan.weights.dtype), d_maps
 
     def run_on_all(self, tokens, maps):
         """Return the outputs (T, E, D') of all experts for each token: products of whole stacks."""
