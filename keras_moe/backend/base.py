@@ -63,10 +63,10 @@ def any_derivative() -> Iterator[None]:
     """Compute in operations that have derivatives of any order, forward mode and `vmap`.
 
     Outside of this context a bank of experts has its own backward pass, which is faster and takes
-    less memory, but has no derivative: gradient penalties, Hessians, Jacobian-vector products, and
-    `torch.func` and `torch.vmap` are errors there (of a `custom_vjp` on JAX, of a missing
-    `setup_context` or a call of `item()` on PyTorch). Call the layer inside; the derivatives may be
-    taken outside. A function that was traced before is not traced again.
+    less memory. Second derivatives, as of gradient penalties and Hessians, and forward mode raise
+    an error there, and so do `torch.func` and `torch.vmap`: JAX names a `custom_vjp` in some of
+    them, PyTorch `setup_context`, a storage or forward AD. Call the layer inside; its derivatives
+    may be taken outside. A function that was traced before is not traced again.
 
     Example:
 
@@ -190,7 +190,7 @@ class Backend:
         """Multiply each group of rows (R, D) by its kernel (E, D, H), or its transpose: (R, H).
 
         Rows past the last group may be anything. `kernels` are of `ops.linears`, `sizes` (E,)
-        int32; `platform` is the one that is compiled for. Inside of `any_derivative` it has them.
+        int32; `platform` is the one that is compiled for.
         """
         return padded.product(rows, kernels, sizes, transposed, platform)
 
