@@ -258,6 +258,7 @@ def jacobian(model, data):
 
 def export(model, data):
     """What an exported program returns."""
+    model(data.ids)  # Keras exports what was called.
     if BACKEND == "tensorflow":
         import tensorflow as tf
 
