@@ -322,3 +322,47 @@ def test_autocast_does_not_change_what_a_float32_layer_computes():
     for each, gradient in zip(inside, expected):
         assert torch.equal(each, gradient)
     outputs.sum().backward()
+
+
+class ChangingRouter(routers.TopKRouter):
+    """It writes into what is chosen, and says wrong counts."""
+
+    def select(self, scores):
+        indices = super().select(scores)
+        indices[::2, 1] = -1
+        return indices
+
+    def route(self, *args, **context):
+        wrong = keras.ops.full((self.num_experts,), 99, "int32")
+        return super().route(*args, **context)._replace(counts=wrong)
+
+
+@pytest.mark.backends("torch")
+def test_a_choice_that_is_written_into_and_counts_that_are_wrong():
+    layer = moe(router=ChangingRouter(E, 2))
+    outputs, routing = layer(X, return_routing=True)
+    indices = array(routing.indices)
+    assert (indices[::2, 1] == -1).all() and (indices >= 0).sum() == 9
+    np.testing.assert_array_equal(array(routing.weights)[::2], [[1.0, 0.0]] * 3)
+    np.testing.assert_array_equal(array(routing.counts), np.bincount(indices[indices >= 0]))
+    np.testing.assert_allclose(array(layer(X, indices=indices)), array(outputs), atol=1e-6)
+
+
+@pytest.mark.backends("torch")
+def test_choices_among_more_experts_are_replayed_where_there_are_such():
+    layer = moe()
+    layer(X)
+    chosen = routers.TopKRouter(2 * E, kernel_initializer="he_normal")(X).indices
+    known = np.where(array(chosen) < E, array(chosen), -1)
+    assert (known < 0).any() and (known >= 0).any()
+    np.testing.assert_array_equal(array(layer(X, indices=chosen)), array(layer(X, indices=known)))
+
+
+@pytest.mark.backends("torch")
+def test_inference_mode_computes_the_same():
+    import torch
+
+    layer = moe()
+    expected = array(layer(X))
+    with torch.inference_mode():
+        np.testing.assert_allclose(array(layer(torch.from_numpy(X))), expected, atol=1e-6)

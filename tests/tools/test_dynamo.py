@@ -27,3 +27,23 @@ def test_torch_compile_computes_the_same():
     for size in BATCHES:
         outputs = compiled(torch.tensor(batch(size)))
         assert_close(to_numpy(outputs), to_numpy(model(batch(size))))
+
+
+def test_inductor_computes_the_same_gradients(monkeypatch, tmp_path):
+    import torch
+
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    # Processes for so little would take longer to start.
+    monkeypatch.setattr("torch._inductor.config.compile_threads", 1)
+    torch.compiler.reset()
+    keras.utils.set_random_seed(0)
+    mixture = layers.MixtureOfExperts(layers.GatedExperts(E, 16))
+    model = keras.Sequential([keras.Input((S, D)), mixture, keras.layers.Dense(D, "gelu")])
+    inputs = torch.tensor(batch(9))
+
+    def gradients(call):
+        loss = (call(inputs, training=True) ** 2).mean() + sum(model.losses)
+        return torch.autograd.grad(loss, [each.value for each in model.trainable_variables])
+
+    for compiled, eager in zip(gradients(torch.compile(model)), gradients(model), strict=True):
+        assert_close(to_numpy(compiled), to_numpy(eager))
