@@ -1,6 +1,6 @@
 """Converts the examples to notebooks in docs/notebooks/, and executes them.
 
-    python docs/notebooks.py                           # of changed examples, without outputs
+    python docs/notebooks.py                           # keeps the outputs of unchanged code
     python -m tox -e notebooks                         # all, executed
     python -m tox -e notebooks -- density tabular
 
@@ -50,8 +50,8 @@ def main():
         if options.execute:
             print(f"{example.stem} ...", flush=True)
             execute(notebook)
-        elif path.exists() and without_outputs(json.loads(path.read_text("utf-8"))) == notebook:
-            continue
+        elif path.exists():
+            keep_outputs(json.loads(path.read_text(encoding="utf-8")), notebook)
         text = json.dumps(notebook, indent=1, ensure_ascii=False)
         path.write_text(text + "\n", encoding="utf-8")
 
@@ -78,6 +78,17 @@ def without_outputs(notebook):
         if "machine" not in cell["metadata"].get("tags", ())
     ]
     return {**notebook, "cells": cells}
+
+
+def keep_outputs(old, notebook):
+    """Copy the outputs of an old notebook that has the same code but for the set-up."""
+    (_, *before), (_, *now) = (
+        [cell for cell in each["cells"] if cell["cell_type"] == "code"] for each in (old, notebook)
+    )
+    if [cell["source"] for cell in before[: len(now)]] == [cell["source"] for cell in now]:
+        for cell, done in zip(now, before):
+            cell["outputs"] = done["outputs"]
+        notebook["cells"] += before[len(now) :]  # the one that says where it ran
 
 
 def execute(notebook):
@@ -133,19 +144,28 @@ def _small_picture(png):
 
 def page_of(source, notebook=None):
     """The Markdown of an example, with the outputs of its notebook."""
-    executed = iter([])
-    machine = ""
-    if notebook is not None:
-        code = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
-        if "machine" in code[-1]["metadata"].get("tags", ()):
-            machine = "\n\n".join(["", "The outputs are from a run with:", *_outputs(code[-1])])
-        executed = iter(code[1:])
+    executed, machine = _executed(notebook)
     parts = []
     for prose, text in _cells(source):
         parts.append(text if prose else f"```python\n{text}\n```")
         if not prose:
-            parts += _outputs(next(executed, {"outputs": ()}))
-    return "\n\n".join(parts) + machine
+            parts += next(executed, ())
+    return "\n\n".join([*parts, *machine])
+
+
+def outputs_of(notebook):
+    """The Markdown of all outputs of a notebook; an empty string if it was not executed."""
+    executed, machine = _executed(notebook)
+    return "\n\n".join([each for outputs in executed for each in outputs] + machine)
+
+
+def _executed(notebook):
+    """The outputs of each cell of code as Markdown, and those that say where they were made."""
+    code = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"] if notebook else []
+    machine = []
+    if code and "machine" in code[-1]["metadata"].get("tags", ()):
+        machine = ["The outputs are from a run with:", *_outputs(code.pop())]
+    return (_outputs(cell) for cell in code[1:]), machine
 
 
 def _outputs(cell):

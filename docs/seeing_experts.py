@@ -41,8 +41,6 @@ def main():
     figures = {
         "shares_over_time": visualization.shares_over_time(titled(monitor.shares)),
         "experts_by_label": visualization.specialization(titled(routings), groups),
-        "coactivation": visualization.coactivation(titled(routings)),
-        "confidence": visualization.confidence(titled(routings)),
     }
     for name, figure in figures.items():
         figure.savefig(FOLDER / f"{name}.png", dpi=80)

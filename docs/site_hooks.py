@@ -10,7 +10,7 @@ import textwrap
 from mkdocs.structure.files import File
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent))
-from notebooks import FOLDER, ROOT, page_of  # noqa: E402
+from notebooks import FOLDER, ROOT, outputs_of, page_of  # noqa: E402
 from reference_links import link_names  # noqa: E402
 
 OUTSIDE = re.compile(r"\[([^\]]+)\]\(\.\./((?!examples/)[\w./#-]+)\)")
@@ -44,11 +44,14 @@ def on_files(files, config):
             check=True,
             text=True,
         ).stdout
-        path = FOLDER / f"{example.stem}.ipynb"
-        notebook = json.loads(path.read_text(encoding="utf-8"))
-        content = page_of(source, notebook) + _colab_link(example.stem, config.repo_url or "")
+        content = page_of(source, _notebook(example.stem))
+        content += _colab_link(example.stem, config.repo_url or "")
         files.append(File.generated(config, f"examples/{example.stem}.md", content=content))
     return files
+
+
+def _notebook(name):
+    return json.loads((FOLDER / f"{name}.ipynb").read_text(encoding="utf-8"))
 
 
 def _has_tutorial(name):
@@ -76,6 +79,9 @@ def on_page_markdown(markdown, page, config, **_):
     if page.file.src_uri == f"{name}.md" and example.exists():
         program = textwrap.indent(example.read_text(encoding="utf-8"), "    ")
         markdown += f'\n\n??? example "The whole program"\n\n    ```python\n{program}    ```\n'
+        outputs = textwrap.indent(outputs_of(_notebook(name)), "    ")
+        if outputs:
+            markdown += f'\n\n??? example "Its output"\n\n{outputs}\n'
         markdown += _colab_link(name, config.repo_url or "")
     markdown = ALERT.sub(_admonition, markdown)
     markdown = re.sub(r"\(\.\./examples/(\w+)\.py\)", _page_of_example, markdown)

@@ -2,8 +2,8 @@
 
 Learns the colour of each pixel of a photograph from its place, (x, y), with dense layers and with a
 mixture of 64 experts that does about as much work for a pixel. The sky, a roof and a tree are
-different functions: in the mean of five seeds the mixture was 1.1 decibels better in the same
-number of steps, and 0.3 in the same time.
+different functions. The mean of five seeds on 1 December 2026 was 1.1 decibels better with the
+mixture in the same number of steps, and 0.4 in the same time.
 
     pip install ".[jax,visualization]" scikit-learn
 

@@ -208,7 +208,7 @@ write(model, PROMPTS[0])
 """
 ## Training
 
-All weights are frozen but the routers and the low-rank corrections of the experts.
+Only the routers and the low-rank corrections of the experts train.
 """
 
 keras_moe.freeze_all_but(model)

@@ -1,4 +1,4 @@
-"""A router of your own
+"""A custom router
 
 Writes a router that this package does not have, trains it beside the usual one, and saves and loads
 the model: an expert has a centre, and a token goes to the experts whose centres are nearest.

@@ -1,7 +1,7 @@
 """Sequence to sequence: dates in words become numbers
 
 A small encoder and decoder with a mixture of experts, `model.fit`, and greedy decoding: forty lines
-to copy for pairs of texts of your own.
+to copy for other pairs of texts.
 
     pip install ".[jax]"
 

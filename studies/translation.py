@@ -107,8 +107,8 @@ def main(arguments=None):
     print_words(runs[MIXTURE][0]["words"])
     texts = {name: each[0]["texts"] for name, each in runs.items()}
     print_drawn({"source": splits[2].sources, "reference": splits[2].targets, **texts})
-    title = f"{options.dataset}: validation loss"
-    plots.courses({title: runs}, options.output / "learning_curves.png")
+    path = options.output / "learning_curves.png"
+    plots.at_equal_cost(runs, path, "validation loss", begin=0)
     print(f"\nPlot and results are in {options.output}.")
     return results
 

@@ -94,7 +94,7 @@ def model_of(make_layers):
 
 PACKAGE = pathlib.Path(keras_moe.__file__).parent
 # They add up over replicas, so for the same batch on each there is so many times as much.
-COUNTED = ("expert_counts", "dropped_count", "value_totals", "value_numbers")
+COUNTED = ("expert_counts", "dropped_count", "value_totals")
 COUNTERS = {"global_counts", *COUNTED, *(f"evaluation_{name}" for name in COUNTED)}
 
 

@@ -650,7 +650,8 @@ def quantize(mode):
 def step(model, made, folder=None):
     """A training step, whose loss is that of the oracle; what is frozen stays."""
     layer = made.layer
-    optimizer = keras.optimizers.SGD(0.05, global_clipnorm=1.0)
+    # Keras's norm of gradients in float16 would overflow above 256, and make the weights NaN.
+    optimizer = keras.optimizers.SGD(0.05, clipvalue=0.3)
     model.compile(optimizer, "mse", jit_compile=QUICK_JIT)
     target = np.zeros(model.output_shape[1:], "float32")
     target = np.broadcast_to(target, (len(made.inputs), *target.shape)).astype("float32")
@@ -668,6 +669,7 @@ def step(model, made, folder=None):
         assert_close(loss, wanted, max(1.0, abs(wanted)), 1e-4)
     weights = [*layer.experts.weights, *layer.router.weights]
     for v in weights:
+        assert np.isfinite(array(v)).all(), v.path
         if v.path not in trainable and v.path in before and "seed" not in v.path:
             moves = v.name in ("selection_bias", "measured", "measurements", "strength")
             assert (moves and layer.router.trainable) or (array(v) == before[v.path]).all(), v.path

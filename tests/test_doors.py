@@ -411,7 +411,6 @@ REFUSED = [
     ("moe(own_bank({'up': (D, D), 'activation': (D,)}))(t())", "Received: ['activation']"),
     ("moe(own_bank({'up': (D, D), 'network': (D,)}))(t())", "Received: ['network']"),
     ("moe(own_bank({'up': (D, D), 'up_bias': (D,)}))(t())", "Received: ['up_bias']"),
-    ("moe(own_bank({'up': (D, D), 'up_lora_a': (D, D)}))(t())", "Received: ['up_lora_a']"),
     ("own(top_k=1)", "`indices` must have"),
     ("own(indices=t(T, 2))", "`indices` must have a dtype"),
     ("own(counts=ints(1, E))", "`counts` must have the shape"),

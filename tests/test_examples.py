@@ -216,7 +216,14 @@ def test_outputs_of_a_notebook_are_in_its_page(tmp_path):
     page = NOTEBOOKS["page_of"](source, notebook)
     assert "```text\n2/2 1s - loss: 0.5\n2\n```\n\n![" in page
     assert "(data:image/png;base64,aaaa)" in page and "warning" not in page
+    assert NOTEBOOKS["outputs_of"](notebook) == page[page.index("```text") :]
     assert NOTEBOOKS["without_outputs"](notebook) == NOTEBOOKS["notebook_of"](source)
+    reworded = NOTEBOOKS["notebook_of"](source.replace("Adds", "Sums"))
+    NOTEBOOKS["keep_outputs"](notebook, reworded)
+    assert reworded["cells"][-1] == notebook["cells"][-1]
+    changed = NOTEBOOKS["notebook_of"](source.replace("1 + 1", "1 + 2"))
+    NOTEBOOKS["keep_outputs"](notebook, changed)
+    assert not changed["cells"][-1]["outputs"]
 
 
 @on_one_backend

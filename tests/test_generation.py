@@ -20,12 +20,13 @@ V, PROMPTS = 30, [[3, 4, 5, 6], [7], [9, 8]]
 class Positions(keras.layers.Layer):
     def __init__(self, factor=1.0):
         super().__init__()
-        self.factor = factor * np.resize([1.0, 0.0], 16).astype("float32")
+        self.factor = factor
 
     def call(self, inputs):
         length = keras.ops.shape(inputs)[1]
         place = keras.ops.cast(keras.ops.arange(length), "float32")
-        return inputs + place[:, None] * keras.ops.convert_to_tensor(self.factor)
+        of_even = np.resize([1.0, 0.0], inputs.shape[-1]).astype("float32")
+        return inputs + self.factor * place[:, None] * keras.ops.convert_to_tensor(of_even)
 
 
 def model_of(*extra, mask_zero=False, **block):
@@ -150,9 +151,13 @@ def test_several_threads_write_at_once(model):
 
 
 def test_a_model_that_counts_positions_elsewhere_is_refused(model):
-    for factor in (1.0, 0.005):  # The smaller one moves logits by a fourteenth of their range.
-        with pytest.raises(ValueError, match="each position alone"):
-            keras_moe.generate(model_of(Positions(factor)), PROMPTS, 2)
+    with pytest.raises(ValueError, match="each position alone"):
+        keras_moe.generate(model_of(Positions()), PROMPTS, 2)
+    of_last = to_numpy(model(np.array(PROMPTS[:1])))[0, -1]
+    # It moves the logits of the sixth token by a fourteenth of their range.
+    little = Positions(float(np.ptp(of_last)) / 14 / 5)
+    with pytest.raises(ValueError, match="each position alone"):
+        keras_moe.generate(keras.Sequential([model, little]), PROMPTS, 2)
     probabilities = keras.Sequential([model, keras.layers.Softmax()])
     with pytest.raises(ValueError, match="logits"):
         keras_moe.generate(probabilities, PROMPTS, 2, temperature=1.0)

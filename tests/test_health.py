@@ -227,8 +227,8 @@ def test_counts_from_before_a_training_and_even_loads_make_no_loss_heavy():
     layer = expert_layer(router_losses=[losses.LoadBalance(1.0)])
     model = model_of(layer)
     counters = {weight.name: weight for weight in layer.weights}
-    counters["value_numbers"].assign([3, 3, 3])
-    counters["value_totals"].assign([[999.0, 1.0, 9.9], [0.0, 0.0, 0.0]])  # in another training
+    of_another_training = [[999.0, 1.0, 9.9], [3.0, 3.0, 3.0]]
+    counters["value_totals"].assign(np.stack([of_another_training, np.zeros((2, 3))]))
     findings, _ = watched(model, *clustered(0, 4 * BATCH), ExpertMonitor(), ExpertHealth())
     assert not findings
     layer = expert_layer(ForcedRouter(), [losses.LoadBalance(1000.0)])

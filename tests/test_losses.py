@@ -186,7 +186,7 @@ def test_no_score_divides_zero_by_zero():
 
     def function(z):
         last = ops.zeros((T, 2), "int32") + 2
-        return [weigh(last, scores(z), name)[0] for name, scores in SCORES.items()]
+        return [weigh(last, z, scores(z), name)[0] for name, scores in SCORES.items()]
 
     assert np.isfinite(compiled(function, FAST_MODE)(logits)).all()
 

@@ -258,7 +258,7 @@ def test_small_values_are_not_lost_in_large_totals():
     layer = moe(router_losses=[])
     layer(normal(6, D), training=True)
     entropy, counters = layer.read_counts().means.entropy, layer._training_counters
-    counters.totals.assign(np.full(counters.totals.shape, [[2.0**26], [0.0]], "float32"))
+    counters.totals.assign(np.full(counters.totals.shape, [[[2.0**26]], [[0.0]]], "float32"))
     before = layer.read_counts()
     for _ in range(3):
         layer(normal(6, D), training=True)

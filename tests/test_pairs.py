@@ -23,6 +23,7 @@ from test_combinations import (
     CHOOSING,
     IS_COMPILED,
     NAMES,
+    SEED,
     TIMES,
     Case,
     check_draws,
@@ -43,10 +44,11 @@ class Pair(NamedTuple):
     """A mixture as text, and what is done with a decoder around it."""
 
     layer: str
-    scope: str
     uses: tuple  # names in `USES`: before the changes, and after each
     changes: tuple  # names in `CHANGES`
     compiles: bool  # whether the model is compiled again after each change
+    scope: str = ""
+    subclass: bool = False  # whether the model is a subclass of `keras.Model`
     policy: str = "float32"
     seed: int = 0
     mesh = None
@@ -62,6 +64,34 @@ class Data(NamedTuple):
     targets: np.ndarray
 
 
+@keras.saving.register_keras_serializable()
+class Decoder(keras.Model):
+    """What `keras.Sequential` computes, written as users write models of their own."""
+
+    def __init__(self, parts, **kwargs):
+        super().__init__(**kwargs)
+        self.parts = parts
+
+    def build(self, shape):
+        for part in self.parts:
+            part.build(shape)
+            shape = part.compute_output_shape(shape)
+
+    def call(self, inputs):
+        for part in self.parts:
+            inputs = part(inputs)
+        return inputs
+
+    def get_config(self):
+        parts = [keras.saving.serialize_keras_object(part) for part in self.parts]
+        return {**super().get_config(), "parts": parts}
+
+    @classmethod
+    def from_config(cls, config):
+        parts = [keras.saving.deserialize_keras_object(part) for part in config.pop("parts")]
+        return cls(parts, **config)
+
+
 def make(pair):
     keras.utils.set_random_seed(pair.seed)
     rng = np.random.default_rng(pair.seed)
@@ -69,7 +99,11 @@ def make(pair):
         moe = eval(pair.layer, dict(NAMES))
         block = layers.TransformerDecoderBlock(2, moe)
     parts = [keras.layers.Embedding(V, D), block, keras.layers.Dense(V)]
-    model = keras.Sequential([keras.Input((None,), dtype="int32"), *parts])
+    if pair.subclass:
+        model = Decoder(parts)
+        model.build((None, None))
+    else:
+        model = keras.Sequential([keras.Input((None,), dtype="int32"), *parts])
     for variable in model.trainable_variables:
         variable.assign(array(variable) + 0.4 * rng.normal(size=variable.shape))
     ids = rng.integers(0, V, (4, LENGTH)).astype("int32")
@@ -222,6 +256,34 @@ def jacobian(model, data):
     return torch.stack(slopes).detach()
 
 
+def export(model, data):
+    """What an exported program returns."""
+    if BACKEND == "tensorflow":
+        import tensorflow as tf
+
+        with tempfile.TemporaryDirectory() as folder:
+            model.export(folder, verbose=False)
+            program = tf.saved_model.load(folder)
+            return array(program.serve(data.ids))
+    if BACKEND == "jax":
+        import jax
+
+        # A function of its own, as JAX keeps what it traced of a function.
+        program = jax.export.export(jax.jit(lambda ids: model(ids)))(data.ids)
+        return array(program.call(data.ids))
+    import torch
+
+    ids = torch.tensor(data.ids)
+    return torch.export.export(model.eval(), (ids,), strict=False).module()(ids).detach()
+
+
+def compiled(model, data):
+    """What `torch.compile` makes of a model. Dynamo keeps what it traced from use to use."""
+    import torch
+
+    return torch.compile(model, backend="eager")(torch.tensor(data.ids)).detach()
+
+
 def text(model, data):
     return keras_moe.generate(model, [data.ids[0, :3], data.ids[1, :2]], 3)
 
@@ -238,6 +300,8 @@ USES = {
     "pickle": copied(lambda model: pickle.loads(pickle.dumps(model))),
     "jacobian": jacobian,
 }
+# These take seconds, and are drawn with other seeds than that of the suite.
+SLOW_USES = {"export": export} | ({"torch.compile": compiled} if BACKEND == "torch" else {})
 
 
 @contextlib.contextmanager
@@ -258,11 +322,12 @@ def scope_of(pair):
 
 def check_pair(pair):
     """After each change every use gives what it gives of a copy that was saved and loaded."""
+    functions = USES | SLOW_USES
     with scope_of(pair), tempfile.TemporaryDirectory() as folder:
         model, moe, data = make(pair)
         compile_model(model)
         for name in pair.uses:
-            USES[name](model, data)
+            functions[name](model, data)
         for change in pair.changes:
             try:
                 CHANGES[change](model, moe, data)
@@ -276,15 +341,30 @@ def check_pair(pair):
             experts = moe.experts
             is_quantized = any(each.dtype in ("int8", "uint8") for each in experts.weights)
             has_lora = any("_lora_" in each.name for each in moe.weights)
-            if has_lora and is_quantized:
-                continue  # A file has the sum of both, in integers.
-            again = saved_and_loaded(model, pathlib.Path(folder))
-            compile_model(again)
             is_rough = pair.policy != "float32" or pair.scope == "autocast"
-            if has_lora and is_rough:
-                continue  # The sum is rounded otherwise than its parts.
+            again = saved_and_loaded(model, pathlib.Path(folder))
+            if has_lora and (is_quantized or is_rough):
+                # A file has the sum of kernel and factors, which is rounded otherwise than these.
+                if any(isinstance(each, keras.layers.Dense) for each in moe._flatten_layers()):
+                    continue
+                copy_weights(moe, *inspection.moe_layers(again).values())
+            compile_model(again)
             for name in pair.uses:
-                same(name, USES[name](model, data), USES[name](again, data), again, is_rough)
+                same(
+                    name,
+                    functions[name](model, data),
+                    functions[name](again, data),
+                    again,
+                    is_rough,
+                )
+
+
+def copy_weights(moe, again):
+    """Give a loaded mixture kernels and factors of LoRA each by itself."""
+    for part, other in ((moe.experts, again.experts), (moe.router, again.router)):
+        values = {variable.name: variable for variable in part.weights}
+        for variable in other.weights:
+            variable.assign(array(values[variable.name]))
 
 
 def same(name, found, expected, again, is_rough):
@@ -310,12 +390,16 @@ def pairs(draw):
     options = dict(capacity_factor=8.0 if pick(True, False, False) else None)
     scopes = ["", "", "remat"] + (["autocast"] if BACKEND == "torch" else [])
     few = 1 if IS_COMPILED else 2
+    uses = draw(st.permutations(sorted(USES)))[: few + 1]
+    if SEED and pick(*[False] * 7, True):
+        uses[0] = pick(*sorted(SLOW_USES))
     return Pair(
         layer=str(code("layers.MixtureOfExperts", experts, router=router, **options)),
         scope=pick(*scopes),
-        uses=tuple(draw(st.permutations(sorted(USES)))[: few + 1]),
+        uses=tuple(uses),
         changes=tuple(pick(*sorted(CHANGES)) for _ in range(pick(1, few))),
         compiles=pick(True, False),
+        subclass=pick(False, False, True),
         policy=pick("float32", "float32", "float32", "mixed_bfloat16"),
         seed=draw(st.integers(0, 2**16)),
     )

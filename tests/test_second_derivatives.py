@@ -1,7 +1,9 @@
-"""Second derivatives of layers with a mask, and under a framework's transformations.
+"""Derivatives that are asked for: second ones, forward mode and `vmap`, of layers with a mask.
 
-`test_own_experts.py` holds them against a formula.
+`test_own_experts.py` holds second derivatives against a formula.
 """
+
+import contextlib
 
 import numpy as np
 import pytest
@@ -19,7 +21,7 @@ from keras import ops
 from layer_checks import normal
 
 from keras_moe import layers, routers
-from keras_moe.ops import grouped_outer, platform
+from keras_moe.ops import any_derivative, grouped_outer, platform
 
 T, D, H, E = 6, 4, 5, 3
 
@@ -87,7 +89,8 @@ def test_they_are_differences_of_gradients(kind):
     directions, step = [normal(*each.shape) for each in inputs], 1e-3
 
     def loss(inputs):
-        return ops.sum(call(inputs, mask=ops.convert_to_tensor(mask)) ** 2)
+        with any_derivative():
+            return ops.sum(call(inputs, mask=ops.convert_to_tensor(mask)) ** 2)
 
     def moved(sign):
         places = [each + sign * step * way for each, way in zip(inputs, directions)]
@@ -101,10 +104,15 @@ def test_they_are_differences_of_gradients(kind):
 
 @pytest.mark.backends("tensorflow", "torch")
 def test_vectorized_map():
-    call, inputs = mixture(), normal(2, T, D)
+    layer, inputs = mixture(), normal(2, T, D)
+
+    def call(x):
+        with any_derivative():
+            return layer(x)
+
     output = compiled(lambda inputs: ops.vectorized_map(call, inputs), FAST_MODE)(inputs)
     for each, part in zip(output, inputs):
-        assert_close(each, to_numpy(call(part)))
+        assert_close(each, to_numpy(layer(part)))
 
 
 @pytest.mark.backends("jax")
@@ -113,17 +121,29 @@ def test_transformations_of_jax():
 
     layer = mixture()
 
-    def loss(x):
+    def plain(x):
         return ops.sum(layer(x) ** 2)
+
+    def loss(x):
+        with any_derivative():
+            return plain(x)
 
     x, direction, step = normal(T, D), normal(T, D, seed=1), 1e-3
     places = np.stack([x - step * direction, x, x + step * direction])
-    gradients = jax.jit(jax.vmap(jax.grad(loss)))(places)
+    gradients = jax.jit(jax.vmap(jax.grad(plain)))(places)
     curvature = (gradients[2] - gradients[0]) / (2 * step)
     hessian = jax.jit(jax.hessian(loss))(x)
     assert_close(ops.tensordot(hessian, direction, 2), curvature, tolerance=1e-2)
     _, slope = jax.jvp(loss, (x,), (direction,))
     assert_close(slope, np.vdot(gradients[1], direction), tolerance=1e-4)
+    # Outside of the context.
+    with pytest.raises(TypeError, match="custom_vjp"):
+        jax.jvp(plain, (x,), (direction,))
+    for name in ("cpu", "gpu", "tpu"):
+        with platform(name), pytest.raises((TypeError, NotImplementedError), match="any_deriv"):
+            jax.hessian(lambda x: plain(x))(x)
+        with platform(name), pytest.raises(NotImplementedError, match="any_derivative"):
+            jax.grad(lambda x: ops.sum(jax.grad(plain)(x) ** 2))(x)
 
 
 @pytest.mark.backends("jax")
@@ -135,7 +155,8 @@ def test_rows_without_a_group_reach_no_second_derivative_on_accelerators():
     layer.build((None, D))
 
     def slope(x):
-        return ops.sum(jax.grad(lambda x: ops.sum(layer(x) ** 2))(x) ** 2)
+        with any_derivative():
+            return ops.sum(jax.grad(lambda x: ops.sum(layer(x) ** 2))(x) ** 2)
 
     def product(left):
         return ops.sum(grouped_outer(left, normal(T, H), [1, 2]) ** 2)
@@ -157,32 +178,54 @@ def test_rows_without_a_group_reach_no_second_derivative_on_accelerators():
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script.*")
 def test_transformations_of_torch():
     import torch
+    from torch.autograd import forward_ad
 
     layer, x, direction = mixture(), torch.from_numpy(normal(T, D)), torch.from_numpy(normal(T, D))
 
-    def loss(x):
+    def plain(x):
         return torch.sum(layer(x) ** 2)
+
+    def loss(x):
+        with any_derivative():
+            return plain(x)
 
     exact = torch.autograd.functional.vhp(loss, x, direction)[1]
     assert_close(torch.tensordot(torch.func.hessian(loss)(x).detach(), direction), exact)
-    slope = torch.autograd.functional.jacobian(loss, x)
+    slope = torch.autograd.functional.jacobian(plain, x)
     assert_close(torch.vmap(torch.func.grad(loss))(x[None])[0].detach(), slope)
     # Not `torch.func.functional_call`: it replaces parameters, which Keras's layers do not read.
     values, call = [variable.value for variable in layer.trainable_variables], stateless(layer)
-    gradients = torch.func.grad(lambda values: torch.sum(call([x, *values]) ** 2))(values)
-    for each, gradient in zip(gradients, torch.autograd.grad(loss(x), values)):
+
+    def of_values(values):
+        with any_derivative():
+            return torch.sum(call([x, *values]) ** 2)
+
+    gradients = torch.func.grad(of_values)(values)
+    for each, gradient in zip(gradients, torch.autograd.grad(plain(x), values)):
         assert_close(each.detach(), gradient)
-    layer.experts.trainable = False
-    x.requires_grad_()
-    (slope,) = torch.autograd.grad(loss(x), x, create_graph=True)
-    again = torch.autograd.grad(torch.sum(slope * direction), x)[0]
-    assert_close(again, exact)
-    assert not any(variable.value.requires_grad for variable in layer.experts.variables)
-    slope, x = slope.detach(), x.detach()
-    with torch.autograd.forward_ad.dual_level(), torch.no_grad():
-        dual = loss(torch.autograd.forward_ad.make_dual(x, direction))
-        change = torch.autograd.forward_ad.unpack_dual(dual).tangent
+    with forward_ad.dual_level(), torch.no_grad():
+        dual = forward_ad.make_dual(x, direction)
+        change = forward_ad.unpack_dual(loss(dual)).tangent
     assert_close(change, torch.sum(slope * direction))
+    layer.experts.trainable = False
+    (again,) = torch.autograd.grad(loss(x.requires_grad_()), x, create_graph=True)
+    assert_close(torch.autograd.grad(torch.sum(again * direction), x)[0], exact)
+    assert not any(variable.value.requires_grad for variable in layer.experts.variables)
+
+    # Outside of the context. A graph is kept for other layers, too.
+    (slope,) = torch.autograd.grad(plain(x), x, create_graph=True)
+    assert_close(slope.detach(), again.detach())
+    with pytest.raises(NotImplementedError, match="any_derivative"):
+        torch.autograd.grad(torch.sum(slope * direction), x)
+    x, layer.experts.trainable = x.detach(), True
+    for transformed in (torch.func.grad(plain), torch.vmap(plain)):
+        with pytest.raises(RuntimeError, match="setup_context"):
+            transformed(x[None])
+    with torch.no_grad(), pytest.raises(RuntimeError, match="storage"):
+        torch.vmap(plain)(x[None])
+    with forward_ad.dual_level(), torch.no_grad():
+        with pytest.raises(NotImplementedError, match="forward AD"):
+            plain(forward_ad.make_dual(x, direction))
 
 
 @pytest.mark.backends("tensorflow")
@@ -195,7 +238,15 @@ def test_transformations_of_tensorflow():
         output = layer(x)
         change = tf.reduce_sum(output * direction)
     jacobian = tape.jacobian(output, x)
-    assert_close(tf.tensordot(direction, jacobian, 2), tape.gradient(change, x))
+    slope = tape.gradient(change, x)
+    assert_close(tf.tensordot(direction, jacobian, 2), slope)
+    for context in (any_derivative(), contextlib.nullcontext()):
+        with context, contextlib.ExitStack() as outside:
+            if isinstance(context, contextlib.nullcontext):
+                outside.enter_context(pytest.raises(NotImplementedError, match="any_derivative"))
+            with tf.autodiff.ForwardAccumulator(x, direction) as accumulator:
+                outputs = layer(x)
+            assert_close(tf.tensordot(jacobian, direction, 2), accumulator.jvp(outputs))
     # Of so few tokens that most experts have none.
     layer = layers.MixtureOfExperts(num_experts=8, hidden_dim=H)
 
@@ -208,6 +259,3 @@ def test_transformations_of_tensorflow():
     assert_close(tf.function(derivative)(x[:3]), derivative(x[:3]))
     layer.experts.quantize("int8")
     assert_close(derivative(x[:1])[0, :, 0], derivative(x)[0, :, 0])
-    with pytest.raises(NotImplementedError, match="use two tapes"):
-        with tf.autodiff.ForwardAccumulator(x, direction):
-            layer(x)

@@ -128,7 +128,8 @@ def test_what_users_of_plans_write_is_compiled():
     def function(x, y):
         routing = ops.top_k_routing(x.mean(1)[:, :E], 2)
         plan = ops.GroupedPlan.of(routing.indices, routing.weights, E)
-        return ((plan.combine(plan.dispatch(y.mean(1)) * 2)) ** 2).sum()
+        rows = plan.dispatch(y.mean(1))
+        return (plan.combine(rows * torch.arange(len(rows)).unsqueeze(1)) ** 2).sum()
 
     class NoWeights:
         trainable_variables = ()

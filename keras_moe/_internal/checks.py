@@ -51,13 +51,14 @@ def check_choice(name, value, choices):
 def check_tensors(sizes=None, **tensors):
     """Check tensors that share axes: each has its rank, and an axis has one size in all of them.
 
-    `sizes` has known sizes of axes by their letters, None fits any other. Each tensor comes with
-    its axes, a letter for each, and perhaps a kind of dtype: `check_tensors({"T": 6},
+    `sizes` has known sizes of axes by their letters, None fits any other. Each tensor, or None,
+    comes with its axes, a letter for each, and perhaps a kind of dtype: `check_tensors({"T": 6},
     logits=(logits, "TE", "float"), mask=(mask, "T", "mask"))`.
     """
     sizes = {axis: size for axis, size in (sizes or {}).items() if isinstance(size, int)}
     for name, (tensor, axes, *kind) in tensors.items():
-        if getattr(getattr(tensor, "shape", ()), "rank", 0) is None:  # not known to TensorFlow
+        rank_is_unknown = getattr(getattr(tensor, "shape", ()), "rank", 0) is None  # to TensorFlow
+        if tensor is None or rank_is_unknown:
             continue
         shape = tuple(getattr(tensor, "shape", ()))
         if len(shape) != len(axes) or not all(

@@ -2,6 +2,7 @@
 
 import contextlib
 import itertools
+import math
 import threading
 from collections.abc import Iterator
 from typing import Any
@@ -55,6 +56,43 @@ def platform(name: str) -> Iterator[None]:
 def named_platform():
     """The platform that an enclosing `platform` names, or None."""
     return getattr(_of_thread, "name", None)
+
+
+@contextlib.contextmanager
+def any_derivative() -> Iterator[None]:
+    """Compute in operations that have derivatives of any order, forward mode and `vmap`.
+
+    Outside of this context a bank of experts has its own backward pass, which is faster and takes
+    less memory, but has no derivative: gradient penalties, Hessians, Jacobian-vector products, and
+    `torch.func` and `torch.vmap` are errors there (of a `custom_vjp` on JAX, of a missing
+    `setup_context` or a call of `item()` on PyTorch). Call the layer inside; the derivatives may be
+    taken outside. A function that was traced before is not traced again.
+
+    Example:
+
+    >>> layer = keras_moe.layers.MixtureOfExperts(num_experts=4, hidden_dim=32)
+    >>> with keras_moe.ops.any_derivative():
+    ...     outputs = layer(keras.random.normal((8, 16)))
+    >>> outputs.shape
+    (8, 16)
+    """
+    outer, _of_thread.any_derivative = is_any_derivative(), True
+    try:
+        yield
+    finally:
+        _of_thread.any_derivative = outer
+
+
+def is_any_derivative():
+    """Return True inside of `any_derivative`."""
+    return getattr(_of_thread, "any_derivative", False)
+
+
+def refuse_second_derivative(*_, **__):
+    raise NotImplementedError(
+        "A layer of experts whose derivative is differentiated again must be called inside of "
+        "`keras_moe.ops.any_derivative()`. Received: a second derivative of a call outside of it"
+    )
 
 
 class Backend:
@@ -115,8 +153,10 @@ class Backend:
 
     # Gradients
 
-    def differentiable(self, forward, backward, inputs, context, reference=None):
+    def differentiable(self, forward, backward, inputs, context):
         """Return the output of `forward`; `backward` computes the gradients of `inputs`.
+
+        Second derivatives are errors. Inside of `any_derivative` the gradient is that of `forward`.
 
         Args:
             forward: `forward(inputs, context, save)` returns `(output, saved)`. If `save` is
@@ -124,8 +164,6 @@ class Backend:
             backward: `backward(inputs, context, saved, gradient)` returns the gradients.
             inputs: Structure of tensors.
             context: Structure of tensors without a gradient, or None.
-            reference: `reference(inputs, context)`, the output in operations with derivatives of
-                any order, for transformed code and second derivatives. None: `forward` is such.
         """
         raise NotImplementedError
 
@@ -151,22 +189,10 @@ class Backend:
     def product(self, rows, kernels, sizes, transposed=False, platform=None):
         """Multiply each group of rows (R, D) by its kernel (E, D, H), or its transpose: (R, H).
 
-        It has derivatives of any order. Rows past the last group may be anything, in the result and
-        in derivatives too. `kernels` are of `ops.linears`, `sizes` (E,) int32; `platform` is the
-        one that is compiled for.
+        Rows past the last group may be anything. `kernels` are of `ops.linears`, `sizes` (E,)
+        int32; `platform` is the one that is compiled for. Inside of `any_derivative` it has them.
         """
-        if self.needs_static_shapes() or self._is_transformed() or kernels.bits is not None:
-            return padded.product(rows, kernels, sizes, transposed, platform)
-        *groups, rest = self.split_groups(rows, sizes)[0]
-        kernels = kernels.floats(rows.dtype)
-        kernels = ops.unstack(ops.transpose(kernels, (0, 2, 1)) if transposed else kernels)
-        products = [ops.matmul(*each) for each in zip(groups, kernels)]
-        padding = (ops.shape(rest)[0], products[0].shape[1])
-        return ops.concatenate([*products, ops.broadcast_to(ops.zeros_like(rest[:, :1]), padding)])
-
-    def _is_transformed(self):
-        """Return True in a vectorized map, where all parts must have equal shapes."""
-        return False
+        return padded.product(rows, kernels, sizes, transposed, platform)
 
     def outer(self, left, right, sizes, dtype, platform=None):
         """Return `left^T right` of each group, (E, D, H), for (R, D) and (R, H); 0 without rows."""
@@ -205,6 +231,12 @@ class Backend:
             total = total + ops.where(places[:, own] >= 0, picked, 0.0)
         return total
 
+    def softmax(self, logits, axis=-1):
+        """Return the softmax along an axis, where one NaN makes all scores NaN."""
+        # TensorFlow's own softmax on CPUs gives the other experts a score of 0 there, which would
+        # hide a broken router; and `ops.softmax` warns of a single expert.
+        return ops.exp(ops.log_softmax(logits, axis=axis))
+
     def top_k(self, scores, number):
         """Return the best columns (T, K), int32, of scores (T, E): NaN first, of ties the first."""
         raise NotImplementedError
@@ -212,6 +244,22 @@ class Backend:
     def masked_fill(self, values, mask, number):
         """Return the values, with a number in place of those where a mask is True."""
         return ops.where(mask, number, values)
+
+    # Without padding fewer operations are needed: XLA finds out itself, and PyTorch is told.
+
+    def mark_complete(self, tensor, bound=0):
+        """Note that a mask has no False, or that integers are from 0 to `bound` - 1; return it."""
+        return tensor
+
+    def is_complete(self, tensor, bound=math.inf):
+        """Return True if this was noted, for this bound or a lower one."""
+        return False
+
+    def fill_unserved(self, values, indices, number):
+        """Return the values, with a number in place of those whose index is negative."""
+        if self.is_complete(indices):
+            return values
+        return self.masked_fill(values, indices < 0, number)
 
     # Accelerators never store one-hot rows, and the gradient of a choice by one is a product, where
     # a gather's is a scatter. A CPU would store the rows.
@@ -338,6 +386,14 @@ class StaticBackend(Backend):
     def update_at(self, tensor, start, part):
         """Return the tensor with `part` written at indices `start`."""
         return ops.slice_update(tensor, start, part)
+
+    def add_at(self, tensor, indices, rows):
+        """Return the tensor (R, ...) with rows (n, ...) added at indices (n,)."""
+        raise NotImplementedError
+
+    def product_over_rows(self, left, right):
+        """Return `left^T right` (..., D, H), for (..., n, D) and (..., n, H)."""
+        return ops.matmul(ops.swapaxes(left, -1, -2), right)
 
     def scan(self, step, carry, xs):
         """Return carry and stacked y of `carry, y = step(carry, x)` over the first axis of `xs`.

@@ -4,16 +4,24 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import keras
 
 from keras_moe.backend import jax_derivatives, jax_mesh, jax_products, jax_sharding
-from keras_moe.backend.base import StaticBackend, named_platform
+from keras_moe.backend.base import StaticBackend, is_any_derivative, named_platform
 from keras_moe.backend.layouts import AllRows
 from keras_moe.backend.tiles import ChunksAndTiles
 
 PLAIN_VALUES = (bool, int, float, str)
 
 
+def _gelu(x):
+    """The exact GELU by `erf`, of which XLA on CPUs computes less than of `erfc`."""
+    values = x.astype("float32") if x.dtype in ("bfloat16", "float16") else x
+    return (0.5 * values * (1 + jax.lax.erf(values * 0.5**0.5))).astype(x.dtype)
+
+
 class JaxBackend(StaticBackend):
+    activations = {keras.activations.gelu: _gelu}
     devices = jax_sharding.JaxDevices()
     sort = staticmethod(jax.lax.sort)
 
@@ -29,7 +37,7 @@ class JaxBackend(StaticBackend):
         shards = self.devices.token_shards()
         if shards is not None and kernel is not None:
             return jax_mesh.run(network, problem, shards, kernel)
-        return run_compiled(network, named_platform(), problem)
+        return run_compiled(network, named_platform(), is_any_derivative(), problem)
 
     def jit_when_eager(self, function):
         # JAX would compile each operation alone, for each shape: some hundred programs at the first
@@ -86,14 +94,24 @@ class JaxBackend(StaticBackend):
     def update_at(self, tensor, start, part):
         return jax.lax.dynamic_update_slice(tensor, part, start, allow_negative_indices=False)
 
+    def add_at(self, tensor, indices, rows):
+        return tensor.at[indices].add(rows, mode="promise_in_bounds", wrap_negative_indices=False)
+
+    def product_over_rows(self, left, right):
+        # XLA on CPUs would multiply a matrix that is not transposed in memory, which is slower.
+        return jax.lax.optimization_barrier(jnp.swapaxes(left, -1, -2)) @ right
+
     def scan(self, step, carry, xs):
         return jax.lax.scan(step, carry, xs)
 
 
 # Outside `jit` JAX would compile each loop again at every call.
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def run_compiled(network, platform, problem):
-    """`network.run` as a program for a platform; for None, for the one it is lowered for."""
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def run_compiled(network, platform, any_derivative, problem):
+    """`network.run` as a program for a platform; for None, for the one it is lowered for.
+
+    Inside and outside of `any_derivative` there are two programs.
+    """
     if platform is not None:
         return network.run(platform, problem)
     return _dependent_on_platform(network.run, problem)

@@ -24,18 +24,19 @@ import jax.numpy as jnp
 from jax import lax
 
 from keras_moe.backend import jax_derivatives
-from keras_moe.backend.base import named_platform, other_key
+from keras_moe.backend.base import is_any_derivative, named_platform, other_key
 from keras_moe.backend.padded import interval
 
 
 def run(network, problem, shards, kernel):
     """`network.run` on all devices; `kernel` is a variable (E, D, H) whose split all maps share."""
     platform = named_platform() or shards.platform
-    return _run(network, platform, shards, shards.axis_of(kernel), problem)
+    axis = shards.axis_of(kernel)
+    return _run(network, platform, shards, axis, is_any_derivative(), problem)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
-def _run(network, platform, shards, expert_axis, problem):
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3, 4))
+def _run(network, platform, shards, expert_axis, any_derivative, problem):
     run, plan = functools.partial(network.run, platform), problem.plan
     num_tokens, tokens_cross = problem.tokens.shape[0], expert_axis in shards.axes
 
@@ -89,6 +90,8 @@ def _chunk_lengths(num_rows, num_buckets=1):
 
 def _sum_chunks(run_chunk, lengths, count_rows, problem):
     """The sum of `run_chunk(problem, start, length)` over `count_rows(plan)`, with derivatives."""
+    if is_any_derivative():  # the loop has no derivative
+        return run_chunk(problem, 0, problem.plan.num_rows())
     first, further = lengths
 
     def num_chunks(plan):
@@ -116,11 +119,7 @@ def _sum_chunks(run_chunk, lengths, count_rows, problem):
 
         return lax.fori_loop(1, num_chunks(context[0]), add, pullback(gradient))
 
-    def reference(inputs, context):
-        return run_chunk(problem.of(inputs, context), 0, context[0].num_rows())
-
-    inputs, context = problem.inputs_and_context()
-    return jax_derivatives.differentiable(forward, backward, inputs, context, reference)
+    return jax_derivatives.differentiable(forward, backward, *problem.inputs_and_context())
 
 
 def _run_in_chunks(run, problem, lengths):

@@ -3,8 +3,7 @@
     product(rows (R, D), kernels (E, D, H), sizes (E,)) -> (R, H)     each group by its kernel
     outer(left (R, D), right (R, H), sizes (E,)) -> (E, D, H)         for each group left^T right
 
-Each is the transpose of the other, so derivatives of any order consist of the two. Lowering for a
-platform inserts its kernels; tests on a CPU interpret them.
+Lowering for a platform inserts its kernels; tests on a CPU interpret them.
 """
 
 import functools
@@ -18,6 +17,7 @@ from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
 from keras_moe.backend import padded
+from keras_moe.backend.base import is_any_derivative, refuse_second_derivative
 
 _DTYPES = {"tpu": ("bfloat16", "float32"), "gpu": ("bfloat16", "float16", "float32")}
 
@@ -38,11 +38,13 @@ def outer(left, right, sizes, dtype, platform="cpu"):
 def _is_supported(platform, rows):
     """Return True if the platform has kernels for this dtype and number of rows."""
     # The number of rows is a symbol in a program that is exported for batches of any size.
-    return isinstance(rows.shape[0], int) and rows.dtype.name in _DTYPES.get(platform, ())
+    is_known = isinstance(rows.shape[0], int)
+    # Kernels have no derivatives.
+    return is_known and rows.dtype.name in _DTYPES.get(platform, ()) and not is_any_derivative()
 
 
-def _primitive(name, shape, transpose):
-    """Create a bilinear primitive, lowered to the function `name` of the platform's module."""
+def _primitive(name, shape):
+    """Create a primitive, lowered to the function `name` of the platform's module."""
     primitive = Primitive(f"grouped_{name}")
 
     def lower(lowered_for, context, *operands, platform, **parameters):
@@ -90,14 +92,8 @@ def _primitive(name, shape, transpose):
     for target in ("cpu", "tpu", "cuda", "rocm"):
         rule = functools.partial(lower, "gpu" if target in ("cuda", "rocm") else target)
         mlir.register_lowering(primitive, rule, platform=target)
-    ad.defjvp(
-        primitive,
-        lambda tangent, left, right, sizes, **rest: primitive.bind(tangent, right, sizes, **rest),
-        lambda tangent, left, right, sizes, **rest: primitive.bind(left, tangent, sizes, **rest),
-        None,
-    )
-    ad.primitive_transposes[primitive] = transpose
     batching.primitive_batchers[primitive] = one_by_one
+    ad.primitive_jvps[primitive] = refuse_second_derivative
     return primitive
 
 
@@ -110,30 +106,11 @@ def _shape_of_outer(left, right, sizes, *, dtype):
     return jax.core.ShapedArray((sizes.shape[0], left.shape[1], right.shape[1]), dtype)
 
 
-def _transpose_of_product(upstream, rows, kernels, sizes, *, transposed, platform):
-    if ad.is_undefined_primal(rows):
-        transposed = not transposed
-        product = _product.bind(upstream, kernels, sizes, transposed=transposed, platform=platform)
-        return product, None, None
-    left, right = (upstream, rows) if transposed else (rows, upstream)
-    return None, outer(left, right, sizes, kernels.aval.dtype, platform), None
-
-
-def _transpose_of_outer(upstream, left, right, sizes, *, dtype, platform):
-    for_left = ad.is_undefined_primal(left)
-    rows, sought = (right, left) if for_left else (left, right)
-    product = _product.bind(rows, upstream, sizes, transposed=for_left, platform=platform)
-    # No kernel writes rows past the last group.
-    served = jnp.arange(rows.shape[0])[:, None] < sizes.sum()
-    gradient = jnp.where(served, product, 0).astype(sought.aval.dtype)
-    return (gradient, None, None) if for_left else (None, gradient, None)
-
-
 def _padded_product(rows, kernels, sizes, transposed):
     kernels = kernels.astype(rows.dtype)
     return padded.product_of_tiles(rows, lambda gather: gather(kernels), sizes, transposed)
 
 
 _PADDED = {"product": _padded_product, "outer": padded.outer}
-_product = _primitive("product", _shape_of_product, _transpose_of_product)
-_outer = _primitive("outer", _shape_of_outer, _transpose_of_outer)
+_product = _primitive("product", _shape_of_product)
+_outer = _primitive("outer", _shape_of_outer)

@@ -1,8 +1,8 @@
 """Layouts: the rows of all groups in one part or in several.
 
 A layout has one method that computes, `run`: see `Parts.run`. A buffer holds one row of numbers for
-each row of the plan, in a form of the layout: a list by part, or a padded tensor. `to_buffer` makes
-one from rows (R, W), and `to_rows` is the inverse. Each part has `product(rows, kernels, bias=None,
+each row of the plan, in a form of the layout. `of_assignments` makes one from values of assignments
+(T, K), and `at_assignments` is the inverse. Each part has `product(rows, kernels, bias=None,
 transposed=False)` of its rows, and, but for `AllTokens`, `row_numbers()`, (n,) int32.
 """
 
@@ -16,30 +16,45 @@ from keras_moe.backend import padded
 class Parts:
     """Abstract: a layout of `parts`, at least one, in a row; a buffer is a list of their rows.
 
+    `to_buffer` makes one from rows (R, W), and `to_rows` is the inverse.
     `gather(tokens)` returns a buffer with the token of each row, and `maps_of_parts(maps)` the maps
     of each part's experts. The gradient of a trained tensor (E, ...) starts as `empty(tensor)`,
     perhaps a list of E. Each part's `gradient(field, left, right, total)` adds its share to the
     total and returns it.
     """
 
+    plan: Any
     parts: Any
     gather: Any
     empty: Any
+    to_buffer: Any
+    to_rows: Any
+
+    def of_assignments(self, values):
+        return self.to_buffer(ops.expand_dims(self.plan.weight_of_row(values), 1))
+
+    def at_assignments(self, buffer):
+        return self.plan.at_assignments(self.to_rows(buffer)[:, 0])
 
     def maps_of_parts(self, maps):
         return [maps] * len(self.parts)
 
-    def run(self, function, maps, by_token, by_row, widths, trained):
-        """Run a function on each part; return buffers of its outputs, and gradients of `trained`.
+    def run(self, function, maps, by_token, by_row, widths, trained, weights=None):
+        """Run a function on each part.
+
+        Return float32 sums (T, W) of the rows of each token, a list of buffers, and the gradients
+        of `trained`.
 
         Args:
-            function: `function(part, maps, *rows)` returns a list of rows (n, W), and {name: (left,
+            function: `function(part, maps, *rows)` returns a list of rows (n, W), of which the
+                first are summed and the others saved in buffers, and {(name, field): (left,
                 right)}, factors of the gradients of `trained`.
             maps: {name: `LinearMap`} of all experts.
             by_token: tensors (T, D). The function gets the token of each of the part's rows.
             by_row: buffers. The function gets the part's rows.
-            widths: W of each buffer that is returned.
-            trained: {(name, "kernel" or "bias"): tensor}.
+            widths: W of the rows in the list; None if a buffer has values of assignments.
+            trained: {(name, field): tensor}, of the fields of a `LinearMap`.
+            weights: (T, K), of the rows in the sums; None: 1.
         """
         totals = {key: self.empty(tensor) for key, tensor in trained.items()}
         results = []
@@ -49,12 +64,13 @@ class Parts:
             outputs, factors = function(part, own_maps, *rows)
             results.append(outputs)
             for (name, field), total in totals.items():
-                totals[name, field] = part.gradient(field, *factors[name], total)
+                totals[name, field] = part.gradient(field, *factors[name, field], total)
         gradients = {
             key: ops.stack(total) if isinstance(total, list) else total
             for key, total in totals.items()
         }
-        return [list(rows) for rows in zip(*results)], gradients
+        summed, *buffers = (list(rows) for rows in zip(*results))
+        return self.plan.sum_rows(self.to_rows(summed), weights), buffers, gradients
 
 
 class AllRows(Parts):
@@ -102,15 +118,6 @@ class AllRows(Parts):
         number = self.sizes.shape[0]
         total = ops.segment_sum(ops.cast(right, "float32"), self._experts(), number + 1)[:number]
         return ops.cast(total, trained.dtype)
-
-
-class ServedRows(AllRows):
-    """All rows, zero past the last group, where an operation may have no derivative."""
-
-    def product(self, rows, kernels, bias=None, transposed=False):
-        served = ops.expand_dims(self.row_numbers() < ops.sum(self.sizes), 1)
-        products = super().product(ops.where(served, rows, 0.0), kernels, bias, transposed)
-        return ops.where(served, products, 0.0)
 
 
 class AllTokens:

@@ -10,7 +10,13 @@ import tensorflow as tf
 from tensorflow.compiler.tf2xla.python import xla
 
 from keras_moe.backend import tensorflow_replicas
-from keras_moe.backend.base import StaticBackend, named_platform, split_rows
+from keras_moe.backend.base import (
+    StaticBackend,
+    is_any_derivative,
+    named_platform,
+    refuse_second_derivative,
+    split_rows,
+)
 from keras_moe.backend.layouts import AllRows, Parts
 from keras_moe.backend.tiles import ChunksAndTiles
 
@@ -46,22 +52,14 @@ class TensorFlowBackend(StaticBackend):
         with tf.control_dependencies([tensor]):
             return tf.identity(value)
 
-    def differentiable(self, forward, backward, inputs, context, reference=None):
-        reference = reference or (lambda inputs, context: forward(inputs, context, save=False)[0])
+    def differentiable(self, forward, backward, inputs, context):
+        if is_any_derivative():
+            return forward(inputs, context, save=False)[0]
         # A variable would be taken for one that `forward` uses besides its inputs, and tapes watch
         # those that are frozen, too.
         context = tf.nest.map_structure(
             lambda each: None if each is None else tf.stop_gradient(each), context
         )
-        if self._is_transformed():
-            return reference(inputs, context)
-
-        def gradient_of_reference(upstream, *tensors):
-            with tf.GradientTape() as tape:
-                tape.watch(tensors)
-                output = reference(tf.nest.pack_sequence_as(inputs, tensors), context)
-            gradients = tape.gradient(output, tensors, upstream, unconnected_gradients="zero")
-            return [*map(tf.convert_to_tensor, gradients)]
 
         @tf.custom_gradient
         def function(*tensors):
@@ -71,19 +69,9 @@ class TensorFlowBackend(StaticBackend):
             output, saved = forward(hidden, context, save=True)
 
             @tf.custom_gradient
-            def gradient(*upstream_and_tensors):
-                upstream = tf.stop_gradient(upstream_and_tensors[0])
-                gradients = tf.nest.flatten(backward(hidden, context, saved, upstream))
-
-                def second(*cotangents):
-                    with tf.GradientTape() as tape:
-                        tape.watch(upstream_and_tensors)
-                        again = gradient_of_reference(*upstream_and_tensors)
-                    return tape.gradient(
-                        again, upstream_and_tensors, cotangents, unconnected_gradients="zero"
-                    )
-
-                return gradients, second
+            def gradient(upstream, *tensors):
+                gradients = backward(hidden, context, saved, tf.stop_gradient(upstream))
+                return tf.nest.flatten(gradients), refuse_second_derivative
 
             # The gradient of a gather of rows is sparse.
             return output, lambda upstream: gradient(tf.convert_to_tensor(upstream), *tensors)
@@ -101,7 +89,7 @@ class TensorFlowBackend(StaticBackend):
                 raise NotImplementedError(
                     "Networks of experts must have a gradient that a `tf.GradientTape` records. "
                     "Received: none. Under `tf.autodiff.ForwardAccumulator`, where tapes record "
-                    "nothing, use two tapes instead."
+                    "nothing, call the layer inside of `keras_moe.ops.any_derivative()`."
                 )
             return [
                 tf.zeros_like(each) if gradient is None else gradient
@@ -110,15 +98,13 @@ class TensorFlowBackend(StaticBackend):
 
         return others, pullback
 
-    def _is_transformed(self):
-        # No function tells that `tf.vectorized_map` traces; the second has "loop_body_1".
-        return "/loop_body" in f"/{tf.get_current_name_scope()}"
-
     def matmul(self, left, right, transposed=False):
         # Without a transposed copy.
         products = tf.matmul(left, tf.cast(right, left.dtype), transpose_b=transposed)
-        # Vectorized, a product of no rows would have no columns either.
-        return tf.reshape(products, (-1, products.shape[1])) if self._is_transformed() else products
+        # Vectorized, as in `GradientTape.jacobian`, a product of no rows would have no columns
+        # either. No function tells that; the second scope is "loop_body_1".
+        is_vectorized = "/loop_body" in f"/{tf.get_current_name_scope()}"
+        return tf.reshape(products, (-1, products.shape[1])) if is_vectorized else products
 
     def layout(self, problem, platform):
         if self.needs_static_shapes():
@@ -149,6 +135,9 @@ class TensorFlowBackend(StaticBackend):
         # TensorFlow would silently turn the data into a constant and compile again for every batch.
         read = xla.dynamic_slice if self.needs_static_shapes() else tf.slice
         return tf.ensure_shape(read(tensor, tf.stack(start), tf.constant(shape)), shape)
+
+    def add_at(self, tensor, indices, rows):
+        return tf.tensor_scatter_nd_add(tensor, tf.expand_dims(indices, 1), rows)
 
     def scan(self, step, carry, xs):
         length = tf.shape(xs[0])[0]

@@ -27,8 +27,8 @@ BLOCK_ENTRIES = 2**16
 # With fewer rows for an expert, on average, most experts have none, or a single tile.
 MIN_WIDE_ROWS = 8
 
-# The widest rows of a chunk have about so many numbers, 512 KB in float32, which stay in the cache.
-CHUNK_ENTRIES = 2**17
+# The widest rows of a chunk have about so many numbers, 2 MB in float32, which stay in the cache.
+CHUNK_ENTRIES = 2**19
 
 # With more numbers for an expert, on average, the loop is as fast, and takes less memory.
 MAX_WIDE_ENTRIES = 2**19
@@ -61,223 +61,201 @@ class ChunksAndTiles:
 
     def __init__(self, backend, problem):
         plan = problem.plan
-        self.backend, self.sizes, self.num_rows = backend, plan.sizes, plan.num_rows()
-        self.num_experts = self.sizes.shape[0]
+        self.backend, self.plan, self.sizes = backend, plan, plan.sizes
+        self.num_rows, self.num_experts = plan.num_rows(), plan.sizes.shape[0]
         self.length = tile_length(self.num_rows, self.num_experts, "cpu")
         self.dtype = computed_dtype(problem.tokens)
         self.starts = ops.cumsum(self.sizes) - self.sizes
         self.num_wide = num_wide_rows(problem)
+        self.rest, self.num_skipped, first, self.num_places = self.sizes, 0, 0, self.num_rows
         if self.num_wide:
-            number = CHUNK_ENTRIES // (self.num_wide * widest(problem))
+            # A row of few numbers costs something, too.
+            number = CHUNK_ENTRIES // (self.num_wide * max(widest(problem), 128))
             # In pairs, so that the products of a chunk keep more than one core busy.
-            self.chunk_size = min(number // 2 * 2 + 2, self.num_experts)
-            self.length = max(self.length // 2, 1)
-            self.plan = self._place_rows(plan)
-        else:
-            self.rest, self.num_skipped, self.places = self.sizes, 0, self.starts
-            self.num_places = self.num_rows + self.length
-            numbers = ops.pad(plan.assignment_of_row, (0, self.length))
-            self.plan = plan._replace(assignment_of_row=numbers)
-        self.token_of_place = self.plan.token_of_row()
-
-    def _place_rows(self, plan):
-        """Return the plan with rows as they lie in buffers."""
-        gather, num_wide = self.backend.gather_rows, self.num_wide * self.num_experts
-        most = int(MAX_REST * self.num_rows)
-        rest = ops.maximum(self.sizes - self.num_wide, 0)
-        self.is_even = ops.sum(rest) <= most
-        self.rest = ops.where(self.is_even, rest, self.sizes)
-        self.num_skipped = ops.where(self.is_even, self.num_wide, 0)  # rows of a group
-        first = ops.where(self.is_even, num_wide, 0)
+            number = min(number // 2 * 2 + 2, self.num_experts)
+            self.chunk_size = next(n for n in range(number, 0, -1) if self.num_experts % n == 0)
+            most = int(MAX_REST * self.num_rows)
+            rest = ops.maximum(self.sizes - self.num_wide, 0)
+            self.is_even = ops.sum(rest) <= most
+            self.rest = ops.where(self.is_even, rest, self.sizes)
+            self.num_skipped = ops.where(self.is_even, self.num_wide, 0)  # rows of a group
+            num_wide = self.num_wide * self.num_experts
+            first = ops.where(self.is_even, num_wide, 0)
+            self.num_places = max(num_wide + most, self.num_rows)
         self.places = first + ops.cumsum(self.rest) - self.rest
-        self.num_places = max(num_wide + most, self.num_rows) + self.length
+        overrun = max(self.length, self.num_wide)
+        self.assignments = ops.pad(plan.assignment_of_row, (0, overrun))
 
-        expert, row = ops.maximum(plan.experts, 0), plan.row_of_assignment
-        rank = row - gather(self.starts, expert)
-        place = gather(self.places, expert) + rank - self.num_skipped
-        place = ops.where(rank < self.num_skipped, expert * self.num_wide + rank, place)
-        # What has no row is written to the last place, which is padding.
-        flat = ops.reshape(ops.transpose(ops.where(row >= 0, place, self.num_places - 1)), (-1, 1))
-        numbers = ops.arange(ops.shape(flat)[0], dtype="int32")
-        return plan._replace(
-            row_of_assignment=ops.where(row >= 0, place, -1),
-            assignment_of_row=ops.scatter_update(
-                ops.zeros((self.num_places,), "int32"), flat, numbers
-            ),
-        )
+    def of_assignments(self, values):
+        return ops.reshape(ops.transpose(values), (-1,))
 
-    def to_buffer(self, rows):
-        return rows  # of `self.plan`
+    def at_assignments(self, buffer):
+        return ops.transpose(ops.reshape(buffer, ops.shape(self.plan.experts)[::-1]))
 
-    def to_rows(self, buffer):
-        return buffer
-
-    def run(self, function, maps, by_token, by_row, widths, trained):
-        entry, sizes, length = self.backend.gather_rows, self.rest, self.length
+    def run(self, function, maps, by_token, by_row, widths, trained, weights=None):
+        entry, length = self.backend.gather_rows, self.length
         # Reading the kernels of an expert costs as much as a few rows. For a few tokens, as in
         # decoding, most experts have none.
-        has_rows = sizes > 0
+        has_rows = self.rest > 0
         busy_first = ops.cast(ops.argsort(~has_rows), "int32")
-        num_tiles = (sizes + length - 1) // length
+        num_tiles = (self.rest + length - 1) // length
+        weights = None if weights is None else self.of_assignments(weights)
 
         def compute(part, own_maps, carry):
-            buffers, totals = carry
+            sums, buffers, totals = carry
             rows = [*map(part.gather, by_token), *map(part.read, by_row)]
-            outputs, factors = function(part, own_maps, *rows)
-            return list(map(part.write, buffers, outputs)), {
-                (name, field): part.add_gradient(total, field, *factors[name])
-                for (name, field), total in totals.items()
-            }
+            (summed, *outputs), factors = function(part, own_maps, *rows)
+            sums = part.add_to_tokens(sums, summed, weights)
+            return (
+                sums,
+                list(map(part.write, buffers, outputs)),
+                {
+                    (name, field): part.add_gradient(total, field, *factors[name, field])
+                    for (name, field), total in totals.items()
+                },
+            )
 
         def nth_chunk(number, carry):
-            # The last one may overlap: its experts are written again.
-            first = ops.minimum(number * self.chunk_size, self.num_experts - self.chunk_size)
-            own_sizes = self.backend.slice_at(self.sizes, (first,), (self.chunk_size,))
-            inside = ops.arange(self.num_wide, dtype="int32") < ops.expand_dims(own_sizes, 1)
-            chunk = _Chunk(self, first, first * self.num_wide, ops.reshape(inside, (-1, 1)))
-            own_maps = {name: chunk.of_experts(each) for name, each in maps.items()}
+            first, size = number * self.chunk_size, self.chunk_size
+            own_maps = {name: self._of_experts(each, first, size) for name, each in maps.items()}
+            chunk = self._part(first, size, 0, self.num_wide, first * self.num_wide)
             return compute(chunk, own_maps, carry)
 
         def group(number, carry):
             expert = entry(busy_first, number)
-            first = entry(self.places, expert)
-            end = first + entry(sizes, expert)
-            own_maps = {name: self._of_expert(each, expert) for name, each in maps.items()}
+            own_maps = {name: self._of_experts(each, expert, 1) for name, each in maps.items()}
 
             def nth_tile(i, carry):
-                start = first + i * length
-                inside = start + ops.arange(length, dtype="int32") < end
-                tile = _Tile(self, expert, start, ops.expand_dims(inside, 1))
-                return compute(tile, own_maps, carry)
+                skipped = self.num_skipped + i * length
+                place = entry(self.places, expert) + i * length
+                return compute(self._part(expert, 1, skipped, length, place), own_maps, carry)
 
             return ops.fori_loop(0, entry(num_tiles, expert), nth_tile, carry)
 
-        buffers = [ops.zeros((self.num_places, width), self.dtype) for width in widths]
-        totals = {  # kernels as `_kernel_gradient` computes them
-            key: ops.zeros((each.shape[0], *sorted(each.shape[1:])), "float32")
-            for key, each in trained.items()
-        }
-        carry = buffers, totals
+        # The last tile may overrun the buffers' rows.
+        shapes = [
+            (self.num_places + length, width) if width else (ops.size(self.plan.experts),)
+            for width in widths[1:]
+        ]
+        carry = (
+            ops.zeros((by_token[0].shape[0], widths[0]), "float32"),
+            [ops.zeros(shape, self.dtype) for shape in shapes],
+            {key: ops.zeros(each.shape, "float32") for key, each in trained.items()},
+        )
         if self.num_wide:
-            num_chunks = -(-self.num_experts // self.chunk_size)
-            num_chunks = ops.where(self.is_even, num_chunks, 0)
+            num_chunks = ops.where(self.is_even, self.num_experts // self.chunk_size, 0)
             carry = ops.fori_loop(0, num_chunks, nth_chunk, carry)
         num_busy = ops.sum(ops.cast(has_rows, "int32"))
-        buffers, totals = ops.fori_loop(0, num_busy, group, carry)
-        return buffers, {key: _like(total, trained[key]) for key, total in totals.items()}
+        sums, buffers, totals = ops.fori_loop(0, num_busy, group, carry)
+        return sums, buffers, {k: ops.cast(each, trained[k].dtype) for k, each in totals.items()}
 
-    def _of_expert(self, linear_map, expert):
-        """The linear map of one expert. Cast per expert on use: idle ones are never cast."""
+    def _part(self, expert, number, skipped, length, place):
+        """Some rows of each of `number` experts from `expert` on, in buffers from `place` on."""
+        starts, sizes = (
+            ops.expand_dims(self.backend.slice_at(each, (expert,), (number,)), 1)
+            for each in (self.starts, self.sizes)
+        )
+        rank = skipped + ops.arange(length, dtype="int32")
+        row, inside = (ops.reshape(each, (-1,)) for each in (starts + rank, rank < sizes))
+        assignment = self.backend.gather_rows(self.assignments, row)
+        return _Part(self, expert, number, row, assignment, inside, place)
+
+    def _of_experts(self, linear_map, expert, number):
+        """The linear map of some experts. Cast per expert on use: idle ones are never cast."""
         few_rows = isinstance(self.num_rows, int) and self.num_rows <= MAX_BLOCK_ROWS
-        linear_map = linear_map.apply(lambda stack: _at(self.backend, stack, expert))
+        linear_map = linear_map.apply(lambda stack: self._slice(stack, expert, number))
         # Products with int4 are faster without a conversion first, with int8 only for few rows.
         bits = linear_map.kernel.bits
-        return linear_map if bits == 4 or (few_rows and bits == 8) else self.as_floats(linear_map)
+        is_used_as_it_is = bits == 4 or (few_rows and bits == 8)
+        return linear_map if is_used_as_it_is else linear_map.floats(self.dtype)
 
-    def as_floats(self, linear_map):
-        kernel, bias = linear_map
-        kernel = kernel._replace(values=kernel.floats(self.dtype), scale=None)
-        return linear_map._replace(
-            kernel=kernel, bias=None if bias is None else ops.cast(bias, self.dtype)
-        )
+    def _slice(self, stack, expert, number):
+        return self.backend.slice_at(stack, _start(stack, expert), (number, *stack.shape[1:]))
 
 
-class _Tile(NamedTuple):
-    """Some rows of one expert. Everything that is read has the dtype that is computed in."""
+class _Part(NamedTuple):
+    """As many rows of each of some experts. What is read has the dtype that is computed in."""
 
     layout: Any
-    expert: Any
-    start: Any  # place of the first row
-    inside: Any  # (n, 1) bool, False past the end of a group
+    expert: Any  # the first
+    number: int  # of experts
+    row: Any  # (n,) int32, rows of the plan
+    assignment: Any  # (n,) int32
+    inside: Any  # (n,) bool, False past the end of a group
+    place: Any  # of the first row in buffers
 
     def product(self, rows, kernels, bias=None, transposed=False):
-        if kernels.bits == 8 and not transposed:
-            products = _multiply_in_blocks(self.layout.backend, rows, kernels.values)
-            products = products * ops.cast(kernels.scale, rows.dtype)
-            return products if bias is None else products + bias
-        return kernels.multiply(rows, bias, transposed)
-
-    def row_numbers(self):
-        # Those of the plan, whatever the layout: random draws go by them.
-        entry = self.layout.backend.gather_rows
-        moved = entry(self.layout.starts - self.layout.places, self.expert)
-        first = self.start + moved + self.layout.num_skipped
-        return first + ops.arange(self.layout.length, dtype="int32")
-
-    def gather(self, tokens):
-        """The tokens of the rows, zeros past the end of the group."""
-        backend, length = self.layout.backend, self.inside.shape[0]
-        token_of_row = backend.slice_at(self.layout.token_of_place, (self.start,), (length,))
-        return self._mask(backend.gather_rows(tokens, token_of_row), 0.0)
-
-    def read(self, buffer):
-        """The rows of a buffer, ones past the end of the group."""
-        # Not zeros, where an activation may have no derivative: NaN times 0 is NaN.
-        shape = (self.inside.shape[0], buffer.shape[1])
-        return self._mask(self.layout.backend.slice_at(buffer, (self.start, 0), shape), 1.0)
-
-    def write(self, buffer, rows):
-        rows = ops.cast(rows, buffer.dtype)
-        return self.layout.backend.update_at(buffer, (self.start, 0), rows)
-
-    def add_gradient(self, total, field, left, right):
-        """Add the tile's part of a gradient to the expert's entry, in place under XLA."""
-        if field == "bias":
-            part = ops.sum(ops.cast(right, "float32"), axis=0)
-        else:
-            part = _kernel_gradient(left, right)
-        entry = _at(self.layout.backend, total, self.expert) + ops.cast(part, total.dtype)
-        start = _start(total, self.expert)
-        return self.layout.backend.update_at(total, start, ops.expand_dims(entry, 0))
-
-    def _mask(self, rows, past_end):
-        past_end = ops.full((), past_end, self.layout.dtype)
-        return ops.where(self.inside, ops.cast(rows, self.layout.dtype), past_end)
-
-
-class _Chunk(_Tile):
-    """The wide rows of neighbouring experts, from `expert` on."""
-
-    def of_experts(self, linear_map):
-        backend, number = self.layout.backend, self.layout.chunk_size
-
-        def part(stack):
-            return backend.slice_at(stack, _start(stack, self.expert), (number, *stack.shape[1:]))
-
-        return self.layout.as_floats(linear_map.apply(part))
-
-    def product(self, rows, kernels, bias=None, transposed=False):
+        if kernels.bits is not None:
+            return self._integer_product(
+                rows, kernels.apply(lambda stack: stack[0]), bias, transposed
+            )
         values = kernels.values
         values = ops.transpose(values, (0, 2, 1)) if transposed else values
         products = ops.matmul(self._by_expert(rows), values)
         products = products if bias is None else products + ops.expand_dims(bias, 1)
         return ops.reshape(products, (-1, products.shape[2]))
 
+    def _integer_product(self, rows, kernel, bias, transposed):
+        bias = None if bias is None else bias[0]
+        if kernel.bits == 4 or transposed:
+            return kernel.multiply(rows, bias, transposed)
+        products = _multiply_in_blocks(self.layout.backend, rows, kernel.values)
+        products = products * ops.cast(kernel.scale, rows.dtype)
+        return products if bias is None else products + bias
+
     def row_numbers(self):
-        layout = self.layout
-        starts = layout.backend.slice_at(layout.starts, (self.expert,), (layout.chunk_size,))
-        numbers = ops.arange(layout.num_wide, dtype="int32")
-        return ops.reshape(ops.expand_dims(starts, 1) + numbers, (-1,))
+        # Whatever the layout: random draws go by them.
+        return self.row
+
+    def gather(self, tokens):
+        """The tokens of the rows, zeros past the end of the group."""
+        return self._mask(self.layout.backend.gather_rows(tokens, self._token()), 0.0)
+
+    def read(self, buffer):
+        """The rows of a buffer, ones past the end of the group."""
+        backend = self.layout.backend
+        if len(buffer.shape) == 1:
+            rows = ops.expand_dims(backend.gather_rows(buffer, self.assignment), 1)
+        else:
+            shape = (self.inside.shape[0], buffer.shape[1])
+            rows = backend.slice_at(buffer, (self.place, 0), shape)
+        # Not zeros, where an activation may have no derivative: NaN times 0 is NaN.
+        return self._mask(rows, 1.0)
+
+    def write(self, buffer, rows):
+        backend, rows = self.layout.backend, ops.cast(rows, buffer.dtype)
+        if len(buffer.shape) == 1:
+            return backend.add_at(buffer, self.assignment, self._mask(rows, 0.0)[:, 0])
+        return backend.update_at(buffer, (self.place, 0), rows)
+
+    def add_to_tokens(self, sums, rows, weights):
+        backend, rows = self.layout.backend, ops.cast(rows, sums.dtype)
+        if weights is not None:
+            rows = rows * ops.expand_dims(backend.gather_rows(weights, self.assignment), 1)
+        rows = ops.where(ops.expand_dims(self.inside, 1), rows, 0.0)
+        return backend.add_at(sums, self._token(), rows)
 
     def add_gradient(self, total, field, left, right):
-        """Write the gradient of the experts' entries."""
-        left, right = self._by_expert(left), self._by_expert(right)
+        """Add the part's share of a gradient to the entries of the experts, in place under XLA."""
+        backend, right = self.layout.backend, self._by_expert(right)
         if field == "bias":
-            part = ops.sum(ops.cast(right, "float32"), axis=1)
+            added = ops.sum(ops.cast(right, "float32"), axis=1)
         else:
-            part = _kernel_gradient(left, right)
-        part, start = ops.cast(part, total.dtype), _start(total, self.expert)
-        return self.layout.backend.update_at(total, start, part)
+            added = backend.product_over_rows(self._by_expert(left), right)
+        entries = self.layout._slice(total, self.expert, self.number)
+        entries = entries + ops.cast(added, total.dtype)
+        return backend.update_at(total, _start(total, self.expert), entries)
 
     def _by_expert(self, rows):
-        return ops.reshape(rows, (self.layout.chunk_size, self.layout.num_wide, rows.shape[1]))
+        return ops.reshape(rows, (self.number, -1, rows.shape[1]))
 
+    def _token(self):
+        return self.assignment % self.layout.plan.num_tokens
 
-def _kernel_gradient(left, right):
-    # On CPUs XLA computes A^T B at half the speed where A is wider than B. Such gradients are
-    # summed transposed. Transposing the sum costs less than transposing each part.
-    narrow, wide = sorted((left, right), key=lambda rows: rows.shape[-1])
-    return ops.matmul(ops.swapaxes(narrow, -1, -2), wide)
+    def _mask(self, rows, past_end):
+        past_end = ops.full((), past_end, self.layout.dtype)
+        inside = ops.expand_dims(self.inside, 1)
+        return ops.where(inside, ops.cast(rows, self.layout.dtype), past_end)
 
 
 def _multiply_in_blocks(backend, rows, kernel):
@@ -307,23 +285,11 @@ def _multiply_in_blocks(backend, rows, kernel):
     return add_product(num_blocks * length, rest, total) if rest else total
 
 
-def _like(total, parameter):
-    """The sum of a parameter's gradients, with its axes and dtype."""
-    upright = total if total.shape == parameter.shape else ops.transpose(total, (0, 2, 1))
-    return ops.cast(upright, parameter.dtype)
-
-
 def computed_dtype(tokens):
     """The dtype that tiles are computed in."""
     # For products of narrow floats XLA on CPUs would convert each operand, and round each result.
     dtype = keras.backend.standardize_dtype(tokens.dtype)
     return "float32" if dtype in ("bfloat16", "float16") else dtype
-
-
-def _at(backend, stacked, expert):
-    """Entry `expert` of a tensor (E, ...)."""
-    part = backend.slice_at(stacked, _start(stacked, expert), (1, *stacked.shape[1:]))
-    return ops.squeeze(part, 0)
 
 
 def _start(stacked, expert):

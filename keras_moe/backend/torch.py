@@ -10,8 +10,15 @@ from keras import ops
 
 from keras_moe._internal.keras_internals import in_stateless_scope
 from keras_moe.backend import torch_processes
-from keras_moe.backend.base import LOW, Backend, named_platform, packed_order
-from keras_moe.backend.torch_groups import AllOnDevice, Chunks, is_traced, sizes_on_host, split
+from keras_moe.backend.base import (
+    LOW,
+    Backend,
+    is_any_derivative,
+    named_platform,
+    packed_order,
+    refuse_second_derivative,
+)
+from keras_moe.backend.torch_groups import AllGroups, Chunks, is_traced, sizes_on_host, split
 
 # With fewer comparisons, counting by them takes fewer operations.
 MAX_COMPARED = 2**16
@@ -66,17 +73,14 @@ class TorchBackend(Backend):
 
         return call
 
-    def differentiable(self, forward, backward, inputs, context, reference=None):
-        reference = reference or (lambda inputs, context: forward(inputs, context, save=False)[0])
+    def differentiable(self, forward, backward, inputs, context):
         tensors, structure = _flatten(inputs)
         with _without_autocast(tensors[0]):
-            if self._is_transformed():
-                return reference(inputs, context)
             # In the function gradients are always off, and `needs_input_grad` does not ask whether.
             save = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
-            if is_traced() or not save:
+            if is_any_derivative() or is_traced() or not save:
                 return forward(inputs, context, save=False)[0]
-            return _Differentiable.apply(forward, backward, reference, structure, context, *tensors)
+            return _Differentiable.apply(forward, backward, structure, context, *tensors)
 
     def attach_gradient(self, value, inputs, transpose):
         # Keras's `custom_gradient` would save all tensors, which takes a tenth of a small step.
@@ -95,13 +99,6 @@ class TorchBackend(Backend):
 
         return others, pullback
 
-    def _is_transformed(self):
-        """Return True under `vmap`, and in forward mode, where all parts must have equal shapes."""
-        return not is_traced() and (  # no public function tells
-            torch._C._are_functorch_transforms_active()
-            or torch.autograd.forward_ad._current_level >= 0
-        )
-
     def matmul(self, left, right, transposed=False):
         right = right.mT if transposed else right
         if right.dtype == left.dtype or is_traced() or left.device.type != "cpu":
@@ -110,9 +107,9 @@ class TorchBackend(Backend):
         return torch.cat([left @ block.to(left.dtype) for block in blocks], 1)
 
     def layout(self, problem, platform):
-        if platform == "gpu" and not is_traced():
-            return AllOnDevice(self, problem, platform)
-        return Chunks(problem)
+        if platform == "cpu" and not is_traced():
+            return Chunks(problem)
+        return AllGroups(self, problem, platform)
 
     def gather_rows(self, tensor, indices):
         if indices.ndim == 1:
@@ -121,36 +118,52 @@ class TorchBackend(Backend):
         return rows.reshape(*indices.shape, *tensor.shape[1:])
 
     def sum_chosen_rows(self, rows, places, weights=None):
-        # One operation, which has no second derivatives.
+        # One operation, which has no second derivatives, forward mode or `vmap`.
         is_plain = rows.is_cpu and rows.dtype == torch.float32 and not torch.is_grad_enabled()
         has_row_for_each = 0 < places.numel() <= rows.shape[0]
-        if not (is_plain and has_row_for_each) or is_traced() or self._is_transformed():
+        if not (is_plain and has_row_for_each) or is_traced() or is_any_derivative():
             return super().sum_chosen_rows(rows, places, weights)
         last, padding = rows.shape[0] - 1, None
-        if places.amin() < 0:  # so the last row is no assignment's
+        if not self.is_complete(places) and places.amin() < 0:  # the last row is no assignment's
             places, padding = torch.where(places < 0, last, places), last
         return torch.nn.functional.embedding_bag(
             places, rows, per_sample_weights=weights, mode="sum", padding_idx=padding
         )
 
+    def softmax(self, logits, axis=-1):
+        return torch.softmax(ops.convert_to_tensor(logits), axis)
+
     def top_k(self, scores, number):
         if not is_traced() and (not scores.is_cpu or scores.numel() <= MAX_SORTED):
-            order = torch.argsort(scores, stable=True, dim=1, descending=True)
-            return order[:, :number].to(torch.int32)
-        rest = torch.nan_to_num(scores.clamp_min(LOW), math.inf, math.inf)
-        chosen = [torch.argmax(rest, 1, keepdim=True)]
-        for _ in range(number - 1):
-            rest = rest.scatter(1, chosen[-1], -math.inf)
-            chosen.append(torch.argmax(rest, 1, keepdim=True))
-        return torch.cat(chosen, 1).to(torch.int32)
+            best = torch.argsort(scores, stable=True, dim=1, descending=True)[:, :number]
+        else:
+            rest = torch.nan_to_num(scores.clamp_min(LOW), math.inf, math.inf)
+            chosen = [torch.argmax(rest, 1, keepdim=True)]
+            for _ in range(number - 1):
+                rest = rest.scatter(1, chosen[-1], -math.inf)
+                chosen.append(torch.argmax(rest, 1, keepdim=True))
+            best = torch.cat(chosen, 1)
+        return self.mark_complete(best.to(torch.int32), scores.shape[1])
 
     def take_columns(self, matrix, columns):
+        if self.is_complete(columns, matrix.shape[1]):
+            return torch.gather(matrix, 1, columns.to(torch.int64))
         existing = columns.clamp(0, matrix.shape[1] - 1)
         taken = torch.gather(matrix, 1, existing.to(torch.int64))
         return taken.masked_fill(existing != columns, 0.0)
 
     def masked_fill(self, values, mask, number):
+        values, mask = map(ops.convert_to_tensor, (values, mask))
         return values.masked_fill(mask, number)  # the number stays on the host
+
+    def mark_complete(self, tensor, bound=0):
+        if not (is_traced() or tensor.is_inference() or tensor.numel() == 0):
+            tensor.complete = tensor._version, bound  # until something is written into it
+        return tensor
+
+    def is_complete(self, tensor, bound=math.inf):
+        version, own_bound = getattr(tensor, "complete", (None, 0))
+        return version is not None and version == tensor._version and own_bound <= bound
 
     def count_integers(self, integers, number):
         integers = integers.reshape(-1)
@@ -200,10 +213,9 @@ _flatten = functools.partial(optree.tree_flatten, none_is_leaf=True)
 
 class _Differentiable(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, forward, backward, reference, structure, context, *tensors):
+    def forward(ctx, forward, backward, structure, context, *tensors):
         output, saved = forward(structure.unflatten(tensors), context, save=True)
-        ctx.run_backward, ctx.reference = backward, reference
-        ctx.structure, ctx.context = structure, context
+        ctx.run_backward, ctx.structure, ctx.context = backward, structure, context
         # All tensors in the list that PyTorch frees, and may offload or compute again.
         saved, ctx.structure_of_saved = _flatten(saved)
         ctx.save_for_backward(*tensors, *saved)
@@ -212,29 +224,26 @@ class _Differentiable(torch.autograd.Function):
     @staticmethod
     @torch.compiler.disable
     def backward(ctx, upstream):
-        with _without_autocast(upstream):
-            return _Differentiable._backward(ctx, upstream)
-
-    @staticmethod
-    def _backward(ctx, upstream):
         tensors = ctx.saved_tensors  # once: each access unpacks, and may compute again
         num_inputs = ctx.structure.num_leaves
         tensors, saved = tensors[:num_inputs], tensors[num_inputs:]
-        if torch.is_grad_enabled():  # a second derivative may follow
-            # Views: an input may depend on another, which autograd would follow.
-            tensors = [
-                each.view_as(each) if each.requires_grad else each.detach().requires_grad_()
-                for each in tensors
-            ]
-            output = ctx.reference(ctx.structure.unflatten(tensors), ctx.context)
-            gradients = torch.autograd.grad(
-                output, tensors, upstream, create_graph=True, allow_unused=True
-            )
-        else:
+        with torch.no_grad(), _without_autocast(upstream):
             inputs = ctx.structure.unflatten(tensors)
             saved = ctx.structure_of_saved.unflatten(saved)
             gradients, _ = _flatten(ctx.run_backward(inputs, ctx.context, saved, upstream))
-        return None, None, None, None, None, *gradients
+        if torch.is_grad_enabled():  # a second derivative may follow
+            gradients = _Once.apply(gradients, upstream, *tensors)
+        return None, None, None, None, *gradients
+
+
+class _Once(torch.autograd.Function):
+    """Gradients whose derivative is an error."""
+
+    @staticmethod
+    def forward(ctx, gradients, *sources):
+        return tuple(gradients)
+
+    backward = staticmethod(refuse_second_derivative)
 
 
 class _Attached(torch.autograd.Function):

@@ -20,8 +20,7 @@ class Counters(NamedTuple):
 
     assignments: Any  # (E,) int32, or float32 for sums of weights
     dropped: Any  # () int32
-    totals: Any  # (2, V) float32: sums of the finite values, and their errors by rounding
-    numbers: Any  # (V,) int32
+    totals: Any  # (2, 2, V) float32: sums of finite values and how many, and errors by rounding
 
     @classmethod
     def create(cls, prefix: str, num_experts: int, num_losses: int, dtype: str) -> "Counters":
@@ -30,8 +29,7 @@ class Counters(NamedTuple):
         return cls(
             _counter(f"{prefix}expert_counts", (num_experts,), dtype),
             _counter(f"{prefix}dropped_count", ()),
-            _counter(f"{prefix}value_totals", (2, num_values), "float32"),
-            _counter(f"{prefix}value_numbers", (num_values,)),
+            _counter(f"{prefix}value_totals", (2, 2, num_values), "float32"),
         )
 
     def add(self, routing, num_dropped, losses, added, training):
@@ -39,26 +37,24 @@ class Counters(NamedTuple):
 
         `num_dropped` () int32 is None without a capacity.
         """
-        values, numbers = _finite_values([*losses, routing.entropy()], added)
-        counted = [routing.counts, values, numbers]
+        counted = [routing.counts, _finite_values([*losses, routing.entropy()], added)]
         if num_dropped is not None:
             counted.append(num_dropped)
         if training:  # A process may evaluate alone, and would wait for the others.
             counted = backend.devices.sum_counts(counted)
-        counts, values, numbers, *dropped = counted
+        counts, values, *dropped = counted
         self.assignments.assign_add(counts)
         for number in dropped:
             self.dropped.assign_add(number)
-        self.numbers.assign_add(numbers)
         self.totals.assign(_add_to_totals(ops.convert_to_tensor(self.totals), values))
 
     def read(self) -> "Counts":
         """Return what has been counted so far."""
-        assignments, dropped, (total, error), numbers = (
+        assignments, dropped, (total, error) = (
             array.view("uint32").astype("int64") if array.dtype == "int32" else array
             for array in map(ops.convert_to_numpy, self)
         )
-        return Counts(assignments, dropped, total.astype("float64") - error, numbers)
+        return Counts(assignments, dropped, *(total.astype("float64") - error))
 
 
 class Counts(NamedTuple):
@@ -120,14 +116,15 @@ def _counter(name, shape, dtype="int32"):
 @backend.jit_when_eager
 def _finite_values(values, added):
     """Append the sum of `added`. Return values, 0 for those not finite, and 1 for finite ones."""
-    values = ops.stack([*values, sum((as_dtype(each, "float32") for each in added), 0.0)])
-    is_finite = ops.isfinite(values)
-    return backend.masked_fill(values, ~is_finite, 0.0), ops.cast(is_finite, "int32")
+    first, *others = [as_dtype(each, "float32") for each in added] or [ops.zeros(())]
+    values = ops.stop_gradient(ops.stack([*values, sum(others, first)]))
+    finite = ops.nan_to_num(values, nan=0.0, posinf=0.0, neginf=0.0)
+    return ops.stack([finite, ops.cast(values == finite, "float32")])
 
 
 @backend.jit_when_eager
 def _add_to_totals(totals, values):
-    """Totals and their errors (2, V) with values (V,) added."""
+    """Totals and their errors (2, ...) with values (...) added."""
     # Kahan's summation: the total may become too large for what a step adds.
     total, error = totals[0], totals[1]
     corrected = values - error

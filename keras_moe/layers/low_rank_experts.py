@@ -26,7 +26,6 @@ from keras_moe.layers import expert_bank
 from keras_moe.layers.expert_bank import ExpertBank
 from keras_moe.layers.projection import Projection
 from keras_moe.layers.stacked_experts import StackedExperts
-from keras_moe.ops.low_rank import CorrectedLinear
 from keras_moe.ops.networks import network_of
 from keras_moe.ops.plans import GroupedPlan
 
@@ -235,10 +234,22 @@ class _FactorsOfExpert:
                 raise ValueError(f"{rule}. Received: {name!r} with other inputs")
             return products[name]
 
-        low = self.base(tokens, CorrectedLinear(base, linear, self.scale))
+        low = self.base(tokens, _CorrectedLinear(base, linear, self.scale))
         # The weighted sum of ones is the weight of the last bias.
         ones = [ops.ones_like(rows[:, :1])] if self.use_bias else []
         return ops.concatenate([*hidden, low, *ones], axis=1)
+
+
+class _CorrectedLinear:
+    """The `linear` of the base: `base(name, rows)` plus the correction from the factors."""
+
+    def __init__(self, base, linear, scale):
+        self._base, self._linear, self._scale = base, linear, scale
+        self.dropout = linear.dropout
+
+    def __call__(self, name, rows):
+        low = self._linear(f"{name}_lora_a", rows) * self._scale
+        return self._base(name, rows) + self._linear(f"{name}_lora_b", low)
 
 
 def _multiply(rows, linear_map):
@@ -250,6 +261,6 @@ def _multiply(rows, linear_map):
     def backward(rows, kernel, saved, gradient):
         return kernel.multiply(gradient, transposed=True)
 
-    kernel, bias = linear_map
+    kernel, bias, *_ = linear_map
     outputs = backend.differentiable(forward, backward, rows, kernel)
     return outputs if bias is None else outputs + ops.cast(bias, rows.dtype)

@@ -123,17 +123,14 @@ class Projection:
         fan_out = (self.kernel if self.scale is None else self.scale).shape[2]
         return (*self.kernel.shape[:2], fan_out)
 
-    def maps(self):
-        """The `LinearMap` of the projection by its name, and those of its factors by theirs."""
+    def map(self):
+        """The `LinearMap` of the projection."""
         values, scale, zero, bias, a, b = (
             None if weight is None else ops.convert_to_tensor(weight)
             for weight in (self.kernel, self.scale, self.zero, self.bias, self.lora_a, self.lora_b)
         )
-        maps = {self.name: LinearMap(self._kernel(values, scale, zero), bias)}
-        if a is not None:
-            maps |= {f"{self.name}_lora_a": LinearMap(Kernel(a))}
-            maps |= {f"{self.name}_lora_b": LinearMap(Kernel(b))}
-        return maps
+        a = None if a is None else a * self.bank.lora_scale()
+        return LinearMap(self._kernel(values, scale, zero), bias, a, b)
 
     def _kernel(self, values, scale, zero):
         if self.is_vector:  # a map from one feature, whose input is 1
@@ -150,8 +147,7 @@ class Projection:
         if self.scale is None:
             kernel = self._whole(self.kernel)
         else:
-            kernel, _ = self.maps()[self.name]
-            kernel = ops.convert_to_numpy(kernel.floats("float32"))
+            kernel = ops.convert_to_numpy(self.map().kernel.floats("float32"))
         if self.lora_a is None:
             return kernel
         a, b, scale = self._whole(self.lora_a), self._whole(self.lora_b), self.bank.lora_scale()

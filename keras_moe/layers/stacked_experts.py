@@ -16,7 +16,6 @@ from keras_moe.backend import backend
 from keras_moe.layers.expert_bank import ExpertBank
 from keras_moe.layers.projection import Projection, weight_names
 from keras_moe.ops import draws
-from keras_moe.ops.low_rank import LowRankNetwork
 from keras_moe.ops.networks import Problem, network_of
 from keras_moe.ops.plans import GroupedPlan
 
@@ -119,8 +118,6 @@ class StackedExperts(ExpertBank):
             self.activation(keras.KerasTensor((None, next(iter(widths.values()))[-1])))
         names = [part for name, each in widths.items() for part in weight_names(name, each)]
         taken = [name for name in names if hasattr(self, name) or names.count(name) > 1]
-        # A map by the name of another's factors would be taken for one.
-        taken += [name for name, each in widths.items() if len(each) > 1 and name in names]
         if taken:
             rule = "Weights by the names in `widths` must have names that the bank has not yet"
             raise ValueError(f"{rule}. Received: {list(dict.fromkeys(taken))}")
@@ -151,7 +148,7 @@ class StackedExperts(ExpertBank):
         network = self.network
         if isinstance(network, types.MethodType):
             network = _NetworkOfBank(weakref.WeakMethod(network))
-        return LowRankNetwork(network, self.lora_scale()) if self.lora_enabled else network
+        return network
 
     def call(self, tokens: Tensor, plan: GroupedPlan, training: bool | None = None) -> Tensor:
         draws_now = self._dropout_seed is not None and training
@@ -168,14 +165,14 @@ class StackedExperts(ExpertBank):
         return network.run_on_all(self._compute(tokens), self._maps())
 
     def _maps(self):
-        return {name: each for part in self.projections for name, each in part.maps().items()}
+        return {projection.name: projection.map() for projection in self.projections}
 
     def compute_output_shape(self, tokens_shape):
         network = self._network if self.built else self._trace(tokens_shape[-1])
         return (*tokens_shape[:-1], network.output_width)
 
     def _trace(self, features):
-        """The `Network` for tokens of so many features, without LoRA."""
+        """The `Network` for tokens of so many features."""
         widths = {name: (1, *each)[-2:] for name, each in self.widths(features).items()}
         return network_of(self._function(), features, widths)
 

@@ -250,8 +250,8 @@ def _balance(counts, mean_probs):
     Fedus et al. 2021 (arXiv:2101.03961), eq. 4, divided by K: the value is 1 at balance.
     """
     counts = ops.cast(counts, "float32")  # without a gradient
-    share = counts / (ops.sum(counts, axis=-1, keepdims=True) + 1e-20)
-    return mean_probs.shape[-1] * ops.sum(share * mean_probs, axis=-1)
+    share = counts / (ops.mean(counts, axis=-1, keepdims=True) + 1e-20)  # times E
+    return ops.sum(share * mean_probs, axis=-1)
 
 
 def _mean_of_sequences(routing, sequence_length):

@@ -1,6 +1,6 @@
 """Pure functions on tensors: routing, plans and grouped products."""
 
-from keras_moe.backend.base import platform
+from keras_moe.backend.base import any_derivative, platform
 from keras_moe.ops.grouped_matmul import grouped_matmul, grouped_outer
 from keras_moe.ops.plans import GroupedPlan
 from keras_moe.ops.routing import Routing, top_k_routing
@@ -8,6 +8,7 @@ from keras_moe.ops.routing import Routing, top_k_routing
 __all__ = [
     "GroupedPlan",
     "Routing",
+    "any_derivative",
     "grouped_matmul",
     "grouped_outer",
     "platform",

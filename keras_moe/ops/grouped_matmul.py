@@ -9,6 +9,7 @@ from keras_moe.backend.padded import interval
 from keras_moe.ops.linears import Kernel, LinearMap
 from keras_moe.ops.networks import Problem, network_of
 from keras_moe.ops.plans import GroupedPlan
+from keras_moe.ops.sorting import as_dtype
 
 
 def grouped_matmul(rows: Tensor, kernels: Tensor, group_sizes: Tensor) -> Tensor:
@@ -66,7 +67,7 @@ def grouped_outer(left: Tensor, right: Tensor, group_sizes: Tensor) -> Tensor:
     """Multiply the transpose of each group of left rows by its right rows.
 
     Group e gives `left[group].T @ right[group]`, zeros if it is empty. It is the gradient of
-    `grouped_matmul` for its kernels; both have derivatives of any order. Errors are the same.
+    `grouped_matmul` for its kernels, and raises the same errors.
 
     Args:
         left: Float tensor (N, D).
@@ -89,7 +90,17 @@ def grouped_outer(left: Tensor, right: Tensor, group_sizes: Tensor) -> Tensor:
     def outer(platform, left, right, sizes):
         return backend.outer(left, right, sizes, left.dtype, platform)
 
-    return backend.on_its_platform(outer, left, right, sizes)
+    def forward(inputs, sizes, save):
+        return backend.on_its_platform(outer, *inputs, sizes), ()
+
+    def backward(inputs, sizes, saved, gradient):
+        left, right = inputs
+        d_left = grouped_matmul(right, ops.swapaxes(gradient, 1, 2), sizes)
+        return as_dtype(d_left, left.dtype), grouped_matmul(
+            as_dtype(left, right.dtype), gradient, sizes
+        )
+
+    return backend.differentiable(forward, backward, (left, right), sizes)
 
 
 def _check_sizes(group_sizes, rows, num_experts=None):

@@ -14,15 +14,51 @@ from keras_moe.backend import backend
 
 
 class LinearMap(NamedTuple):
-    """A linear map of each expert, `x W + b`."""
+    """A linear map of each expert, `x W + b`, or with low-rank factors `x W + b + (x A) B`."""
 
     kernel: Any  # W (E, D, H), a `Kernel` or an `Int4Kernel`
     bias: Any = None  # b (E, H), a tensor
+    lora_a: Any = None  # A (E, D, r), a tensor, scaled
+    lora_b: Any = None  # B (E, r, H), a tensor
 
     def apply(self, function):
         """Apply a function to each tensor (E, ...), for instance to get one expert's entry."""
-        bias = None if self.bias is None else function(self.bias)
-        return LinearMap(self.kernel.apply(function), bias)
+        others = [None if tensor is None else function(tensor) for tensor in self[1:]]
+        return LinearMap(self.kernel.apply(function), *others)
+
+    def floats(self, dtype):
+        """The map with all tensors as floats of a dtype."""
+        floats = self.apply(lambda tensor: ops.cast(tensor, dtype))
+        return floats._replace(kernel=Kernel(self.kernel.floats(dtype)))
+
+    # On the rows of a part, see `backend.layouts`
+
+    def outputs(self, part, rows):
+        outputs = part.product(rows, self.kernel, self.bias)
+        if self.lora_a is None:
+            return outputs
+        low = part.product(rows, Kernel(self.lora_a))
+        return outputs + part.product(low, Kernel(self.lora_b))
+
+    def row_gradients(self, part, gradients):
+        """The gradients of rows from those of their outputs."""
+        d_rows = part.product(gradients, self.kernel, transposed=True)
+        if self.lora_a is None:
+            return d_rows
+        d_low = part.product(gradients, Kernel(self.lora_b), transposed=True)
+        return d_rows + part.product(d_low, Kernel(self.lora_a), transposed=True)
+
+    def factors(self, part, rows, gradients):
+        """{field: (left, right)}: the gradient of a kernel or factor is `left^T right`.
+
+        The gradient of a bias is the sum of `right`.
+        """
+        factors = dict.fromkeys(("kernel", "bias"), (rows, gradients))
+        if self.lora_a is not None:
+            d_low = part.product(gradients, Kernel(self.lora_b), transposed=True)
+            low = part.product(rows, Kernel(self.lora_a))
+            factors |= {"lora_a": (rows, d_low), "lora_b": (low, gradients)}
+        return factors
 
 
 class Kernel(NamedTuple):

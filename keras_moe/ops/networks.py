@@ -6,8 +6,8 @@ The backward pass is derived: the network runs again with each map replaced by i
 the framework differentiates the operations between them.
 
 A backend divides the rows of all experts into parts, on which the network runs: see
-`backend.layouts`. Second derivatives, and forward mode, come from the same network in one part,
-built on `backend.product`, which has derivatives of any order.
+`backend.layouts`. Derivatives of any order, which are asked for, come from the framework: all rows
+are one part then, computed in operations that have them.
 
 Axes: T tokens, D features, E experts, R rows (assignments sorted by expert), n rows of a part.
 """
@@ -21,7 +21,8 @@ from keras import ops
 
 from keras_moe._internal.keras_internals import compute_output_spec
 from keras_moe.backend import backend
-from keras_moe.backend.layouts import AllTokens, ServedRows
+from keras_moe.backend.base import is_any_derivative
+from keras_moe.backend.layouts import AllRows, AllTokens
 from keras_moe.ops.draws import hashed
 from keras_moe.ops.linears import Kernel, LinearMap
 from keras_moe.ops.plans import row_sums
@@ -38,12 +39,13 @@ class Problem(NamedTuple):
 
     def inputs_and_context(self):
         """Return the tensors that get gradients, and all others, as two structures."""
-        trained, frozen = {}, {}
-        for name, (kernel, bias) in self.maps.items():
-            if bias is not None:
-                trained[name, "bias"] = bias
+        trained: dict = {}
+        frozen = {}
+        for name, (kernel, *others) in self.maps.items():
+            fields = zip(LinearMap._fields[1:], others)
+            trained |= {(name, field): each for field, each in fields if each is not None}
             # Integers, and kernels that LoRA corrects, are frozen.
-            if kernel.bits is None and f"{name}_lora_a" not in self.maps:
+            if kernel.bits is None and (name, "lora_a") not in trained:
                 trained[name, "kernel"], kernel = kernel.values, None
             frozen[name] = kernel
         inputs = self.tokens, self.plan.weights, trained
@@ -54,7 +56,10 @@ class Problem(NamedTuple):
         """Inverse of `inputs_and_context`."""
         (tokens, weights, trained), (plan, frozen, key) = inputs, context
         maps = {
-            name: LinearMap(kernel or Kernel(trained[name, "kernel"]), trained.get((name, "bias")))
+            name: LinearMap(
+                kernel or Kernel(trained[name, "kernel"]),
+                *(trained.get((name, field)) for field in LinearMap._fields[1:]),
+            )
             for name, kernel in frozen.items()
         }
         return cls(tokens, maps, plan._replace(weights=weights), key)
@@ -65,7 +70,7 @@ class Network(NamedTuple):
 
     function: Callable  # `function(rows, linear)` returns the outputs of rows (n, D)
     saved: tuple  # names of the maps whose outputs are saved, in the order of their calls
-    last: str | None  # name of the map whose output is the network's, perhaps corrected by LoRA
+    last: str | None  # the map whose output the network returns, or None
     output_width: int  # D'
     has_dropout: bool = False  # whether it calls `linear.dropout`
 
@@ -77,82 +82,63 @@ class Network(NamedTuple):
 
         def forward(inputs, context, save):
             problem = Problem.of(inputs, context)
-            layout = backend.layout(problem, platform)
-            return self._forward(problem, layout, self.saved if save else ())
+            if is_any_derivative():
+                return self._forward(problem, AllRows(backend, problem, platform), save)
+            return self._forward(problem, backend.layout(problem, platform), save)
 
         def backward(inputs, context, buffers, gradient):
             problem, trained = Problem.of(inputs, context), inputs[2]
             layout = backend.layout(problem, platform)
             return self._backward(problem, layout, buffers, gradient, trained)
 
-        def reference(inputs, context):
-            problem = Problem.of(inputs, context)
-            return self._forward(problem, ServedRows(backend, problem, platform), ())[0]
+        return backend.differentiable(forward, backward, *problem.inputs_and_context())
 
-        inputs, context = problem.inputs_and_context()
-        return backend.differentiable(forward, backward, inputs, context, reference)
-
-    def _forward(self, problem, layout, saved):
-        """Return the weighted sums, and buffers of the outputs and of the maps named in `saved`."""
-        tokens, maps, _, key = problem
-        plan = layout.plan
+    def _forward(self, problem, layout, save):
+        """Return the weighted sums; if `save`, also buffers of the outputs and of `saved`."""
+        tokens, maps, plan, key = problem
 
         def compute(part, maps, rows):
             linear = Linear(rows, part, maps, key)
             outputs = as_dtype(self.function(rows, linear), rows.dtype)
-            return [outputs, *(linear.outputs[name] for name in saved)], {}
+            saved = [outputs, *(linear.outputs[name] for name in self.saved)] if save else []
+            return [outputs, *saved], {}
 
-        widths = [self.output_width, *(maps[name].kernel.shape[2] for name in saved)]
-        buffers, _ = layout.run(compute, maps, [tokens], [], widths, {})
-        outputs = layout.to_rows(buffers[0])
-        return as_dtype(plan.sum_rows(outputs, plan.weights), tokens.dtype), buffers
+        width = self.output_width
+        widths = [width, width, *(maps[name].kernel.shape[2] for name in self.saved)]
+        widths = widths if save else [width]
+        sums, buffers, _ = layout.run(compute, maps, [tokens], [], widths, {}, plan.weights)
+        return as_dtype(sums, tokens.dtype), buffers
 
     def _backward(self, problem, layout, buffers, gradient, trained):
         """Return the gradients of tokens, weights and trained tensors."""
-        tokens, maps, _, key = problem
-        plan = layout.plan
+        tokens, maps, plan, key = problem
 
         def compute(part, maps, rows, d_outputs, weights, outputs, *saved):
-            linear = functools.partial(LinearAgain, part=part, maps=maps, key=key)
-            weighted = d_outputs * weights
-            d_rows, factors = self._derive(linear, maps, rows, outputs, saved, weighted)
+            values = dict(zip(self.saved, saved))
+            if self.last is not None:
+                values[self.last] = outputs
+
+            def run(rows, *tensors):
+                linear = LinearAgain(rows, part, maps, key, dict(zip(values, tensors)))
+                return as_dtype(self.function(rows, linear), rows.dtype), linear.inputs
+
+            inputs, pullback = backend.vjp(run, (rows, *values.values()))
+            d_rows, *d_values = pullback(d_outputs * weights)
+            factors = {
+                (name, field): pair
+                for name, d_value in zip(values, d_values)
+                for field, pair in maps[name].factors(part, inputs[name], d_value).items()
+                if (name, field) in trained
+            }
             return [d_rows, row_sums(d_outputs, outputs)], factors
 
-        weights = ops.expand_dims(as_dtype(plan.weight_of_row(plan.weights), tokens.dtype), 1)
-        by_row, widths = [layout.to_buffer(weights), *buffers], [tokens.shape[1], 1]
-        (d_rows, d_weights), d_maps = layout.run(
-            compute, maps, [tokens, gradient], by_row, widths, trained
+        weights = layout.of_assignments(as_dtype(plan.weights, tokens.dtype))
+        by_token, by_row, widths = [tokens, gradient], [weights, *buffers], [tokens.shape[1], None]
+        d_tokens, (d_weights,), d_maps = layout.run(
+            compute, maps, by_token, by_row, widths, trained
         )
-        d_weights = layout.to_rows(d_weights)[:, 0]
-        return (
-            as_dtype(plan.sum_rows(layout.to_rows(d_rows)), tokens.dtype),
-            as_dtype(plan.at_assignments(d_weights), plan.weights.dtype),
-            d_maps,
-        )
-
-    def _derive(self, linear, maps, rows, outputs, saved, d_outputs):
-        """Return the gradient of the rows, and factors of the gradients of the maps.
-
-        The factors are {name: (left, right)}. The gradient of an expert's kernel is `left^T right`
-        over its rows, and the gradient of its bias is the sum of `right`.
-        """
-        values = dict(zip(self.saved, saved))
-        if self.last is not None:
-            values[self.last] = outputs
-        # The outputs of LoRA's factors are not saved but computed again. The gradient of such an
-        # output is that of zeros which are added to it.
-        computed = [name for name in maps if name not in values]
-        for name in computed:
-            shape = (ops.shape(rows)[0], maps[name].kernel.shape[-1])
-            values[name] = ops.zeros(shape, rows.dtype)
-
-        def run(rows, *tensors):
-            again = linear(rows, values=dict(zip(values, tensors)), computed=computed)
-            return as_dtype(self.function(rows, again), rows.dtype), again.inputs
-
-        inputs, pullback = backend.vjp(run, (rows, *values.values()))
-        d_rows, *d_values = pullback(d_outputs)
-        return d_rows, {name: (inputs[name], each) for name, each in zip(values, d_values)}
+        d_weights = layout.at_assignments(d_weights)
+        return as_dtype(d_tokens, tokens.dtype), as_dtype(d_weights, plan.weights.dtype), d_maps
 
     def run_on_all(self, tokens, maps):
         """Return the outputs (T, E, D') of all experts for each token: products of whole stacks."""
@@ -171,7 +157,7 @@ class Linear:
         self.num_dropouts = 0
 
     def __call__(self, name, rows=None):
-        self.outputs[name] = self._part.product(self._as_input(rows), *self._maps[name])
+        self.outputs[name] = self._maps[name].outputs(self._part, self._as_input(rows))
         return self.outputs[name]
 
     def _as_input(self, rows):
@@ -193,22 +179,17 @@ class Linear:
 
 
 class LinearAgain(Linear):
-    """The `linear` of the backward pass: maps return saved outputs, or are computed again."""
+    """The `linear` of the backward pass: maps return what the forward pass saved."""
 
-    def __init__(self, rows, part, maps, key, values, computed):
+    def __init__(self, rows, part, maps, key, values):
         super().__init__(rows, part, maps, key)
-        self._values, self._computed = values, computed
+        self._values = values
         self.inputs = {}
 
     def __call__(self, name, rows=None):
         self.inputs[name] = rows = self._as_input(rows)
-        value, (kernel, _) = self._values[name], self._maps[name]
-        if name in self._computed:
-            constant = kernel.apply(ops.stop_gradient)
-            value = value + self._part.product(ops.stop_gradient(rows), constant)
-
-        transpose = functools.partial(self._part.product, kernels=kernel, transposed=True)
-        return backend.attach_gradient(value, rows, transpose)
+        transpose = functools.partial(self._maps[name].row_gradients, self._part)
+        return backend.attach_gradient(self._values[name], rows, transpose)
 
 
 def network_of(function: Callable, features: int, widths: dict) -> Network:

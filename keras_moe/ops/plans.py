@@ -40,9 +40,14 @@ class GroupedPlan(NamedTuple):
         return True
 
     @classmethod
-    def of(cls, experts: Tensor, weights: Tensor, num_experts: int) -> "GroupedPlan":
-        """The plan of experts (T, K) from 0 to `num_experts` - 1, or -1 for none."""
-        return cls(experts, weights, *_sort(experts, num_experts))
+    def of(
+        cls, experts: Tensor, weights: Tensor, num_experts: int, sizes: Tensor | None = None
+    ) -> "GroupedPlan":
+        """The plan of experts (T, K) from 0 to `num_experts` - 1, or -1 for none.
+
+        `sizes` (E,) int32 is how many there are of each, None if this is not known.
+        """
+        return cls(experts, weights, *_sort(experts, num_experts, sizes))
 
     def of_experts(
         self, experts: Tensor, weights: Tensor, first: Any, number: int
@@ -126,9 +131,9 @@ class GroupedPlan(NamedTuple):
 
     def at_assignments(self, values: Tensor) -> Tensor:
         """Values of rows (N,) as values of assignments (T, K), zero where there is no row."""
-        # The larger of 0 and the row, in one operation.
-        picked = backend.gather_rows(values, ops.relu(self.row_of_assignment))
-        return backend.masked_fill(picked, self.row_of_assignment < 0, 0.0)
+        rows = self.row_of_assignment
+        picked = backend.gather_rows(values, backend.fill_unserved(rows, rows, 0))
+        return backend.fill_unserved(picked, rows, 0.0)
 
     def sum_rows(self, rows: Tensor, weights: Tensor | None = None) -> Tensor:
         """For each token the float32 sum (T, D) of its rows, weighted by `weights` or by 1."""
@@ -205,15 +210,18 @@ class ExpertChoicePlan(GroupedPlan):
 
 
 @backend.jit_when_eager
-def _sort(experts, num_experts):
+def _sort(experts, num_experts, sizes):
     """Sizes, the assignment of each row, and the row of each assignment: see `GroupedPlan`."""
-    expert = ops.reshape(ops.transpose(experts), (-1,))
-    is_unserved = expert < 0
     # What no expert serves comes last.
-    expert = backend.masked_fill(expert, is_unserved, num_experts)
-    order, rank = backend.order_and_rank(expert, num_experts + 1)
-    rows = ops.reshape(backend.masked_fill(rank, is_unserved, -1), (experts.shape[1], -1))
-    return backend.count_integers(expert, num_experts), order, ops.transpose(rows)
+    ranked = ops.transpose(backend.fill_unserved(experts, experts, num_experts))
+    order, rank = backend.order_and_rank(ops.reshape(ranked, (-1,)), num_experts + 1)
+    rows = ops.transpose(ops.reshape(rank, (experts.shape[1], -1)))
+    rows = backend.fill_unserved(rows, experts, -1)
+    if backend.is_complete(experts):
+        backend.mark_complete(rows)
+    if sizes is None:
+        sizes = backend.count_integers(ranked, num_experts)
+    return sizes, order, rows
 
 
 @backend.jit_when_eager

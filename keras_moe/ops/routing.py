@@ -10,12 +10,14 @@ from keras import ops
 from keras_moe._internal import Tensor
 from keras_moe._internal.checks import check_choice, check_tensors
 from keras_moe.backend import backend
+from keras_moe.backend.base import LOW
 from keras_moe.ops.selection import (
     SCORES,
     SMALLEST_SCORE,
     distribution,
     entropy,
     mask_invalid,
+    softmax,
     top_k_indices,
 )
 
@@ -50,8 +52,10 @@ class Routing(NamedTuple):
     @backend.jit_when_eager
     def mean(self, values: Tensor) -> Tensor:
         """Mean (N,) of values (T, N) over the real tokens, 0 where there is none."""
-        total = ops.sum(ops.where(self.mask[:, None], values, 0.0), axis=0)
-        return total / ops.maximum(ops.sum(ops.cast(self.mask, "float32")), 1.0)
+        if backend.is_complete(self.mask):
+            return ops.mean(values, axis=0)
+        total = ops.sum(backend.masked_fill(values, ~self.mask[:, None], 0.0), axis=0)
+        return total / (ops.sum(ops.cast(self.mask, "float32")) + 1e-20)
 
     @backend.jit_when_eager
     def entropy(self) -> Tensor:
@@ -61,8 +65,9 @@ class Routing(NamedTuple):
 
 def check_routing(routing, sizes=None):
     """Check the shapes and dtypes of the fields of a routing that are not None."""
-    fields = {name: (getattr(routing, name), *kind) for name, kind in _FIELDS.items()}
-    check_tensors(sizes, **{name: field for name, field in fields.items() if field[0] is not None})
+    check_tensors(
+        sizes, **{name: (getattr(routing, name), *kind) for name, kind in _FIELDS.items()}
+    )
 
 
 _FIELDS = {
@@ -77,27 +82,31 @@ _FIELDS = {
 
 
 @backend.jit_when_eager
-def complete(routing, mask=None):
-    """The routing with all of its fields, in which padding has no expert, weight or count.
-
-    With a mask (T,) its padding is added to that of the routing, which did not know about it.
-    """
-    num_experts = routing.logits.shape[-1]
-    counts, load = routing.counts, routing.load
-    if mask is not None:
-        extra = count_assignments(routing.indices, routing.mask & ~mask, num_experts)
-        counts, load = (x if x is None else x - ops.cast(extra, x.dtype) for x in (counts, load))
-        routing = routing._replace(mask=routing.mask & mask)
+def complete(routing):
+    """The routing with all of its fields, in which padding has no expert, weight or count."""
+    num_experts, counts, load = routing.logits.shape[-1], routing.counts, routing.load
     # Nothing is read or written out of range, whatever a user-defined router returns.
     indices = mask_invalid(routing.indices, num_experts, routing.mask)
     counts = backend.count_integers(indices, num_experts) if counts is None else counts
     return routing._replace(
         indices=indices,
-        weights=backend.masked_fill(routing.weights, indices < 0, 0.0),
+        weights=backend.fill_unserved(routing.weights, indices, 0.0),
         counts=counts,
         load=ops.cast(counts, "float32") if load is None else load,
         dropped=ops.zeros((), "float32") if routing.dropped is None else routing.dropped,
     )
+
+
+@backend.jit_when_eager
+def without_padding(values, mask, is_zero=False):
+    """Values (T, F), zero where a mask (T,) is False, and the mask, which is never None.
+
+    Before any score is computed: a NaN in padding must not reach a gradient.
+    """
+    if mask is None:
+        return values, backend.mark_complete(ops.ones_like(values[:, 0], "bool"))
+    mask = ops.cast(mask, "bool")
+    return values if is_zero else ops.where(ops.expand_dims(mask, 1), values, 0.0), mask
 
 
 def top_k_routing(
@@ -131,26 +140,29 @@ def top_k_routing(
     (6, 2)
     """
     logits = ops.convert_to_tensor(logits)
-    mask = ops.ones(ops.shape(logits)[:1], "bool") if mask is None else ops.convert_to_tensor(mask)
+    mask = None if mask is None else ops.convert_to_tensor(mask)
     check_tensors(logits=(logits, "TE", "float"), mask=(mask, "T", "mask"))
     check_choice("score", score, SCORES)
-    mask = ops.cast(mask, "bool")
-    # Before any score is computed: a NaN in padding must not reach a gradient.
-    logits = ops.where(ops.expand_dims(mask, 1), ops.cast(logits, "float32"), 0.0)
+    logits, mask = without_padding(ops.cast(logits, "float32"), mask)
     scores = SCORES[score](logits)
     indices = top_k_indices(ops.stop_gradient(scores), top_k)
-    weights, probs = weigh(indices, scores, score)
+    weights, probs = weigh(indices, logits, scores, score)
     return complete(Routing(indices, weights, probs, logits, mask))
 
 
 @backend.jit_when_eager
-def weigh(indices, scores, score, renormalize=None, scale=1.0):
-    """Weights (T, K) of chosen experts by scores (T, E) of the kind `score`, and their `probs`."""
-    weights = backend.take_columns(scores, indices)
-    if indices.shape[1] > 1 if renormalize is None else renormalize:
+def weigh(indices, logits, scores, score, renormalize=None, scale=1.0):
+    """Weights (T, K) of chosen experts, and `probs`, by their scores (T, E) of the kind `score`."""
+    indices = mask_invalid(indices, scores.shape[1])
+    renormalizes = indices.shape[1] > 1 if renormalize is None else renormalize
+    is_softmax = score == "softmax"
+    weights = backend.take_columns(logits if renormalizes and is_softmax else scores, indices)
+    if renormalizes and is_softmax:  # with fewer operations
+        weights = softmax(backend.fill_unserved(weights, indices, LOW))
+    elif renormalizes:
         weights = distribution(weights)
     weights = weights if scale == 1 else weights * scale
-    return weights, scores if score == "softmax" else distribution(scores)
+    return weights, scores if is_softmax else distribution(scores)
 
 
 def weighted_counts(indices, weights, mask):
@@ -164,8 +176,3 @@ def weighted_counts(indices, weights, mask):
     totals = ops.sum(ops.where(counted, ops.stop_gradient(weights), 0.0), axis=0)
     assigned = ops.sum(ops.cast(served, "float32"))
     return totals * (assigned / ops.maximum(ops.sum(totals), SMALLEST_SCORE))
-
-
-def count_assignments(indices, mask, num_experts):
-    """How many assignments (T, K), -1 for none, each expert has from real tokens, (E,) int32."""
-    return backend.count_integers(mask_invalid(indices, num_experts, mask), num_experts)

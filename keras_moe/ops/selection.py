@@ -10,12 +10,7 @@ from keras_moe.ops.sorting import as_dtype
 SMALLEST_SCORE = 1e-7
 
 
-@backend.jit_when_eager
-def softmax(logits, axis=-1):
-    """Softmax along an axis, where one NaN makes all scores NaN."""
-    # TensorFlow's own softmax on CPUs gives the other experts a score of 0 there, which would hide
-    # a broken router; and `ops.softmax` warns of a single expert.
-    return ops.exp(ops.log_softmax(logits, axis=axis))
+softmax = backend.jit_when_eager(backend.softmax)
 
 
 def sigmoid(logits):
@@ -39,9 +34,8 @@ def distribution(scores):
 
 def entropy(probs, keepdims=False):
     """Entropy (...) of distributions (..., E), in nats."""
-    # The logarithm of what is above zero only: the slope of p log p at 0 is infinite.
-    logs = ops.log(backend.masked_fill(probs, probs <= 0, 1.0))
-    return -ops.sum(probs * logs, axis=-1, keepdims=keepdims)
+    # The slope of p log p at 0 is infinite.
+    return -ops.sum(probs * ops.log(probs + 1e-37), axis=-1, keepdims=keepdims)
 
 
 def l2_normalize(vectors, axis):
@@ -84,6 +78,8 @@ def chosen_experts(indices, num_experts):
 @backend.jit_when_eager
 def mask_invalid(indices, num_experts, mask=None):
     """Indices (T, K) with -1 in place of invalid ones, or where a mask (T,) is False."""
+    if backend.is_complete(indices, num_experts) and (mask is None or backend.is_complete(mask)):
+        return indices
     indices = as_dtype(indices, "int32")  # -1 is no number of an unsigned dtype
     invalid = (indices < 0) | (indices >= num_experts)
     if mask is not None:
@@ -105,7 +101,4 @@ def weights_of_experts(indices, weights, num_experts):
     return ops.sum(ops.where(is_chosen, ops.expand_dims(weights, 2), 0.0), axis=1)
 
 
-@backend.jit_when_eager
-def take_scores(scores, indices):
-    """Scores (T, K) of the chosen experts, from scores (T, E); 0 where an index is -1."""
-    return backend.take_columns(scores, indices)
+take_scores = backend.jit_when_eager(backend.take_columns)

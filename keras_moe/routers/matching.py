@@ -32,7 +32,7 @@ class MatchingRouter(LogitRouter):
             indices = self.match(ops.stop_gradient(logits), mask)
         else:
             indices = top_k_indices(scores, self.top_k)
-        weights, probs = weigh(indices, scores, score, renormalize=False)
+        weights, probs = weigh(indices, logits, scores, score, renormalize=False)
         return Routing(indices, weights, probs, logits, mask)
 
     def match(self, logits: Tensor, mask: Tensor) -> Tensor:

@@ -64,7 +64,7 @@ class NoisyRouter(LogitRouter):
             load = noisy_load(clean, noisy, deviation, self.top_k, mask)
         scores = softmax(noisy)
         indices = top_k_indices(scores, self.top_k)
-        weights, _ = weigh(indices, scores, "softmax", None if self.renormalizes else False)
+        weights, _ = weigh(indices, noisy, scores, "softmax", None if self.renormalizes else False)
         return Routing(indices, weights, softmax(clean), clean, mask, load=load)
 
 
@@ -149,7 +149,7 @@ class GShardRouter(LogitRouter):
         logits = self.logits(tokens, training)
         probs = softmax(logits)
         indices = top_k_indices(probs, self.top_k)
-        weights, _ = weigh(indices, probs, "softmax")
+        weights, _ = weigh(indices, logits, probs, "softmax")
         if training:
             second = ops.stop_gradient(weights[:, 1:])
             kept = self._noise(draws.uniform, second) * self.threshold < second

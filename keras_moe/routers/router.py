@@ -11,7 +11,7 @@ from keras_moe._internal.base_layer import BaseLayer
 from keras_moe._internal.checks import check_indices, check_integer, check_tensors
 from keras_moe.backend import backend
 from keras_moe.ops.plans import GroupedPlan
-from keras_moe.ops.routing import Routing, check_routing, complete, weighted_counts
+from keras_moe.ops.routing import Routing, check_routing, complete, weighted_counts, without_padding
 
 
 class Router(BaseLayer):
@@ -138,20 +138,13 @@ class Router(BaseLayer):
         if indices is not None and not self.replays_indices:
             rule = "`indices` can be replayed by routers with `replays_indices`"
             raise ValueError(f"{rule}. Received: indices for a `{type(self).__name__}`")
-        tensors = {
-            "tokens": (tokens, "TD", "float"),
-            "mask": (mask, "T", "mask"),
-            "token_ids": (token_ids, "T", "int"),
-            "indices": (indices, "TK", "int"),
-        }
-        check_tensors(**{name: each for name, each in tensors.items() if each[0] is not None})
-        if mask is None:
-            real = ops.ones_like(tokens[:, 0], "bool")
-        else:
-            real = ops.cast(mask, "bool")
-            if not is_padding_zero:
-                # It may hold anything, NaN included, and its gradient must be zero.
-                tokens = ops.where(ops.expand_dims(real, 1), tokens, 0.0)
+        check_tensors(
+            tokens=(tokens, "TD", "float"),
+            mask=(mask, "T", "mask"),
+            token_ids=(token_ids, "T", "int"),
+            indices=(indices, "TK", "int"),
+        )
+        tokens, real = without_padding(tokens, mask, is_padding_zero)
         with backend.scope_of_call(self, tokens):
             context = {"sequence_length": sequence_length, "token_ids": token_ids}
             routing = self.route(tokens, real, training, indices=indices, **context)
@@ -160,12 +153,14 @@ class Router(BaseLayer):
             raise TypeError(f"{rule}. Received: an object of type {type(routing).__name__}")
         sizes = {"T": tokens.shape[0], "E": self.num_experts, "K": self.max_top_k}
         check_routing(routing, sizes)
-        # A user-defined router may not know about all of the padding.
-        mask = real if routing.mask is real else routing.mask & real
+        # A user-defined router may not know about all of the padding, and a plan relies on counts.
+        knows_padding = routing.mask is real
+        mask = real if knows_padding else routing.mask & real
+        counts = routing.counts if knows_padding and not self.tokens_choose else None
         if self.counted_by_weight:
             counts = weighted_counts(routing.indices, routing.weights, mask)
-            routing = routing._replace(counts=counts, mask=mask)
-        routing = complete(routing, None if routing.mask is mask else mask)
+        load = routing.load if self.has_smooth_load else None
+        routing = complete(routing._replace(mask=mask, counts=counts, load=load))
         if training and self.trainable and indices is None:
             self.update(routing)
         return routing
@@ -179,7 +174,9 @@ class Router(BaseLayer):
 
         They are the `indices` of the routing, with -1 also where an expert has no slot.
         """
-        return GroupedPlan.of(experts, routing.weights, self.num_experts)
+        are_counted = experts is routing.indices and not self.counted_by_weight
+        sizes = routing.counts if are_counted and self.tokens_choose else None
+        return GroupedPlan.of(experts, routing.weights, self.num_experts, sizes)
 
     def update(self, routing: Routing) -> None:
         """Update the state of the router, in training, by a routing that was not replayed."""

@@ -118,7 +118,9 @@ class TopKRouter(LogitRouter):
         if indices is None:
             biased = scores if self.selection_bias is None else scores + self.selection_bias
             indices = ops.convert_to_tensor(self.select(ops.stop_gradient(biased)))
-        weights, probs = weigh(indices, scores, self.score, self.renormalize, self.scaling_factor)
+        weights, probs = weigh(
+            indices, logits, scores, self.score, self.renormalize, self.scaling_factor
+        )
         return Routing(indices, weights, probs, logits, mask)
 
     def update(self, routing):

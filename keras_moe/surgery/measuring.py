@@ -9,9 +9,9 @@ import keras
 import numpy as np
 from keras import ops
 
+from keras_moe.backend import backend
 from keras_moe.inspection.recording import listening, running
 from keras_moe.ops.plans import GroupedPlan
-from keras_moe.ops.routing import count_assignments
 
 
 def loss_on(model, data):
@@ -64,7 +64,7 @@ def _counts(layer, routing, tokens):
 
 def _served_tokens(layer, routing, tokens):
     # The counts of a dense gate are sums of its weights.
-    return count_assignments(routing.indices, routing.mask, routing.counts.shape[0])
+    return backend.count_integers(ops.convert_to_tensor(routing.indices), len(routing.counts))
 
 
 def _contributions(layer, routing, tokens):
