@@ -1,13 +1,11 @@
-"""Metrics of expert usage and of routings: pure functions, and Keras metrics for custom loops.
+"""Metrics of expert usage and of routings: pure functions.
 
-In `model.fit` use `callbacks.ExpertMonitor`: a layer cannot own a Keras metric on every backend.
+In `model.fit` use `callbacks.ExpertMonitor`, in other loops counts of `layer.read_counts()`.
 
 Axes: T tokens, E experts, K experts per token, G groups of tokens.
 """
 
 import math
-from collections.abc import Callable
-from typing import Any
 
 import keras
 import numpy as np
@@ -15,13 +13,10 @@ from keras import ops
 
 from keras_moe._internal import Tensor
 from keras_moe._internal.checks import check_indices, check_integer, check_tensors, host_values
-from keras_moe._internal.serialization import register
 from keras_moe.ops.routing import Routing
 from keras_moe.ops.selection import chosen_experts, entropy, mask_invalid, weights_of_experts
 
 __all__ = [
-    "DroppedFraction",
-    "UsageMetric",
     "coactivation",
     "count_table",
     "dead_experts",
@@ -35,7 +30,6 @@ __all__ = [
 __dir__ = __all__.copy
 
 
-@register
 def load_imbalance(counts: Tensor) -> Tensor:
     """Load of the busiest expert above the mean of `counts` (E,), float32: `max / mean - 1`.
 
@@ -47,7 +41,6 @@ def load_imbalance(counts: Tensor) -> Tensor:
     return ops.maximum(ops.max(counts) / _or_one(ops.mean(counts)) - 1.0, 0.0)
 
 
-@register
 def load_entropy(counts: Tensor) -> Tensor:
     """Entropy of the shares of `counts` (E,), divided by `log E`, float32.
 
@@ -57,7 +50,6 @@ def load_entropy(counts: Tensor) -> Tensor:
     return share[0] if share.shape[0] == 1 else entropy(share) / math.log(share.shape[0])
 
 
-@register
 def dead_experts(counts: Tensor) -> Tensor:
     """Number of experts with less than a thousandth of the mean of `counts` (E,), float32."""
     return ops.sum(ops.cast(is_dead(counts), "float32"))
@@ -70,7 +62,6 @@ def is_dead(counts):
     return counts <= 1e-3 * ops.mean(counts)
 
 
-@register
 def expert_share(counts: Tensor) -> Tensor:
     """Each expert's share of the assignments `counts` (E,), float32; 0 without assignments."""
     counts = as_counts(counts)
@@ -155,65 +146,6 @@ def typical_words(routing: Routing, texts: list[str], num_words: int = 10) -> li
     lift = (table + 10 * share) / (table.sum(axis=1) + 10)[:, None] / np.maximum(share, 1e-9)
     best = np.argsort(-lift, axis=0, kind="stable")[:num_words].T
     return [words[row[lift[row, expert] > 1]].tolist() for expert, row in enumerate(best)]
-
-
-@register
-class UsageMetric(keras.metrics.Metric):
-    """A function of the counts of all routings since the last reset.
-
-    Args:
-        function: Function of counts (E,), a float32 tensor, that returns a tensor, such as
-            `metrics.load_imbalance`. Register yours with Keras if the metric is to be saved.
-        num_experts: Integer. Number of experts, E.
-        name: String or None. Name of the metric; None: the name of the function.
-        dtype: String or None. Dtype of the metric.
-
-    Example:
-
-    >>> metric = keras_moe.metrics.UsageMetric(keras_moe.metrics.load_imbalance, num_experts=8)
-    >>> router = keras_moe.routers.TopKRouter(num_experts=8)
-    >>> metric.update_state(router(keras.random.normal((32, 64))))
-    """
-
-    def __init__(
-        self, function: Callable, num_experts: int, name: str | None = None, dtype: Any = None
-    ):
-        if isinstance(function, dict):  # a config
-            function = keras.saving.deserialize_keras_object(function)
-        super().__init__(name=name or function.__name__, dtype=dtype)
-        self.function = function
-        self.num_experts = check_integer("num_experts", num_experts)
-        self.counts = self.add_variable((self.num_experts,), "zeros", "float32", name="counts")
-
-    def update_state(self, routing: Routing) -> None:
-        """Add the assignments of an `ops.Routing`, in which padding does not count."""
-        check_tensors({"E": self.num_experts}, **{"routing.counts": (routing.counts, "E")})
-        self.counts.assign_add(ops.cast(routing.counts, "float32"))
-
-    def result(self):
-        return self.function(self.counts)
-
-    def get_config(self):
-        function = keras.saving.serialize_keras_object(self.function)
-        config = {**super().get_config(), "num_experts": self.num_experts}
-        return {**config, "function": function} if type(self) is UsageMetric else config
-
-
-@register
-class DroppedFraction(UsageMetric):
-    """Share of the assignments that found no slot. Arguments: as for `UsageMetric`."""
-
-    def __init__(self, num_experts: int, name: str | None = None, dtype: Any = None):
-        super().__init__(self._fraction, num_experts, name or "dropped_fraction", dtype)
-        self.dropped = self.add_variable((), "zeros", "float32", name="dropped")
-
-    def update_state(self, routing: Routing) -> None:
-        super().update_state(routing)
-        dropped = ops.cast(routing.dropped, "float32")
-        self.dropped.assign_add(dropped * ops.cast(ops.sum(routing.counts), "float32"))
-
-    def _fraction(self, counts):
-        return self.dropped / _or_one(ops.sum(counts))
 
 
 def as_counts(counts, axes="E", name="counts"):

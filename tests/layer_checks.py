@@ -116,13 +116,6 @@ def _bank_options(without=None):
     return {name: value for name, value in options.items() if name != without}
 
 
-def _usage_metric(required=None, **options):
-    return Case(
-        lambda: {**(required or {}), "num_experts": E},
-        lambda: {"name": "usage", "dtype": "float64", **options},
-    )
-
-
 def _router_loss(router="top_k", **options):
     return Case(
         options=lambda: {"weight": 0.5, **options},
@@ -294,8 +287,6 @@ CASES = {
             name="mine",
         )
     ),
-    metrics.UsageMetric: _usage_metric({"function": metrics.load_imbalance}),
-    metrics.DroppedFraction: _usage_metric(),
     callbacks.ExpertHealth: Case(options=lambda: {"every": 5, "patience": 2, "stop": True}),
     callbacks.RouterLossSchedule: Case(
         lambda: {"schedule": lambda epoch: 1e-3}, lambda: {"loss": "router_z"}

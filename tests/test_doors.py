@@ -257,7 +257,6 @@ ARGUMENTS = [
     ("routers.QuantileBias({})", "momentum=1.0"),
     ("losses.LoadBalance({})", "weight=-1", "weight=NAN", "weight='0.1'", "scope='device'"),
     ("losses.MixtureNegativeLogLikelihood({})", "distribution='x'", "scale=0", "dtype='bfloat16'"),
-    ("metrics.UsageMetric(metrics.expert_share, {})", "num_experts=0"),
     ("callbacks.ExpertHealth({})", "every=0", "patience=1.5", "stop=1.5"),
     ("upcycle(plain(), {})", "num_experts=0", "every=0", "reinitialized=1.0"),
     ("surgery.add_experts(usual(), {})", "factor=1", "noise=-1"),
@@ -434,7 +433,6 @@ REFUSED = [
     ("metrics.load_entropy([-1, 2])", "at least 0"),
     ("metrics.load_imbalance(routing())", "such as `routing.counts`"),
     ("metrics.load_imbalance(moe())", "or `layer.expert_counts`"),
-    ("metrics.UsageMetric(metrics.load_imbalance, 8).update_state(routing())", "E=8"),
     ("metrics.count_table(routing(), [0] * 5, 2)", "`groups` must have"),
     # Tools.
     ("inspection.record_routings(usual(), normal(2, 5, D))", "list of batches"),

@@ -2,7 +2,6 @@
 
 import numpy as np
 import pytest
-import reference
 from backends import (
     FAST_MODE,
     assert_close,
@@ -14,7 +13,6 @@ from backends import (
 )
 from hypothesis import given
 from hypothesis import strategies as st
-from keras import ops
 from layer_checks import D, array, moe, normal
 
 from keras_moe import losses, metrics, routers
@@ -36,7 +34,7 @@ BY_HAND = [
 ]
 
 
-def expected_usage(counts, dropped):
+def expected_usage(counts):
     total, number = sum(counts), len(counts)
     shares = np.array(counts) / max(total, 1)
     entropy = -sum(share * np.log(share) for share in shares if share)
@@ -45,17 +43,16 @@ def expected_usage(counts, dropped):
         "load_entropy": (entropy / np.log(number) if number > 1 else 1.0) if total else 0.0,
         "dead_experts": sum(count <= 1e-3 * total / number for count in counts),
         "expert_share": shares,
-        "dropped_fraction": dropped / max(total, 1),
     }
 
 
 def test_the_oracle_is_right_on_small_examples():
     for counts, *by_hand in BY_HAND:
-        values = list(expected_usage(counts, 0).values())[:3]
+        values = list(expected_usage(counts).values())[:3]
         np.testing.assert_allclose(values, by_hand, atol=1e-8)
 
 
-OF_COUNTS = [name for name in expected_usage([1], 0) if name != "dropped_fraction"]
+OF_COUNTS = list(expected_usage([1]))
 
 
 @on_each_backend
@@ -65,7 +62,7 @@ def test_usage_equals_the_oracle(num_experts, mode):
 
     def check(counts):
         results = function(np.array(counts, "int32"))
-        expected = expected_usage(counts, 0)
+        expected = expected_usage(counts)
         for name, result in zip(OF_COUNTS, results, strict=True):
             value = expected[name]
             assert result.dtype == np.float32, name
@@ -77,35 +74,6 @@ def test_usage_equals_the_oracle(num_experts, mode):
             check(counts)
 
     given(st.lists(st.integers(0, 10**6), min_size=num_experts, max_size=num_experts))(check)()
-
-
-def routing_of(logits, mask=None, dropped=0.0):
-    routing = top_k_routing(ops.convert_to_tensor(logits), K, mask)
-    return routing._replace(dropped=ops.convert_to_tensor(dropped, "float32"))
-
-
-def test_metrics_sum_all_routings_since_their_last_reset():
-    rng = np.random.default_rng(0)
-    dropped_fraction = metrics.DroppedFraction(num_experts=5)
-    made = {name: metrics.UsageMetric(getattr(metrics, name), 5) for name in OF_COUNTS}
-    made["dropped_fraction"] = dropped_fraction
-    for _ in range(2):
-        counts, dropped = np.zeros(5), 0.0
-        for num_tokens, fraction in ((7, 0.5), (20, 0.0), (3, 1 / 3)):
-            logits = (rng.normal(size=(num_tokens, 5)) - np.arange(5.0) ** 2).astype("float32")
-            mask = np.arange(num_tokens) != 1
-            batch = reference.top_k_routing(logits, K, mask).counts
-            counts, dropped = counts + batch, dropped + fraction * np.sum(batch)
-            logits[1] = np.nan  # padding counts in no metric
-            for metric in made.values():
-                metric.update_state(routing_of(logits, ops.convert_to_tensor(mask), fraction))
-        expected = expected_usage([int(count) for count in counts], dropped)
-        for name, metric in made.items():
-            assert metric.name.startswith(name)
-            assert_close(array(metric.result()), expected[name])
-            metric.reset_state()
-            assert not array(metric.counts).any()
-        assert not array(dropped_fraction.dropped)
 
 
 def draw():

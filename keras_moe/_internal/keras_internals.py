@@ -1,4 +1,4 @@
-"""The private names of Keras that have no public one, in one place."""
+"""The private names of Keras that have no public one, and what would fail without each."""
 
 import contextlib
 import functools
@@ -7,7 +7,7 @@ from typing import Any
 import keras
 import numpy as np
 
-# What a function returns for symbolic tensors, on any backend.
+# It traces `network` for its widths. Public calls trace layers only.
 from keras.src.backend import compute_output_spec as compute_output_spec
 from keras.src.backend.common.global_state import get_global_attribute, set_global_attribute
 
@@ -17,18 +17,18 @@ from keras.src.backend.common.masking import set_keras_mask as set_keras_mask
 
 
 def drops_losses():
-    """Whether Keras drops added losses, as in a `stateless_call` that does not return them."""
+    """Whether Keras drops added losses in a `stateless_call`: training would not be balanced."""
     scope = get_global_attribute("stateless_scope")
     return scope is not None and not in_symbolic_scope() and not scope.collect_losses
 
 
 def in_symbolic_scope():
-    """Whether Keras only finds out shapes, on PyTorch with tensors that have no values."""
+    """Whether Keras only finds out shapes: on PyTorch there are no values to count."""
     return get_global_attribute("symbolic_scope") is not None
 
 
 def current_model():
-    """The layer whose call encloses all others of this thread, or None outside of calls."""
+    """The outermost layer that is called in this thread, or None: replicas reset its losses."""
     call = get_global_attribute("current_call_ctx")
     return None if call is None else call.entry_layer
 
@@ -53,13 +53,13 @@ class KeepsLosses:
 
 
 def current_call():
-    """A function that returns a context with the `training` and dtypes of the present call."""
+    """A function that returns a context with the `training` and dtypes of a call to recompute."""
     present = {name: get_global_attribute(name) for name in ("current_call_ctx", "autocast_scope")}
     return lambda: _global_state(**present)
 
 
 def stored_dtypes():
-    """A context in which variables are read in the dtype they are stored in."""
+    """A context in which mixed precision does not round the state that is read."""
     return _global_state(autocast_scope=None)
 
 
@@ -76,7 +76,7 @@ def _global_state(**attributes):
 
 
 def in_stateless_scope():
-    """Whether updates of variables are collected instead of made."""
+    """Whether updates are collected: only then may a backward pass repeat a call."""
     return get_global_attribute("stateless_scope") is not None
 
 
@@ -90,6 +90,7 @@ def recompute_as_one(layer):
 
 
 def own_layers(layer):
+    """The sublayers of a layer, for walks through a model and for paths in configs."""
     return list(layer._layers)
 
 
@@ -109,19 +110,19 @@ def float_array(variable):
 
 
 def calls_of(model):
-    """The calls in a functional model, in order: (layer, input tensors, output tensors)."""
+    """The calls in a functional model, in order, for upcycling: (layer, inputs, outputs)."""
     depths = sorted(model._nodes_by_depth, reverse=True)
     nodes = [node for depth in depths for node in model._nodes_by_depth[depth]]
     return [(node.operation, node.input_tensors, node.outputs) for node in nodes]
 
 
 def operation_of(tensor):
-    """The layer or operation that a symbolic tensor was computed by, or None."""
+    """What computed a symbolic tensor, or None. A slice loses a mask of another shape."""
     return getattr(tensor, "_keras_history", (None,))[0]
 
 
 def sources_of(tensor):
-    """The tensors that a symbolic tensor was computed from: of a layer's inputs, the first."""
+    """The tensors it was computed from, of a layer's the first: a lost mask is found by them."""
     operation, index, _ = getattr(tensor, "_keras_history", (None, 0, 0))
     if operation is None:
         return []
@@ -130,7 +131,7 @@ def sources_of(tensor):
 
 
 def set_state(layer, name, value):
-    """Put another sublayer in the place of a built layer's attribute."""
+    """Put another sublayer in the place of a built layer's, which files go by."""
     old, tracker = getattr(layer, name), layer._tracker
     layers = tracker.config["layers"][1]
     place = next((place for place, each in enumerate(layers) if each is old), None)
@@ -145,11 +146,13 @@ def set_state(layer, name, value):
 
 
 def untrack(layer, variable):
+    """Remove a variable: a kernel that became integers, counters of other experts."""
     layer._untrack_variable(variable)
 
 
 @contextlib.contextmanager
 def unlocked(layer):
+    """A context in which a built layer may get weights, as Keras's own `enable_lora` has."""
     layer._tracker.unlock()
     try:
         yield

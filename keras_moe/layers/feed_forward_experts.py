@@ -154,14 +154,7 @@ class LinearExperts(StackedExperts):
         output_dim: Integer. Number of output features, D'.
         use_bias: Boolean. Whether there is a bias.
 
-    Other arguments, errors and shapes: as for `StackedExperts`, without `activation`.
-
-    Example:
-
-    >>> experts = keras_moe.layers.LinearExperts(num_experts=4, output_dim=8)
-    >>> layer = keras_moe.layers.MixtureOfExperts(experts, router="dense")
-    >>> layer(keras.random.normal((32, 16))).shape
-    (32, 8)
+    Other arguments, errors, shapes and an example: as for `StackedExperts`, without `activation`.
 
     Reference: Jacobs et al. 1991, "Adaptive mixtures of local experts".
     """

@@ -236,11 +236,6 @@ class Gate(Recomputable):
         """Assignments (E,) in training; of a router `counted_by_weight` sums of their weights."""
         return self._training_counters.assignments
 
-    @property
-    def dropped_count(self) -> keras.Variable:
-        """Assignments in training that found no slot."""
-        return self._training_counters.dropped
-
     def read_counts(self, evaluation: bool = False) -> Counts:
         """Return what the layer has counted so far: a `Counts` of NumPy arrays.
 
@@ -321,7 +316,7 @@ class Gate(Recomputable):
     def _saved_variables(self):
         if not self.built:
             return {}
-        saved = {"expert_counts": self.expert_counts, "dropped_count": self.dropped_count}
+        saved = dict(zip(("expert_counts", "dropped_count"), self._training_counters))
         for index, states in enumerate(self.loss_states):
             for number, variable in enumerate(states):
                 saved[f"{self._loss_key(index)}_state_{number}"] = variable

@@ -29,6 +29,11 @@ class SelectionBalancer(Configured):
 
     Raises:
         ValueError: If an argument is out of its range.
+
+    Example:
+
+    >>> balancer = keras_moe.routers.LossFreeBias(rate=0.01)
+    >>> router = keras_moe.routers.TopKRouter(num_experts=8, balancer=balancer)
     """
 
     def __init__(self, accumulation_steps: int = 1):
@@ -58,11 +63,7 @@ class LossFreeBias(SelectionBalancer):
         rate: Float. Step of the bias. Raise it, to 0.01 for example, if the load evens out too
             slowly. Lower it if the load in evaluation swings from epoch to epoch.
 
-    Other arguments and errors: as for `SelectionBalancer`.
-
-    Example:
-
-    >>> balancer = keras_moe.routers.LossFreeBias(rate=0.01)
+    Other arguments, errors and an example: as for `SelectionBalancer`.
 
     Reference: Wang et al. 2024 (arXiv:2408.15664), algorithm 1; DeepSeek-V3 (arXiv:2412.19437),
     section 2.1.2. Subtracting the mean is not in the papers.
@@ -101,12 +102,8 @@ class QuantileBias(SelectionBalancer):
     Args:
         momentum: Float from 0 to below 1. Share of the old bias that is kept.
 
-    Other arguments and errors: as for `SelectionBalancer`. The biases of micro-batches are
-    averaged.
-
-    Example:
-
-    >>> balancer = keras_moe.routers.QuantileBias(momentum=0.9)
+    Other arguments, errors and an example: as for `SelectionBalancer`. The biases of micro-batches
+    are averaged.
 
     Reference: the quantile balancing of Megatron-Core, whose dual variable beta is minus this bias.
     """

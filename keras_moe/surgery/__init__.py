@@ -82,15 +82,7 @@ def merge_experts(model: keras.Layer, keep: float | dict = 0.5, data: Sequence =
 
     The most used experts stay; each of the others is merged into the most similar of these, by the
     router's logits over the tokens. Weights are averaged by usage, after the hidden features of the
-    two were matched. Arguments, errors and the result are as in `prune_experts`.
-
-    Example:
-
-    >>> moe = keras_moe.layers.MixtureOfExperts(keras_moe.layers.FeedForwardExperts(8, 32))
-    >>> model, data = keras.Sequential([keras.Input((16,)), moe]), [keras.random.normal((64, 16))]
-    >>> surgery = keras_moe.surgery.merge_experts(model, keep=4, data=data)
-    >>> moe.experts.num_experts
-    4
+    two were matched. Arguments, errors, the result and an example are as in `prune_experts`.
 
     Reference: Li et al. 2024, M-SMoE (arXiv:2310.01334), section 3, without its decomposition.
     """
