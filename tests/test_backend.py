@@ -149,6 +149,20 @@ if BACKEND != "torch":  # which has no shapes that are static
             (ROWS, 7 * ROWS[:2], np.int32(2)),
             np.concatenate([ROWS[:2], 7 * ROWS[:2]]),
         ),
+        "rows that are added at places, some at the same": (
+            backend.add_at,
+            (
+                np.ones((3, 2), "float32"),
+                ints(2, 0, 2),
+                ints([1, 2], [3, 4], [5, 6], dtype="float32"),
+            ),
+            ints([4, 5], [1, 1], [7, 9], dtype="float32"),
+        ),
+        "the product of two stacks over their rows": (
+            backend.product_over_rows,
+            (ints([[1, 2], [3, 4]], dtype="float32"), ints([[5], [6]], dtype="float32")),
+            ints([[23], [34]], dtype="float32"),
+        ),
     }
 
 

@@ -7,6 +7,7 @@ import threading
 from collections.abc import Iterator
 from typing import Any
 
+import keras
 import numpy as np
 from keras import ops
 
@@ -345,8 +346,17 @@ class Devices:
         return None
 
 
+def _gelu(x):
+    """The exact GELU by `erf`. By `erfc` it is slower on CPUs, and `tf2onnx` cannot write it."""
+    values = ops.cast(x, "float32") if x.dtype in ("bfloat16", "float16") else x
+    # In just these operations LiteRT finds its own GELU.
+    return ops.cast(0.5 * values * (1.0 + ops.erf(values * 0.5**0.5)), x.dtype)
+
+
 class StaticBackend(Backend):
     """A backend that compiles loops over static shapes."""
+
+    activations = {keras.activations.gelu: _gelu}
 
     sort: Any  # of integers, compiled by XLA
 

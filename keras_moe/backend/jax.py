@@ -4,7 +4,6 @@ import functools
 
 import jax
 import jax.numpy as jnp
-import keras
 
 from keras_moe.backend import jax_derivatives, jax_mesh, jax_products, jax_sharding
 from keras_moe.backend.base import StaticBackend, is_any_derivative, named_platform
@@ -14,14 +13,7 @@ from keras_moe.backend.tiles import ChunksAndTiles
 PLAIN_VALUES = (bool, int, float, str)
 
 
-def _gelu(x):
-    """The exact GELU by `erf`, of which XLA on CPUs computes less than of `erfc`."""
-    values = x.astype("float32") if x.dtype in ("bfloat16", "float16") else x
-    return (0.5 * values * (1 + jax.lax.erf(values * 0.5**0.5))).astype(x.dtype)
-
-
 class JaxBackend(StaticBackend):
-    activations = {keras.activations.gelu: _gelu}
     devices = jax_sharding.JaxDevices()
     sort = staticmethod(jax.lax.sort)
 

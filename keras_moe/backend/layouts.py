@@ -16,11 +16,10 @@ from keras_moe.backend import padded
 class Parts:
     """Abstract: a layout of `parts`, at least one, in a row; a buffer is a list of their rows.
 
-    `to_buffer` makes one from rows (R, W), and `to_rows` is the inverse.
-    `gather(tokens)` returns a buffer with the token of each row, and `maps_of_parts(maps)` the maps
-    of each part's experts. The gradient of a trained tensor (E, ...) starts as `empty(tensor)`,
-    perhaps a list of E. Each part's `gradient(field, left, right, total)` adds its share to the
-    total and returns it.
+    `to_buffer` makes one from rows (R, W), and `to_rows` is the inverse. `gather(tokens)` returns a
+    buffer with the token of each row, and `maps_of_parts(maps)` the maps of each part's experts.
+    The gradient of a trained tensor (E, ...) starts as `empty(tensor)`, perhaps a list of E. Each
+    part's `gradient(field, left, right, total)` adds its share to the total and returns it.
     """
 
     plan: Any

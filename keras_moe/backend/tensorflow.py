@@ -2,7 +2,6 @@
 
 import itertools
 
-import keras
 import optree
 import tensorflow as tf
 
@@ -27,18 +26,10 @@ MAX_LOOP_ROWS = 0.5
 MAX_CONVERTED_ROWS = 16
 
 
-def _gelu(x):
-    """The exact GELU by `erf`. By `erfc` it is slower, and `tf2onnx` cannot write it."""
-    values = tf.cast(x, "float32") if x.dtype in ("bfloat16", "float16") else x
-    # In just these operations LiteRT finds its own GELU.
-    return tf.cast(0.5 * values * (1.0 + tf.math.erf(values * 0.5**0.5)), x.dtype)
-
-
 class TensorFlowBackend(StaticBackend):
     devices = tensorflow_replicas.TensorFlowDevices()
     # `tf.sort` is made from `top_k`, which XLA compiles to a slower sort of pairs.
     sort = staticmethod(xla.sort)
-    activations = {keras.activations.gelu: _gelu}
 
     def needs_static_shapes(self):
         return tf.__internal__.get_enclosing_xla_context() is not None
