@@ -13,17 +13,20 @@ from keras_moe.backend.tiles import ChunksAndTiles
 PLAIN_VALUES = (bool, int, float, str)
 
 
+def _on_its_platform(function, *operands):
+    if named_platform() is not None:
+        return function(named_platform(), *operands)
+    cpu, gpu, tpu = (functools.partial(function, name) for name in ("cpu", "gpu", "tpu"))
+    return jax.lax.platform_dependent(*operands, tpu=tpu, cuda=gpu, rocm=gpu, default=cpu)
+
+
 class JaxBackend(StaticBackend):
     devices = jax_sharding.JaxDevices()
     sort = staticmethod(jax.lax.sort)
+    on_its_platform = staticmethod(_on_its_platform)
 
     def needs_static_shapes(self):
         return True
-
-    def on_its_platform(self, function, *operands):
-        if named_platform() is not None:
-            return function(named_platform(), *operands)
-        return _dependent_on_platform(function, *operands)
 
     def run(self, network, problem, kernel=None):
         shards = self.devices.token_shards()
@@ -100,15 +103,5 @@ class JaxBackend(StaticBackend):
 # Outside `jit` JAX would compile each loop again at every call.
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def run_compiled(network, platform, any_derivative, problem):
-    """`network.run` as a program for a platform; for None, for the one it is lowered for.
-
-    Inside and outside of `any_derivative` there are two programs.
-    """
-    if platform is not None:
-        return network.run(platform, problem)
-    return _dependent_on_platform(network.run, problem)
-
-
-def _dependent_on_platform(function, *operands):
-    cpu, gpu, tpu = (functools.partial(function, name) for name in ("cpu", "gpu", "tpu"))
-    return jax.lax.platform_dependent(*operands, tpu=tpu, cuda=gpu, rocm=gpu, default=cpu)
+    """`network.run` as a program, one for each platform that is named, and for `any_derivative`."""
+    return _on_its_platform(network.run, problem)

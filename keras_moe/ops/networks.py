@@ -79,23 +79,16 @@ class Network(NamedTuple):
 
         Rows past the last group are not computed: padded and dropped assignments cost nothing.
         """
+        passes = (functools.partial(each, platform) for each in (self._forward, self._backward))
+        return backend.differentiable(*passes, *problem.inputs_and_context())
 
-        def forward(inputs, context, save):
-            problem = Problem.of(inputs, context)
-            if is_any_derivative():
-                return self._forward(problem, AllRows(backend, problem, platform), save)
-            return self._forward(problem, backend.layout(problem, platform), save)
-
-        def backward(inputs, context, buffers, gradient):
-            problem, trained = Problem.of(inputs, context), inputs[2]
-            layout = backend.layout(problem, platform)
-            return self._backward(problem, layout, buffers, gradient, trained)
-
-        return backend.differentiable(forward, backward, *problem.inputs_and_context())
-
-    def _forward(self, problem, layout, save):
+    def _forward(self, platform, inputs, context, save):
         """Return the weighted sums; if `save`, also buffers of the outputs and of `saved`."""
-        tokens, maps, plan, key = problem
+        tokens, maps, plan, key = problem = Problem.of(inputs, context)
+        if is_any_derivative():
+            layout = AllRows(backend, problem, platform)
+        else:
+            layout = backend.layout(problem, platform)
 
         def compute(part, maps, rows):
             linear = Linear(rows, part, maps, key)
@@ -109,9 +102,10 @@ class Network(NamedTuple):
         sums, buffers, _ = layout.run(compute, maps, [tokens], [], widths, {}, plan.weights)
         return as_dtype(sums, tokens.dtype), buffers
 
-    def _backward(self, problem, layout, buffers, gradient, trained):
+    def _backward(self, platform, inputs, context, buffers, gradient):
         """Return the gradients of tokens, weights and trained tensors."""
-        tokens, maps, plan, key = problem
+        tokens, maps, plan, key = problem = Problem.of(inputs, context)
+        layout, trained = backend.layout(problem, platform), inputs[2]
 
         def compute(part, maps, rows, d_outputs, weights, outputs, *saved):
             values = dict(zip(self.saved, saved))
