@@ -48,7 +48,7 @@ def tile_length(num_rows, num_experts, platform=None):
     many rows at most, to save memory.
     """
     if platform == "cpu":
-        overhead, num_experts, shortest, longest = 8, max(num_experts, 8), 4, 128
+        overhead, num_experts, shortest, longest = 8, max(num_experts, 8), 4, 256
     else:
         overhead, shortest, longest = 120, 8, 512
     mean = num_rows / num_experts if isinstance(num_rows, int) else 256
