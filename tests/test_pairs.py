@@ -37,6 +37,7 @@ import keras_moe
 from keras_moe import inspection, layers, surgery
 
 V, D, E, LENGTH = 11, 8, 4, 5
+DEVICES = keras.distribution.list_devices() if BACKEND == "jax" else []
 BANKS = ["feed-forward", "gated", "linear", "low-rank", "own", "zero", "layers"]
 
 
@@ -51,7 +52,7 @@ class Pair(NamedTuple):
     subclass: bool = False  # whether the model is a subclass of `keras.Model`
     policy: str = "float32"
     seed: int = 0
-    mesh = None
+    mesh: str | None = None  # "1x4" splits experts over four devices
 
     program = Case.program
 
@@ -306,12 +307,28 @@ SLOW_USES = {"export": export} | ({"torch.compile": compiled} if BACKEND == "tor
 
 
 @contextlib.contextmanager
+def split_experts():
+    """A mesh of four devices. It does not split the batch, as pairs have batches of one."""
+    mesh = keras.distribution.DeviceMesh((1, 4), ("batch", "experts"), DEVICES[:4])
+    layout_map = keras.distribution.LayoutMap(mesh)
+    layout_map[".*(up|gate|down)_kernel"] = ("experts", None, None)
+    layout_map[".*(up|gate|down)_bias"] = ("experts", None)
+    keras.distribution.set_distribution(keras.distribution.ModelParallel(layout_map=layout_map))
+    try:
+        yield
+    finally:
+        keras.distribution.set_distribution(None)
+
+
+@contextlib.contextmanager
 def scope_of(pair):
     before = keras.config.dtype_policy()
     keras.config.set_dtype_policy(pair.policy)
     try:
         with contextlib.ExitStack() as stack, warnings.catch_warnings():
             warnings.simplefilter("ignore")
+            if pair.mesh:
+                stack.enter_context(split_experts())
             if pair.scope == "autocast":
                 import torch
 
@@ -386,23 +403,28 @@ def same(name, found, expected, again, is_rough):
 @st.composite
 def pairs(draw):
     pick = pick_from(draw)
-    experts = draw_bank(pick, E, D, D, [pick(*BANKS)])
+    is_split = len(DEVICES) > 1
+    banks = ["feed-forward", "gated", "linear"] if is_split else BANKS
+    experts = draw_bank(pick, E, D, D, [pick(*banks)])
     router = draw_router(pick, E, False, CHOOSING)
     options = dict(capacity_factor=8.0 if pick(True, False, False) else None)
     scopes = ["", "", "remat"] + (["autocast"] if BACKEND == "torch" else [])
     few = 1 if IS_COMPILED else 2
+    # Three experts cannot be split over four devices.
+    changes = sorted(CHANGES.keys() - ({"prune", "merge"} if is_split else set()))
     uses = draw(st.permutations(sorted(USES)))[: few + 1]
-    if SEED and pick(*[False] * 7, True):
+    if SEED and not is_split and pick(*[False] * 7, True):
         uses[0] = pick(*sorted(SLOW_USES))
     return Pair(
         layer=str(code("layers.MixtureOfExperts", experts, router=router, **options)),
         scope=pick(*scopes),
         uses=tuple(uses),
-        changes=tuple(pick(*sorted(CHANGES)) for _ in range(pick(1, few))),
+        changes=tuple(pick(*changes) for _ in range(pick(1, few))),
         compiles=pick(True, False),
         subclass=pick(False, False, True),
         policy=pick("float32", "float32", "float32", "mixed_bfloat16"),
         seed=draw(st.integers(0, 2**16)),
+        mesh="1x4" if is_split else None,
     )
 
 

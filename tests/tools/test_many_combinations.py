@@ -30,7 +30,7 @@ def test_many_drawn_combinations(part):
 
 @pytest.mark.backends("jax")  # Keras splits weights there only
 def test_drawn_mixtures_on_eight_devices():
-    file = ROOT / "tests" / "tools" / "drawn_on_eight_devices.py"
+    files = (ROOT / "tests" / name for name in ("tools/drawn_on_eight_devices.py", "test_pairs.py"))
     settings = {"COMBINATIONS_SEED": str(SEED), "COMBINATIONS_TIMES": str(TIMES)}
     print(f"COMBINATIONS_SEED={SEED}")
-    run_python("-m", "pytest", "-q", file, XLA_FLAGS=EIGHT_DEVICES, **settings)
+    run_python("-m", "pytest", "-q", *files, XLA_FLAGS=EIGHT_DEVICES, **settings)
