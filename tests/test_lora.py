@@ -4,10 +4,12 @@ import keras
 import numpy as np
 import pytest
 from backends import assert_close, on_one_backend, saved_and_loaded, to_numpy
+from keras import ops
 from layer_checks import D, normal
 
 import keras_moe
 from keras_moe import layers
+from keras_moe.ops import platform
 
 E, H, RANK = 4, 6, 2
 BANKS = {
@@ -86,3 +88,21 @@ def test_of_frozen_layers_the_factors_alone_train():
     assert len(model.trainable_weights) == 6
     keras_moe.merge_lora(model)
     assert not bank_of(model).trainable
+
+
+@pytest.mark.backends("torch")
+def test_factors_have_gradients_where_one_kernel_multiplies_all_groups():
+    import torch
+
+    bank = layers.GatedExperts(4, 8)
+    layer, x = layers.MixtureOfExperts(bank), ops.convert_to_tensor(normal(16, 8))
+    layer(x)
+    bank.enable_lora(4, b_initializer="normal")
+    values = [variable.value for variable in bank.trainable_variables]
+    expected, actual = [], []
+    for name, gradients in (("cpu", expected), ("gpu", actual)):
+        with platform(name):
+            gradients += torch.autograd.grad(ops.sum(layer(x) ** 2), values)
+    for one, other in zip(expected, actual, strict=True):
+        assert one.abs().max() > 0
+        assert_close(other, one)

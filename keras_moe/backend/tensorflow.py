@@ -128,6 +128,8 @@ class TensorFlowBackend(StaticBackend):
         return tf.ensure_shape(read(tensor, tf.stack(start), tf.constant(shape)), shape)
 
     def add_at(self, tensor, indices, rows):
+        if tensor.shape[0] == 0:  # as above, which TensorFlow refuses
+            return tensor
         return tf.tensor_scatter_nd_add(tensor, tf.expand_dims(indices, 1), rows)
 
     def scan(self, step, carry, xs):

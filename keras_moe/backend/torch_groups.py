@@ -161,7 +161,7 @@ class AllGroups(AllRows):
             for rows, d_outputs, each in zip(*groups, total):
                 _set_gradient(field, rows, d_outputs, each)
             return total
-        if field == "kernel":
+        if field != "bias":
             products = torch.nn.functional.grouped_mm(left.T, right, offs=self._ends)
             return products.to(trained.dtype)
         # Rows after the last group are summed into a spare expert.
