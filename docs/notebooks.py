@@ -138,7 +138,7 @@ def _small_picture(png):
     import PIL.Image
 
     file = io.BytesIO()
-    PIL.Image.open(io.BytesIO(content)).convert("RGB").save(file, "JPEG", quality=80)
+    PIL.Image.open(io.BytesIO(content)).convert("RGB").save(file, "JPEG", quality=60)
     return "image/jpeg", base64.b64encode(file.getvalue()).decode()
 
 
