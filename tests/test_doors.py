@@ -492,6 +492,8 @@ REFUSED = [
     ("hugging_face(config={**MIXTRAL, 'num_local_experts': 3})", "must match"),
     ("hugging_face(into=built(moe()))", "must be a block of"),
     ("convert.use_sparse_experts(plain())", "must have a MoE block"),
+    ("convert(plain())", "`upcycle`"),
+    ("health(plain(), t())", "`keras_moe.report`"),
     ("tuner.SearchSpace((5,), top_k=(2,))", "divisible by"),
     ("tuner.SearchSpace((8,), capacity_factors=(0,))", "`capacity_f"),
     ("fitted(callbacks.RouterLossSchedule(lambda e: -1))", "must be a finite"),
