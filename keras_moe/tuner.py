@@ -210,7 +210,8 @@ class WithinBudget(keras_tuner.Objective):
     def get_value(self, logs):
         if not self.has_value(logs):
             # Fatal to KerasTuner, which would otherwise try the next trial.
-            fix = "give `search` validation data and `callbacks=[tuner.CostMonitor()]`"
+            fix = "give `search` validation data and `callbacks=[tuner.CostMonitor()]`, and name "
+            fix += "in `cost` and `loss` what the logs have"
             rule = f"The logs must contain {self.loss!r} and {self.cost!r}: {fix}"
             raise keras_tuner.errors.FatalValueError(f"{rule}. Received: {sorted(logs)}")
         cost, loss = float(logs[self.cost]), float(logs[self.loss])

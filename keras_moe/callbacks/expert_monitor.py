@@ -81,6 +81,9 @@ class ExpertMonitor(ExpertCallback):
         self.history: dict = {}
         self.shares: dict = {}
         self.validation_shares: dict = {}
+        if not isinstance(metrics, (list, tuple)):
+            rule = "`metrics` must be a list of functions of counts"
+            raise TypeError(f"{rule}. Received: metrics={shortened(metrics)}")
         self._metrics = {getattr(each, "__name__", ""): each for each in metrics}
         if "" in self._metrics or len(self._metrics) < len(metrics):
             rule = "`metrics` must be functions of counts, of different names, which the logs show"

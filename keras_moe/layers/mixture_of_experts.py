@@ -14,7 +14,7 @@ import numpy as np
 from keras import ops
 
 from keras_moe._internal import Tensor
-from keras_moe._internal.checks import check_indices, check_integer, shortened
+from keras_moe._internal.checks import check_indices, check_integer, host_values, shortened
 from keras_moe._internal.serialization import config_of, register, resolve
 from keras_moe.backend import backend
 from keras_moe.layers import expert_bank, sublayers
@@ -167,7 +167,8 @@ class MixtureOfExperts(Gate):
                 "the batch, in `predict` too.",
                 stacklevel=2,
             )
-        self._build_gate(math.prod(token_shape(router_inputs_shape or inputs_shape, num_axes)))
+        seen_shape = router_inputs_shape or inputs_shape
+        self._build_gate(math.prod(token_shape(seen_shape, num_axes, "router_inputs")))
         if not self.experts.built:
             self.experts.build((None, *of_token))
         if self.shared_expert is not None:
@@ -197,6 +198,10 @@ class MixtureOfExperts(Gate):
             raise TypeError(f"`{self.name}` must be called with tensors. Received: None")
         if "indices" in kwargs:  # Keras turns arrays into tensors, whose numbers are not looked at.
             check_indices("indices", kwargs["indices"], self.router.num_experts)
+        mask = host_values(kwargs.get("mask"))
+        if mask is not None and mask.dtype.kind in "iu" and not np.isin(mask, (0, 1)).all():
+            rule = "`mask` must be True or 1 where a token is real, else False or 0"
+            raise ValueError(f"{rule}. Received: numbers from {mask.min()} to {mask.max()}")
         for name in ("router_inputs", "mask"):
             if isinstance(kwargs.get(name), (list, tuple)):
                 kwargs[name] = np.asarray(kwargs[name])
@@ -338,7 +343,9 @@ def _bank_of(experts, *arguments):
         raise TypeError(f"{rule}. Received: {given}, experts={shortened(experts)}")
     if given:
         return FeedForwardExperts(**{"num_experts": None, "hidden_dim": None, **given})
-    return LayerExperts(experts) if isinstance(experts, (list, tuple)) else expert_bank.get(experts)
+    if isinstance(experts, (list, tuple)) and len(experts):
+        return LayerExperts(experts)
+    return expert_bank.get(experts)
 
 
 def _weighted_sum(expert_outputs, weights):

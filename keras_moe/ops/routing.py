@@ -64,7 +64,10 @@ class Routing(NamedTuple):
 
 
 def check_routing(routing, sizes=None):
-    """Check the shapes and dtypes of the fields of a routing that are not None."""
+    """Check that it is a routing, and the shapes and dtypes of its fields that are not None."""
+    if not isinstance(routing, Routing):
+        rule = "`routing` must be an `ops.Routing`"
+        raise TypeError(f"{rule}. Received: an object of type {type(routing).__name__}")
     check_tensors(
         sizes, **{name: (getattr(routing, name), *kind) for name, kind in _FIELDS.items()}
     )

@@ -167,7 +167,7 @@ class Router(BaseLayer):
 
     def route(self, tokens: Tensor, mask: Tensor, training: bool | None, **context: Any) -> Routing:
         """Return the routing of tokens (T, D), zeros where the mask (T,) is False."""
-        raise NotImplementedError
+        raise NotImplementedError(f"`{type(self).__name__}` must implement `route`, not `call`")
 
     def plan(self, routing: Routing, experts: Tensor) -> Any:
         """Return the plan of a routing, of whose assignments `experts` (T, K) serve some.

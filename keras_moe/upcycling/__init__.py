@@ -165,7 +165,11 @@ def freeze_all_but(model: keras.Model, pattern: str = "_lora_|router") -> None:
     def trained(layer):
         return [weight for weight in parameters_of(layer) if re.search(pattern, weight.path)]
 
-    if not isinstance(pattern, str) or not trained(model):
+    try:
+        is_found = bool(trained(model))
+    except (re.error, TypeError):
+        is_found = False
+    if not is_found:
         rule = "`pattern` must be a regular expression that is found in a path of a weight"
         raise ValueError(f"{rule}. Received: {pattern!r}")
     for layer in model._flatten_layers():  # from the outside in, as each sets its sublayers
