@@ -202,7 +202,7 @@ class RouterZ(RouterLoss):
         super().__init__(weight)
 
     def compute(self, routing):
-        return routing.mean(ops.logsumexp(routing.logits, axis=-1, keepdims=True) ** 2)[0]
+        return routing.mean(ops.logsumexp(routing.logits, axis=-1) ** 2)
 
 
 @register
@@ -235,8 +235,7 @@ class SelectorEntropy(RouterLoss):
     def compute(self, routing):
         if "selectors" not in routing.details:
             return routing.entropy()
-        entropies = entropy(routing.details["selectors"])
-        return routing.mean(ops.sum(entropies, axis=1, keepdims=True))[0]
+        return ops.sum(routing.mean(entropy(routing.details["selectors"])))
 
 
 @backend.jit_when_eager
