@@ -83,12 +83,16 @@ class Network(NamedTuple):
         return backend.differentiable(*passes, *problem.inputs_and_context())
 
     def _forward(self, platform, inputs, context, save):
-        """Return the weighted sums; if `save`, also buffers of the outputs and of `saved`."""
-        tokens, maps, plan, key = problem = Problem.of(inputs, context)
+        problem = Problem.of(inputs, context)
         if is_any_derivative():
             layout = AllRows(backend, problem, platform)
         else:
             layout = backend.layout(problem, platform)
+        return self.outputs(layout, problem, save)
+
+    def outputs(self, layout, problem, save=False):
+        """Return the weighted sums; if `save`, also buffers of the outputs and of `saved`."""
+        tokens, maps, plan, key = problem
 
         def compute(part, maps, rows):
             linear = Linear(rows, part, maps, key)
