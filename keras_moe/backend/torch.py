@@ -65,13 +65,6 @@ class TorchBackend(Backend):
         platform = _platform_of(problem.tokens)
         if kernel is not None and kernel.shape[0] < problem.plan.num_experts:
             return self.devices.expert_processes().run(network, platform, problem)
-        if (
-            platform == "cpu"
-            and OneChunk.fits(problem)
-            and not (is_traced() or is_any_derivative())
-        ):
-            with without_autocast(problem.tokens):
-                return network.outputs(OneChunk(problem), problem)[0]
         return network.run(platform, problem)
 
     def uncompiled(self, function):
@@ -123,6 +116,12 @@ class TorchBackend(Backend):
         if platform == "cpu" and not is_traced():
             return Chunks(problem)
         return AllGroups(self, problem, platform)
+
+    def differentiable_layout(self, problem, platform):
+        is_small = platform == "cpu" and not is_traced() and OneChunk.fits(problem)
+        if is_small and not is_any_derivative():
+            return OneChunk(problem)
+        return super().differentiable_layout(problem, platform)
 
     def gather_rows(self, tensor, indices):
         if indices.ndim == 1:

@@ -8,7 +8,7 @@ import torch
 
 from keras_moe.backend.base import split_rows
 from keras_moe.backend.layouts import AllRows, Parts
-from keras_moe.backend.torch_functions import Product
+from keras_moe.backend.torch_functions import Product, without_autocast
 
 # So many values outweigh the overhead of a call on a CPU, and still fit into the cache.
 CPU_CHUNK_VALUES = 2**19
@@ -81,7 +81,8 @@ class OneChunk(Chunks):
 
     def run(self, function, maps, by_token, by_row, widths, trained, weights=None):
         (rows,) = self.to_buffer(self.plan.dispatch(*by_token))
-        (outputs,), _ = function(self, maps, rows)
+        with without_autocast(rows):
+            (outputs,), _ = function(self, maps, rows)
         return self.plan._replace(weights=weights).combine(self.to_rows([outputs])), [], {}
 
     def row_numbers(self):
