@@ -187,6 +187,44 @@ def test_grouped_mm_computes_what_the_loop_computes_and_reads_no_size(monkeypatc
         assert_close(actual, other)
 
 
+@on_one_backend
+@pytest.mark.parametrize("kind", [None, "gated", "LoRA", "int8", "frozen", "bfloat16"])
+def test_small_problems_are_computed_as_large_ones(kind, monkeypatch):
+    import torch
+
+    dtype, tolerance = ("bfloat16", 0.05) if kind == "bfloat16" else ("float32", 1e-5)
+    if kind == "gated":
+        experts = layers.GatedExperts(E, H, dropout=0.3)
+    else:
+        experts = layers.FeedForwardExperts(E, H, dtype=dtype)
+    layer = layers.MixtureOfExperts(experts, capacity_factor=1.0, dtype=dtype)
+    layer.build((None, D))
+    if kind == "LoRA":
+        experts.enable_lora(2, b_initializer="he_uniform")
+    elif kind == "int8":
+        experts.quantize("int8")
+    experts.trainable = kind != "frozen"
+    x, mask = torch.from_numpy(normal(T, D)).to(getattr(torch, dtype)), torch.arange(T) != 2
+
+    def trained():
+        keras.utils.set_random_seed(0)
+        if experts._dropout_seed is not None:
+            experts._dropout_seed.state.assign([0, 1])
+        inputs = x.clone().requires_grad_()
+        outputs = layer(inputs, mask=mask, training=True)
+        weights = [weight.value for weight in layer.trainable_weights]
+        # Its gradient is the same number everywhere, in no memory of its own.
+        gradients = torch.autograd.grad(outputs.float().sum(), [inputs, *weights])
+        return [outputs.detach(), *gradients]
+
+    small = trained()
+    monkeypatch.setattr("keras_moe.backend.torch_groups.CPU_CHUNK_VALUES", 64)
+    for actual, expected in zip(small, trained(), strict=True):
+        assert_close(
+            actual.float(), expected.float(), tolerance=1e-5 if dtype == "float32" else 0.05
+        )
+
+
 def test_a_platform_ends_with_its_context():
     with contextlib.suppress(KeyError), ops.platform("tpu"), ops.platform("gpu"):
         raise KeyError
@@ -447,7 +485,7 @@ def test_a_forward_pass_keeps_no_pre_activations(monkeypatch):
 
 
 @on_one_backend
-def test_what_is_saved_for_the_gradient_is_freed_with_it():
+def test_what_is_saved_for_the_gradient_is_freed_with_it(small_tiles):
     layer = mixture()
     loss = keras_ops.sum(layer(keras_ops.convert_to_tensor(normal(T, D))))
     node = loss.grad_fn

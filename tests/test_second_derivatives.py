@@ -219,12 +219,12 @@ def test_transformations_of_torch():
         torch.autograd.grad(torch.sum(slope * direction), x)
     x, layer.experts.trainable = x.detach(), True
     for transformed in (torch.func.grad(plain), torch.vmap(plain)):
-        with pytest.raises(RuntimeError, match="setup_context"):
+        with pytest.raises(RuntimeError, match="setup_context|storage"):
             transformed(x[None])
     with torch.no_grad(), pytest.raises(RuntimeError, match="storage"):
         torch.vmap(plain)(x[None])
     with forward_ad.dual_level(), torch.no_grad():
-        with pytest.raises(NotImplementedError, match="forward AD"):
+        with pytest.raises(NotImplementedError, match="forward (mode )?AD"):
             plain(forward_ad.make_dual(x, direction))
 
 

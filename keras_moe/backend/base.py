@@ -13,6 +13,7 @@ from keras import ops
 
 from keras_moe._internal.checks import check_choice
 from keras_moe.backend import padded
+from keras_moe.backend.layouts import AllRows
 
 # The second lowest float: below all other scores and above minus infinity. TensorFlow's argmax
 # begins from the lowest and therefore never finds it.
@@ -210,6 +211,10 @@ class Backend:
     def layout(self, problem, platform):
         """Return the layout of the rows of an `ops.networks.Problem`, see `layouts`."""
         raise NotImplementedError
+
+    def differentiable_layout(self, problem, platform):
+        """Return a layout whose operations the framework differentiates, or None for `layout`."""
+        return AllRows(self, problem, platform) if is_any_derivative() else None
 
     # Rows, choices and counts
 

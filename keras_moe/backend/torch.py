@@ -1,6 +1,5 @@
 """PyTorch primitives."""
 
-import contextlib
 import functools
 import math
 
@@ -16,9 +15,16 @@ from keras_moe.backend.base import (
     is_any_derivative,
     named_platform,
     packed_order,
-    refuse_second_derivative,
 )
-from keras_moe.backend.torch_groups import AllGroups, Chunks, is_traced, sizes_on_host, split
+from keras_moe.backend.torch_functions import Attached, Differentiable, flatten, without_autocast
+from keras_moe.backend.torch_groups import (
+    AllGroups,
+    Chunks,
+    OneChunk,
+    is_traced,
+    sizes_on_host,
+    split,
+)
 
 # With fewer comparisons, counting by them takes fewer operations.
 MAX_COMPARED = 2**16
@@ -53,7 +59,7 @@ class TorchBackend(Backend):
                 "where `keras.RematScope` marks only a layer of your own around it. Received: "
                 f"a call of `{layer.name}` in a backward pass"
             )
-        return _without_autocast(tensor)
+        return without_autocast(tensor)
 
     def run(self, network, problem, kernel=None):
         platform = _platform_of(problem.tokens)
@@ -74,17 +80,17 @@ class TorchBackend(Backend):
         return call
 
     def differentiable(self, forward, backward, inputs, context):
-        tensors, structure = _flatten(inputs)
-        with _without_autocast(tensors[0]):
+        tensors, structure = flatten(inputs)
+        with without_autocast(tensors[0]):
             # In the function gradients are always off, and `needs_input_grad` does not ask whether.
             save = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
             if is_any_derivative() or is_traced() or not save:
                 return forward(inputs, context, save=False)[0]
-            return _Differentiable.apply(forward, backward, structure, context, *tensors)
+            return Differentiable.apply(forward, backward, structure, context, *tensors)
 
     def attach_gradient(self, value, inputs, transpose):
         # Keras's `custom_gradient` would save all tensors, which takes a tenth of a small step.
-        return _Attached.apply(transpose, value, inputs)
+        return Attached.apply(transpose, value, inputs)
 
     def vjp(self, function, inputs):
         with torch.enable_grad():
@@ -110,6 +116,12 @@ class TorchBackend(Backend):
         if platform == "cpu" and not is_traced():
             return Chunks(problem)
         return AllGroups(self, problem, platform)
+
+    def differentiable_layout(self, problem, platform):
+        is_small = platform == "cpu" and not is_traced() and OneChunk.fits(problem)
+        if is_small and not is_any_derivative():
+            return OneChunk(problem)
+        return super().differentiable_layout(problem, platform)
 
     def gather_rows(self, tensor, indices):
         if indices.ndim == 1:
@@ -195,63 +207,5 @@ class TorchBackend(Backend):
         return split(rows, numbers), numbers
 
 
-def _without_autocast(tensor):
-    """A context of `torch.autocast` in which operations compute in the dtype of their tensors."""
-    kind = tensor.device.type
-    if kind == "meta" or not torch.is_autocast_enabled(kind):
-        return contextlib.nullcontext()
-    return torch.autocast(kind, enabled=False)
-
-
 def _platform_of(tensor):
     return named_platform() or ("cpu" if tensor.device.type in ("cpu", "meta") else "gpu")
-
-
-# On PyTorch `keras.tree` takes several times as long. A gradient may be None.
-_flatten = functools.partial(optree.tree_flatten, none_is_leaf=True)
-
-
-class _Differentiable(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, forward, backward, structure, context, *tensors):
-        output, saved = forward(structure.unflatten(tensors), context, save=True)
-        ctx.run_backward, ctx.structure, ctx.context = backward, structure, context
-        # All tensors in the list that PyTorch frees, and may offload or compute again.
-        saved, ctx.structure_of_saved = _flatten(saved)
-        ctx.save_for_backward(*tensors, *saved)
-        return output
-
-    @staticmethod
-    @torch.compiler.disable
-    def backward(ctx, upstream):
-        tensors = ctx.saved_tensors  # once: each access unpacks, and may compute again
-        num_inputs = ctx.structure.num_leaves
-        tensors, saved = tensors[:num_inputs], tensors[num_inputs:]
-        with torch.no_grad(), _without_autocast(upstream):
-            inputs = ctx.structure.unflatten(tensors)
-            saved = ctx.structure_of_saved.unflatten(saved)
-            gradients, _ = _flatten(ctx.run_backward(inputs, ctx.context, saved, upstream))
-        if torch.is_grad_enabled():  # a second derivative may follow
-            gradients = _Once.apply(gradients, upstream, *tensors)
-        return None, None, None, None, *gradients
-
-
-class _Once(torch.autograd.Function):
-    """Gradients whose derivative is an error."""
-
-    @staticmethod
-    def forward(ctx, gradients, *sources):
-        return tuple(gradients)
-
-    backward = staticmethod(refuse_second_derivative)
-
-
-class _Attached(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, transpose, value, inputs):
-        ctx.transpose = transpose
-        return value.view_as(value)
-
-    @staticmethod
-    def backward(ctx, gradient):
-        return None, gradient, ctx.transpose(gradient)

@@ -8,6 +8,7 @@ import torch
 
 from keras_moe.backend.base import split_rows
 from keras_moe.backend.layouts import AllRows, Parts
+from keras_moe.backend.torch_functions import Product, without_autocast
 
 # So many values outweigh the overhead of a call on a CPU, and still fit into the cache.
 CPU_CHUNK_VALUES = 2**19
@@ -42,8 +43,7 @@ class Chunks(Parts):
     def __init__(self, problem):
         self.plan, self._token_of_row = problem.plan, problem.plan.token_of_row()
         *numbers, self._num_padding = sizes_on_host(self.plan.sizes, self.plan.num_rows())
-        widths = (max(linear.kernel.shape[1:]) for linear in problem.maps.values())
-        most_rows = CPU_CHUNK_VALUES // max(widths)
+        most_rows = _most_rows(problem)
         chunk = _Chunk(self.plan.sizes, 0, 0)
         self.parts = [chunk]
         for expert, number in enumerate(numbers):
@@ -67,6 +67,34 @@ class Chunks(Parts):
 
     def empty(self, trained):
         return torch.empty_like(trained) if trained.requires_grad else None
+
+
+class OneChunk(Chunks):
+    """A single chunk, all rows of a small problem.
+
+    PyTorch differentiates its operations: this saves more rows, and takes less time in Python.
+    """
+
+    @staticmethod
+    def fits(problem):
+        return problem.plan.num_rows() <= _most_rows(problem)
+
+    def run(self, function, maps, by_token, by_row, widths, trained, weights=None):
+        (rows,) = self.to_buffer(self.plan.dispatch(*by_token))
+        with without_autocast(rows):
+            (outputs,), _ = function(self, maps, rows)
+        return self.plan._replace(weights=weights).combine(self.to_rows([outputs])), [], {}
+
+    def row_numbers(self):
+        return self.parts[0].row_numbers()
+
+    def product(self, rows, kernels, bias=None):
+        return Product.apply(self.parts[0], kernels, rows, kernels.values, bias)
+
+
+def _most_rows(problem):
+    """Return how many rows the largest chunk has."""
+    return CPU_CHUNK_VALUES // max(max(each.kernel.shape[1:]) for each in problem.maps.values())
 
 
 class _Chunk:

@@ -21,8 +21,7 @@ from keras import ops
 
 from keras_moe._internal.keras_internals import compute_output_spec
 from keras_moe.backend import backend
-from keras_moe.backend.base import is_any_derivative
-from keras_moe.backend.layouts import AllRows, AllTokens
+from keras_moe.backend.layouts import AllTokens
 from keras_moe.ops.draws import hashed
 from keras_moe.ops.linears import Kernel, LinearMap
 from keras_moe.ops.plans import row_sums
@@ -79,16 +78,19 @@ class Network(NamedTuple):
 
         Rows past the last group are not computed: padded and dropped assignments cost nothing.
         """
+        layout = backend.differentiable_layout(problem, platform)
+        if layout is not None:
+            return self._outputs(layout, problem)[0]
         passes = (functools.partial(each, platform) for each in (self._forward, self._backward))
         return backend.differentiable(*passes, *problem.inputs_and_context())
 
     def _forward(self, platform, inputs, context, save):
+        problem = Problem.of(inputs, context)
+        return self._outputs(backend.layout(problem, platform), problem, save)
+
+    def _outputs(self, layout, problem, save=False):
         """Return the weighted sums; if `save`, also buffers of the outputs and of `saved`."""
-        tokens, maps, plan, key = problem = Problem.of(inputs, context)
-        if is_any_derivative():
-            layout = AllRows(backend, problem, platform)
-        else:
-            layout = backend.layout(problem, platform)
+        tokens, maps, plan, key = problem
 
         def compute(part, maps, rows):
             linear = Linear(rows, part, maps, key)
