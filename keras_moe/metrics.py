@@ -132,7 +132,7 @@ def typical_words(routing: Routing, texts: list[str], num_words: int = 10) -> li
     """The words that are most typical of each expert, a list of strings for each.
 
     They have the highest lift: the expert's share of a word's assignments, divided by its share of
-    all. Ten more assignments of each word, divided as all are, keep out words that are rare.
+    all. Ten pseudo-assignments per word, distributed like all assignments, rank rare words low.
 
     Args:
         routing: An `ops.Routing`.

@@ -49,11 +49,11 @@ class ExpertMonitor(ExpertCallback):
     `history`, a dict of lists by epoch as in `keras.callbacks.History`, has the numbers of each
     layer, such as `moe_load_imbalance`, and `val_moe_load_imbalance` in validation. Besides those
     above they are `load_entropy`, `router_entropy`, each router loss before its weight, such as
-    `load_balance_loss`, and each of `metrics` by the name of the function. The page on seeing
-    experts explains them.
+    `load_balance_loss`, and each of `metrics` by the name of the function. The page "Watch
+    and debug" explains them.
 
     `shares` and `validation_shares`, for `visualization.shares_over_time`, are dicts from layers to
-    lists with the shares (E,) of each epoch of the last `fit`, NaN for one without validation.
+    lists with the shares (E,) of each epoch of the last `fit`, NaN for epochs without validation.
 
     Args:
         metrics: List of functions from the counts of a layer in the epoch, a NumPy array (E,), to a

@@ -38,7 +38,7 @@ class MixtureOfExperts(Gate):
 
     In training the layer adds its router losses and counts the assignments of each expert in the
     weight `expert_counts` (E,), which `callbacks.ExpertMonitor` reports after each epoch. Padding,
-    where the mask is False, runs no expert, is not counted, changes no loss, and its output is 0.
+    where the mask is False, is sent to no expert, not counted, changes no loss; its output is 0.
 
     Args:
         experts: Bank of experts, such as `GatedExperts`; a list of Keras layers or models, for
@@ -49,7 +49,7 @@ class MixtureOfExperts(Gate):
         shared_expert: Keras layer that serves every token, its output added to the chosen experts'
             output, or None. DeepSeekMoE (arXiv:2401.06066), section 3.2.
         capacity_factor: Positive float, the factor of a `Capacity` with its defaults; a `Capacity`;
-            or None for no limit. Experts without computation have none.
+            or None for no limit. Zero-computation experts are never limited.
         gated_shared_expert: Boolean. Whether the shared expert's output is multiplied by a gate of
             each token, `sigmoid(x g)` with a learned g (D, 1), as in Qwen1.5-MoE.
         token_axes: Integer. Number of leading axes that count tokens; the others are the shape of
@@ -72,7 +72,7 @@ class MixtureOfExperts(Gate):
         inputs: (batch, ..., D) float tensor with any number of leading axes. The axes between the
             first and the last are a sequence; of (batch, D) the whole batch is one.
         mask: (batch, ...) bool or integer tensor, False or 0 for padding. Default: the Keras mask
-            of the inputs, which `+` and other operations drop.
+            of the inputs, which is lost by `+` and some other operations.
         training: Boolean. Whether router losses are added, noise drawn and assignments counted.
         return_routing: Boolean. Whether the routing is returned as well. In a functional model it
             has only the fields of tokens: without `counts`, `dropped` and `load`.
@@ -82,7 +82,7 @@ class MixtureOfExperts(Gate):
             numbers in an array are checked; in a tensor, invalid ones count as -1.
         router_inputs: (batch, ..., D'') float tensor that the router sees instead of `inputs`, such
             as wider features (LatentMoE), or a summary of a whole sample.
-        return_expert_outputs: Boolean. Whether the outputs of the single experts are returned, too.
+        return_expert_outputs: Boolean. Whether each expert's output is returned as well.
 
     Output shape:
         (batch, ..., D'), with the experts' D'. With `return_routing=True` also an `ops.Routing`.

@@ -40,8 +40,8 @@ class MixtureNegativeLogLikelihood(keras.losses.Loss):
             `scale=None`.
 
     Call arguments:
-        y_true: (batch, ..., D) float tensor, or (batch, ...) integer tensor of classes, where -1
-            counts as any class. The loss of a number of no class is NaN.
+        y_true: (batch, ..., D) float tensor, or (batch, ...) integer tensor of classes, -1 for an
+            unknown class; any other value outside the classes gives NaN.
         y_pred: (batch, ..., K, 1 + D') float tensor of `losses.pack_mixture`, and of nothing else.
 
     Returns:

@@ -197,7 +197,7 @@ class Router(BaseLayer):
         return 1 if self.serves_all else self.top_k
 
     def balance_advice(self) -> str | None:
-        """Return advice for an uneven load in spite of the router, None if it balances nothing."""
+        """Return what to try if the load is uneven, None if the router does not balance it."""
         return None
 
     def quantize(self, mode: str, type_check: bool = True, config: Any = None) -> None:

@@ -84,7 +84,7 @@ def upcycle(
 
     References: Komatsuzaki et al. 2022 (arXiv:2212.05055), section 3, for copies; He et al. 2024
     (arXiv:2410.07524), section 3.2, for parts; Nakamura et al. 2025 (arXiv:2502.19261), section
-    3.2, for partly re-initialised copies; Sukhbaatar et al. 2024, Branch-Train-MiX
+    3.2, for partly reinitialised copies; Sukhbaatar et al. 2024, Branch-Train-MiX
     (arXiv:2403.07816), section 3.2, for several models.
     """
     models: list[Any] = list(model) if isinstance(model, (list, tuple)) else [model]
