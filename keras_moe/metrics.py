@@ -38,7 +38,7 @@ def load_imbalance(counts: Tensor) -> Tensor:
     Reference: Wang et al. 2024 (arXiv:2408.15664), eq. 4.
     """
     counts = as_counts(counts)
-    return ops.maximum(ops.max(counts) / _or_one(ops.mean(counts)) - 1.0, 0.0)
+    return ops.maximum(ops.max(counts) / ops.maximum(ops.mean(counts), 1e-30) - 1.0, 0.0)
 
 
 def load_entropy(counts: Tensor) -> Tensor:
@@ -65,7 +65,7 @@ def is_dead(counts):
 def expert_share(counts: Tensor) -> Tensor:
     """Each expert's share of the assignments `counts` (E,), float32; 0 without assignments."""
     counts = as_counts(counts)
-    return counts / _or_one(ops.sum(counts))
+    return counts / ops.maximum(ops.sum(counts), 1e-30)
 
 
 def router_entropy(routing: Routing) -> Tensor:
@@ -166,7 +166,3 @@ def as_counts(counts, axes="E", name="counts"):
     counts = ops.convert_to_tensor(counts, "float32")
     check_tensors(**{name: (counts, axes)})
     return counts
-
-
-def _or_one(values):
-    return ops.where(values > 0, values, 1.0)

@@ -429,11 +429,11 @@ def test_layers_that_look_like_a_feed_forward_and_stay_dense_are_named():
 
     inputs = x = keras.Input((3, 4))
     dropout, whole = keras.layers.Dropout, keras.layers.SpatialDropout1D(0.1)
-    chains = [[], [keras.layers.ReLU()], [keras.layers.ReLU()] * 2, [dropout(0.1)], [whole]]
-    chains += [[dropout(0.1), dropout(0.2)], [dropout(0.1, noise_shape=(1, 1, 8))]]
-    for number, between in enumerate(chains):
+    between = [[], [keras.layers.ReLU()], [keras.layers.ReLU()] * 2, [dropout(0.1)], [whole]]
+    between += [[dropout(0.1), dropout(0.2)], [dropout(0.1, noise_shape=(1, 1, 8))]]
+    for number, layers_between in enumerate(between):
         x = keras.layers.Dense(8, "relu", name=f"up_{number}")(x)
-        for layer in between:
+        for layer in layers_between:
             x = layer(x)
         x = keras.layers.Dense(4)(x)
     shared = keras.layers.Dense(8, "relu", name="shared")

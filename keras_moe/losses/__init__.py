@@ -262,7 +262,7 @@ def _mean_of_sequences(routing, sequence_length):
     probs = ops.where(mask, ops.reshape(routing.probs, by_sequence), 0.0)
     mean_probs = ops.sum(probs, axis=1) / ops.maximum(num_real, 1.0)
     chosen = ops.stop_gradient(routing.weights)
-    if not keras.backend.is_float_dtype(routing.counts.dtype):  # counted by weight
+    if not keras.backend.is_float_dtype(routing.counts.dtype):  # else counted by weight
         chosen = weights_of_experts(routing.indices, ops.ones_like(chosen), num_experts)
     counts = ops.sum(ops.where(mask, ops.reshape(chosen, by_sequence), 0.0), axis=1)
     losses = _balance(counts, mean_probs)
