@@ -1,14 +1,14 @@
 """Sizes of groups on PyTorch, and products of neighbouring groups."""
 
+import contextlib
 import functools
 import itertools
 import operator
 
 import torch
 
-from keras_moe.backend.base import split_rows
+from keras_moe.backend.base import refuse_second_derivative, split_rows
 from keras_moe.backend.layouts import AllRows, Parts
-from keras_moe.backend.torch_functions import Product, without_autocast
 
 # So many values outweigh the overhead of a call on a CPU, and still fit into the cache.
 CPU_CHUNK_VALUES = 2**19
@@ -116,7 +116,7 @@ class _Chunk:
 
     def product(self, rows, kernels, bias=None, transposed=False):
         if torch.is_grad_enabled():
-            return Product.apply(self, kernels, rows, kernels.values, bias)
+            return _Product.apply(self, kernels, rows, kernels.values, bias)
         if bias is None and self._has_grouped_mm(rows, kernels.values):
             values = kernels.values[self._experts].to(rows.dtype)
             values = values.mT if transposed else values
@@ -232,3 +232,49 @@ def has_grouped_mm(*tensors):
         and all(width * dtype.itemsize % 16 == 0 for each in tensors for width in each.shape[1:])
         and hasattr(torch.nn.functional, "grouped_mm")
     )
+
+
+def without_autocast(tensor):
+    """A context of `torch.autocast` in which operations compute in the dtype of their tensors."""
+    kind = tensor.device.type
+    if kind == "meta" or not torch.is_autocast_enabled(kind):
+        return contextlib.nullcontext()
+    return torch.autocast(kind, enabled=False)
+
+
+class _Product(torch.autograd.Function):
+    """The product of the rows of a chunk."""
+
+    @staticmethod
+    def forward(ctx, chunk, kernels, rows, values, bias):
+        ctx.chunk, ctx.kernels = chunk, kernels._replace(values=None)
+        ctx.save_for_backward(rows, values, bias)
+        return chunk.product(rows, kernels, bias)
+
+    @staticmethod
+    @torch.compiler.disable
+    def backward(ctx, upstream):
+        rows, values, bias = ctx.saved_tensors
+        kernels, chunk = ctx.kernels._replace(values=values), ctx.chunk
+        totals = [
+            torch.empty_like(tensor) if needed else None
+            for tensor, needed in zip((values, bias), ctx.needs_input_grad[3:])
+        ]
+        with torch.no_grad(), without_autocast(upstream):
+            d_rows = chunk.product(upstream, kernels, transposed=True)
+            of_fields = zip(("kernel", "bias"), totals)
+            others = [chunk.gradient(field, rows, upstream, total) for field, total in of_fields]
+        return None, None, *once([d_rows, *others], upstream, rows, values)
+
+
+def once(gradients, *sources):
+    """Return gradients whose derivative, if a second one may follow, is an error."""
+    return _Once.apply(gradients, *sources) if torch.is_grad_enabled() else gradients
+
+
+class _Once(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, gradients, *sources):
+        return tuple(gradients)
+
+    backward = staticmethod(refuse_second_derivative)
