@@ -106,9 +106,9 @@ class TorchBackend(Backend):
         return torch_groups.AllGroups(self, problem, platform)
 
     def differentiable_layout(self, problem, platform):
-        is_small = platform == "cpu" and not is_traced() and torch_groups.OneChunk.fits(problem)
-        if is_small and not is_any_derivative():
-            return torch_groups.OneChunk(problem)
+        if platform == "cpu" and not (is_traced() or is_any_derivative()):
+            if problem.plan.num_rows() <= torch_groups.most_rows(problem):
+                return torch_groups.OneChunk(problem)
         return super().differentiable_layout(problem, platform)
 
     def gather_rows(self, tensor, indices):

@@ -43,11 +43,11 @@ class Chunks(Parts):
     def __init__(self, problem):
         self.plan, self._token_of_row = problem.plan, problem.plan.token_of_row()
         *numbers, self._num_padding = sizes_on_host(self.plan.sizes, self.plan.num_rows())
-        most_rows = _most_rows(problem)
+        limit = most_rows(problem)
         chunk = _Chunk(self.plan.sizes, 0, 0)
         self.parts = [chunk]
         for expert, number in enumerate(numbers):
-            if chunk.num_rows and chunk.num_rows + number > most_rows:
+            if chunk.num_rows and chunk.num_rows + number > limit:
                 chunk = _Chunk(self.plan.sizes, expert, chunk.start + chunk.num_rows)
                 self.parts.append(chunk)
             chunk.numbers.append(number)
@@ -75,10 +75,6 @@ class OneChunk(Chunks):
     PyTorch differentiates its operations: this saves more rows, and takes less time in Python.
     """
 
-    @staticmethod
-    def fits(problem):
-        return problem.plan.num_rows() <= _most_rows(problem)
-
     def run(self, function, maps, by_token, by_row, widths, trained, weights=None):
         (rows,) = self.to_buffer(self.plan.dispatch(*by_token))
         with without_autocast(rows):
@@ -86,7 +82,7 @@ class OneChunk(Chunks):
         return self.plan._replace(weights=weights).combine(self.to_rows([outputs])), [], {}
 
 
-def _most_rows(problem):
+def most_rows(problem):
     """Return how many rows the largest chunk has."""
     return CPU_CHUNK_VALUES // max(max(each.kernel.shape[1:]) for each in problem.maps.values())
 
@@ -139,9 +135,7 @@ class _Chunk:
                 return products.to(total.dtype)
             total[self._experts] = products
         else:
-            groups = left.split(self.numbers), right.split(self.numbers)
-            for rows, d_outputs, each in zip(*groups, total[self._experts]):
-                _set_gradient(field, rows, d_outputs, each)
+            _set_gradients(field, left, right, self.numbers, total[self._experts])
         return total
 
 
@@ -181,9 +175,7 @@ class AllGroups(AllRows):
             return None
         if not has_grouped_mm(left, right):
             total = torch.empty_like(trained)
-            groups = (each.split(self._numbers)[:-1] for each in (left, right))
-            for rows, d_outputs, each in zip(*groups, total):
-                _set_gradient(field, rows, d_outputs, each)
+            _set_gradients(field, left, right, self._numbers, total)
             return total
         if field != "bias":
             products = torch.nn.functional.grouped_mm(left.T, right, offs=self._ends)
@@ -207,13 +199,15 @@ def multiply(kernel, rows, bias, transposed, output=None):
     return torch.addmm(bias, rows, values, out=output)
 
 
-def _set_gradient(field, left, right, total):
-    if field == "bias":
-        torch.sum(right, 0, dtype=total.dtype, out=total)
-    elif total.dtype == left.dtype:
-        torch.mm(left.T, right, out=total)
-    else:  # `out` must have the dtype of the factors.
-        total.copy_(torch.mm(left.T, right))
+def _set_gradients(field, left, right, sizes, totals):
+    # The last size may be that of other rows, without a total.
+    for rows, d_outputs, total in zip(left.split(sizes), right.split(sizes), totals):
+        if field == "bias":
+            torch.sum(d_outputs, 0, dtype=total.dtype, out=total)
+        elif total.dtype == rows.dtype:
+            torch.mm(rows.T, d_outputs, out=total)
+        else:  # `out` must have the dtype of the factors.
+            total.copy_(torch.mm(rows.T, d_outputs))
 
 
 def has_grouped_mm(*tensors):
