@@ -174,7 +174,11 @@ class Backend:
 
         @ops.custom_gradient
         def function(value, inputs):
-            return value, lambda gradient: (gradient, transpose(gradient))
+            def gradients(*given, upstream=None):  # PyTorch is given the inputs, too
+                upstream = given[0] if upstream is None else upstream
+                return upstream, transpose(upstream)
+
+            return value, gradients
 
         return function(value, inputs)
 

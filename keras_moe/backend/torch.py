@@ -8,7 +8,7 @@ import torch
 from keras import ops
 
 from keras_moe._internal.keras_internals import in_stateless_scope
-from keras_moe.backend import torch_processes
+from keras_moe.backend import torch_groups, torch_processes
 from keras_moe.backend.base import (
     LOW,
     Backend,
@@ -16,15 +16,7 @@ from keras_moe.backend.base import (
     named_platform,
     packed_order,
 )
-from keras_moe.backend.torch_functions import Attached, Differentiable, flatten, without_autocast
-from keras_moe.backend.torch_groups import (
-    AllGroups,
-    Chunks,
-    OneChunk,
-    is_traced,
-    sizes_on_host,
-    split,
-)
+from keras_moe.backend.torch_groups import is_traced, once, sizes_on_host, split, without_autocast
 
 # With fewer comparisons, counting by them takes fewer operations.
 MAX_COMPARED = 2**16
@@ -80,17 +72,13 @@ class TorchBackend(Backend):
         return call
 
     def differentiable(self, forward, backward, inputs, context):
-        tensors, structure = flatten(inputs)
+        tensors, structure = _flatten(inputs)
         with without_autocast(tensors[0]):
             # In the function gradients are always off, and `needs_input_grad` does not ask whether.
             save = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
             if is_any_derivative() or is_traced() or not save:
                 return forward(inputs, context, save=False)[0]
-            return Differentiable.apply(forward, backward, structure, context, *tensors)
-
-    def attach_gradient(self, value, inputs, transpose):
-        # Keras's `custom_gradient` would save all tensors, which takes a tenth of a small step.
-        return Attached.apply(transpose, value, inputs)
+            return _Differentiable.apply(forward, backward, structure, context, *tensors)
 
     def vjp(self, function, inputs):
         with torch.enable_grad():
@@ -114,13 +102,13 @@ class TorchBackend(Backend):
 
     def layout(self, problem, platform):
         if platform == "cpu" and not is_traced():
-            return Chunks(problem)
-        return AllGroups(self, problem, platform)
+            return torch_groups.Chunks(problem)
+        return torch_groups.AllGroups(self, problem, platform)
 
     def differentiable_layout(self, problem, platform):
-        is_small = platform == "cpu" and not is_traced() and OneChunk.fits(problem)
-        if is_small and not is_any_derivative():
-            return OneChunk(problem)
+        if platform == "cpu" and not (is_traced() or is_any_derivative()):
+            if problem.plan.num_rows() <= torch_groups.most_rows(problem):
+                return torch_groups.OneChunk(problem)
         return super().differentiable_layout(problem, platform)
 
     def gather_rows(self, tensor, indices):
@@ -209,3 +197,30 @@ class TorchBackend(Backend):
 
 def _platform_of(tensor):
     return named_platform() or ("cpu" if tensor.device.type in ("cpu", "meta") else "gpu")
+
+
+# On PyTorch `keras.tree` takes several times as long. A gradient may be None.
+_flatten = functools.partial(optree.tree_flatten, none_is_leaf=True)
+
+
+class _Differentiable(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, forward, backward, structure, context, *tensors):
+        output, saved = forward(structure.unflatten(tensors), context, save=True)
+        ctx.run_backward, ctx.structure, ctx.context = backward, structure, context
+        # All tensors in the list that PyTorch frees, and may offload or compute again.
+        saved, ctx.structure_of_saved = _flatten(saved)
+        ctx.save_for_backward(*tensors, *saved)
+        return output
+
+    @staticmethod
+    @torch.compiler.disable
+    def backward(ctx, upstream):
+        tensors = ctx.saved_tensors  # once: each access unpacks, and may compute again
+        num_inputs = ctx.structure.num_leaves
+        tensors, saved = tensors[:num_inputs], tensors[num_inputs:]
+        with torch.no_grad(), without_autocast(upstream):
+            inputs = ctx.structure.unflatten(tensors)
+            saved = ctx.structure_of_saved.unflatten(saved)
+            gradients, _ = _flatten(ctx.run_backward(inputs, ctx.context, saved, upstream))
+        return None, None, None, None, *once(gradients, upstream, *tensors)

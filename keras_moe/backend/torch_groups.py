@@ -1,14 +1,14 @@
 """Sizes of groups on PyTorch, and products of neighbouring groups."""
 
+import contextlib
 import functools
 import itertools
 import operator
 
 import torch
 
-from keras_moe.backend.base import split_rows
+from keras_moe.backend.base import refuse_second_derivative, split_rows
 from keras_moe.backend.layouts import AllRows, Parts
-from keras_moe.backend.torch_functions import Product, without_autocast
 
 # So many values outweigh the overhead of a call on a CPU, and still fit into the cache.
 CPU_CHUNK_VALUES = 2**19
@@ -43,11 +43,11 @@ class Chunks(Parts):
     def __init__(self, problem):
         self.plan, self._token_of_row = problem.plan, problem.plan.token_of_row()
         *numbers, self._num_padding = sizes_on_host(self.plan.sizes, self.plan.num_rows())
-        most_rows = _most_rows(problem)
+        limit = most_rows(problem)
         chunk = _Chunk(self.plan.sizes, 0, 0)
         self.parts = [chunk]
         for expert, number in enumerate(numbers):
-            if chunk.num_rows and chunk.num_rows + number > most_rows:
+            if chunk.num_rows and chunk.num_rows + number > limit:
                 chunk = _Chunk(self.plan.sizes, expert, chunk.start + chunk.num_rows)
                 self.parts.append(chunk)
             chunk.numbers.append(number)
@@ -75,10 +75,6 @@ class OneChunk(Chunks):
     PyTorch differentiates its operations: this saves more rows, and takes less time in Python.
     """
 
-    @staticmethod
-    def fits(problem):
-        return problem.plan.num_rows() <= _most_rows(problem)
-
     def run(self, function, maps, by_token, by_row, widths, trained, weights=None):
         (rows,) = self.to_buffer(self.plan.dispatch(*by_token))
         with without_autocast(rows):
@@ -86,7 +82,7 @@ class OneChunk(Chunks):
         return self.plan._replace(weights=weights).combine(self.to_rows([outputs])), [], {}
 
 
-def _most_rows(problem):
+def most_rows(problem):
     """Return how many rows the largest chunk has."""
     return CPU_CHUNK_VALUES // max(max(each.kernel.shape[1:]) for each in problem.maps.values())
 
@@ -116,7 +112,7 @@ class _Chunk:
 
     def product(self, rows, kernels, bias=None, transposed=False):
         if torch.is_grad_enabled():
-            return Product.apply(self, kernels, rows, kernels.values, bias)
+            return _Product.apply(self, kernels, rows, kernels.values, bias)
         if bias is None and self._has_grouped_mm(rows, kernels.values):
             values = kernels.values[self._experts].to(rows.dtype)
             values = values.mT if transposed else values
@@ -139,9 +135,7 @@ class _Chunk:
                 return products.to(total.dtype)
             total[self._experts] = products
         else:
-            groups = left.split(self.numbers), right.split(self.numbers)
-            for rows, d_outputs, each in zip(*groups, total[self._experts]):
-                _set_gradient(field, rows, d_outputs, each)
+            _set_gradients(field, left, right, self.numbers, total[self._experts])
         return total
 
 
@@ -181,9 +175,7 @@ class AllGroups(AllRows):
             return None
         if not has_grouped_mm(left, right):
             total = torch.empty_like(trained)
-            groups = (each.split(self._numbers)[:-1] for each in (left, right))
-            for rows, d_outputs, each in zip(*groups, total):
-                _set_gradient(field, rows, d_outputs, each)
+            _set_gradients(field, left, right, self._numbers, total)
             return total
         if field != "bias":
             products = torch.nn.functional.grouped_mm(left.T, right, offs=self._ends)
@@ -207,13 +199,15 @@ def multiply(kernel, rows, bias, transposed, output=None):
     return torch.addmm(bias, rows, values, out=output)
 
 
-def _set_gradient(field, left, right, total):
-    if field == "bias":
-        torch.sum(right, 0, dtype=total.dtype, out=total)
-    elif total.dtype == left.dtype:
-        torch.mm(left.T, right, out=total)
-    else:  # `out` must have the dtype of the factors.
-        total.copy_(torch.mm(left.T, right))
+def _set_gradients(field, left, right, sizes, totals):
+    # The last size may be that of other rows, without a total.
+    for rows, d_outputs, total in zip(left.split(sizes), right.split(sizes), totals):
+        if field == "bias":
+            torch.sum(d_outputs, 0, dtype=total.dtype, out=total)
+        elif total.dtype == rows.dtype:
+            torch.mm(rows.T, d_outputs, out=total)
+        else:  # `out` must have the dtype of the factors.
+            total.copy_(torch.mm(rows.T, d_outputs))
 
 
 def has_grouped_mm(*tensors):
@@ -232,3 +226,49 @@ def has_grouped_mm(*tensors):
         and all(width * dtype.itemsize % 16 == 0 for each in tensors for width in each.shape[1:])
         and hasattr(torch.nn.functional, "grouped_mm")
     )
+
+
+def without_autocast(tensor):
+    """A context of `torch.autocast` in which operations compute in the dtype of their tensors."""
+    kind = tensor.device.type
+    if kind == "meta" or not torch.is_autocast_enabled(kind):
+        return contextlib.nullcontext()
+    return torch.autocast(kind, enabled=False)
+
+
+class _Product(torch.autograd.Function):
+    """The product of the rows of a chunk."""
+
+    @staticmethod
+    def forward(ctx, chunk, kernels, rows, values, bias):
+        ctx.chunk, ctx.kernels = chunk, kernels._replace(values=None)
+        ctx.save_for_backward(rows, values, bias)
+        return chunk.product(rows, kernels, bias)
+
+    @staticmethod
+    @torch.compiler.disable
+    def backward(ctx, upstream):
+        rows, values, bias = ctx.saved_tensors
+        kernels, chunk = ctx.kernels._replace(values=values), ctx.chunk
+        totals = [
+            torch.empty_like(tensor) if needed else None
+            for tensor, needed in zip((values, bias), ctx.needs_input_grad[3:])
+        ]
+        with torch.no_grad(), without_autocast(upstream):
+            d_rows = chunk.product(upstream, kernels, transposed=True)
+            of_fields = zip(("kernel", "bias"), totals)
+            others = [chunk.gradient(field, rows, upstream, total) for field, total in of_fields]
+        return None, None, *once([d_rows, *others], upstream, rows, values)
+
+
+def once(gradients, *sources):
+    """Return gradients whose derivative, if a second one may follow, is an error."""
+    return _Once.apply(gradients, *sources) if torch.is_grad_enabled() else gradients
+
+
+class _Once(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, gradients, *sources):
+        return tuple(gradients)
+
+    backward = staticmethod(refuse_second_derivative)

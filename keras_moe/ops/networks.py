@@ -6,8 +6,8 @@ The backward pass is derived: the network runs again with each map replaced by i
 the framework differentiates the operations between them.
 
 A backend divides the rows of all experts into parts, on which the network runs: see
-`backend.layouts`. Derivatives of any order, which are asked for, come from the framework: all rows
-are one part then, computed in operations that have them.
+`backend.layouts`. All rows are one part where the framework differentiates all operations: where
+derivatives of any order are asked for, and of small problems on PyTorch.
 
 Axes: T tokens, D features, E experts, R rows (assignments sorted by expert), n rows of a part.
 """
