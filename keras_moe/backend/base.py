@@ -155,17 +155,16 @@ class Backend:
 
     # Gradients
 
-    def differentiable(self, forward, backward, inputs, context):
-        """Return the output of `forward`; `backward` computes the gradients of `inputs`.
+    def differentiable(self, forward, backward):
+        """Return `function(inputs, context)`, whose gradients for `inputs` `backward` computes.
 
-        Second derivatives are errors. Inside of `any_derivative` the gradient is that of `forward`.
+        Both are structures of tensors; those of the context have no gradient. Second derivatives
+        are errors. Inside of `any_derivative` the gradient is that of `forward`.
 
         Args:
             forward: `forward(inputs, context, save)` returns `(output, saved)`. If `save` is
                 False, no backward pass follows.
             backward: `backward(inputs, context, saved, gradient)` returns the gradients.
-            inputs: Structure of tensors.
-            context: Structure of tensors without a gradient, or None.
         """
         raise NotImplementedError
 

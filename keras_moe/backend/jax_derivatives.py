@@ -5,17 +5,17 @@ import jax
 from keras_moe.backend.base import is_any_derivative, refuse_second_derivative
 
 
-def differentiable(forward, backward, inputs, context):
+def differentiable(forward, backward):
     """See `Backend.differentiable`."""
-    if is_any_derivative():
-        return forward(inputs, context, save=False)[0]
-    # JAX traces the backward pass of a conditional's branch twice.
-    backward = jax.jit(backward, inline=True)
 
-    # The context is an argument: the rules may run in another trace than this one.
-    @jax.custom_vjp
+    # The context is an argument: the rules may run in another trace than the call.
     def function(inputs, context):
         return forward(inputs, context, save=False)[0]
+
+    if is_any_derivative():
+        return function
+    # JAX traces the backward pass of a conditional's branch twice.
+    backward = jax.jit(backward, inline=True)
 
     def run_forward(inputs, context):
         output, saved = forward(inputs, context, save=True)
@@ -24,8 +24,9 @@ def differentiable(forward, backward, inputs, context):
     def run_backward(residuals, upstream):
         return _once(backward(*residuals, upstream)), None
 
-    function.defvjp(run_forward, run_backward)
-    return function(inputs, context)
+    differentiated = jax.custom_vjp(function)
+    differentiated.defvjp(run_forward, run_backward)
+    return differentiated
 
 
 @jax.custom_jvp
