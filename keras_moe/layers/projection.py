@@ -138,18 +138,16 @@ class Projection:
 
     def kernels(self):
         """The kernels of all experts, as a `Kernel` or an `Int4Kernel`."""
-        values, scale, zero = (
-            None if weight is None else ops.convert_to_tensor(weight)
-            for weight in (self.kernel, self.scale, self.zero)
-        )
+        values = ops.convert_to_tensor(self.kernel)
         if self.is_vector:  # a map from one feature, whose input is 1
             values = ops.expand_dims(values, 1)
-        if zero is None:
+        scale = None if self.scale is None else ops.convert_to_tensor(self.scale)
+        if self.zero is None:
             return Kernel(values, scale)
         num_rows = values.shape[1]
         group = np.arange(num_rows, dtype="int32") // (self.bank.block_size() or num_rows)
         group = ops.convert_to_tensor(np.broadcast_to(group, values.shape[:2]))
-        return Int4Kernel(values, scale, zero, group)
+        return Int4Kernel(values, scale, ops.convert_to_tensor(self.zero), group)
 
     def merged_kernel(self):
         """The kernels of all experts as floats (E, D, H), low-rank factors added: an array."""
