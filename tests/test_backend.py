@@ -268,7 +268,7 @@ def test_the_given_backward_pass_computes_the_gradient(mode, has_context):
     def objective(inputs, context):
         structure = {"x": [inputs[0]], "scale": inputs[1]}
         context = (context,) if has_context else None
-        output = backend.differentiable(square, backward)(structure, context)
+        output = backend.differentiable(square, backward, structure, context)
         return ops.sum(output * ops.arange(1, 5, dtype="float32")), output
 
     x, scale, context = normal(4), np.float32(2), normal(4)
@@ -283,7 +283,9 @@ def test_derivatives_of_any_order_are_those_of_the_forward_pass_where_they_are_a
         return backend.differentiable(
             lambda inputs, context, save: (inputs[0] ** 3, (inputs[0],)),
             lambda inputs, context, saved, gradient: (5 * saved[0] ** 2 * gradient,),
-        )((x,), None)
+            (x,),
+            None,
+        )
 
     def loss(x):
         (slope,) = derivatives(lambda inputs: ops.sum(output(*inputs)), [x])

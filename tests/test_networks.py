@@ -508,7 +508,7 @@ def test_nothing_is_saved_for_a_gradient_that_is_not_taken():
         return (gradient * 2.0,)
 
     def double(x):
-        return keras_ops.sum(backend.differentiable(forward, backward)((x,), ()))
+        return keras_ops.sum(backend.differentiable(forward, backward, (x,), ()))
 
     x = keras_ops.ones((3,))
     double(x)

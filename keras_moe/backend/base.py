@@ -155,8 +155,8 @@ class Backend:
 
     # Gradients
 
-    def differentiable(self, forward, backward):
-        """Return `function(inputs, context)`, whose gradients for `inputs` `backward` computes.
+    def differentiable(self, forward, backward, inputs, context):
+        """Return the output of `forward`; `backward` computes the gradients of `inputs`.
 
         Both are structures of tensors; those of the context have no gradient. Second derivatives
         are errors. Inside of `any_derivative` the gradient is that of `forward`.

@@ -5,17 +5,17 @@ import jax
 from keras_moe.backend.base import is_any_derivative, refuse_second_derivative
 
 
-def differentiable(forward, backward):
+def differentiable(forward, backward, inputs, context):
     """See `Backend.differentiable`."""
-
-    # The context is an argument: the rules may run in another trace than the call.
-    def function(inputs, context):
-        return forward(inputs, context, save=False)[0]
-
     if is_any_derivative():
-        return function
+        return forward(inputs, context, save=False)[0]
     # JAX traces the backward pass of a conditional's branch twice.
     backward = jax.jit(backward, inline=True)
+
+    # The context is an argument: the rules may run in another trace than this one.
+    @jax.custom_vjp
+    def function(inputs, context):
+        return forward(inputs, context, save=False)[0]
 
     def run_forward(inputs, context):
         output, saved = forward(inputs, context, save=True)
@@ -24,9 +24,8 @@ def differentiable(forward, backward):
     def run_backward(residuals, upstream):
         return _once(backward(*residuals, upstream)), None
 
-    differentiated = jax.custom_vjp(function)
-    differentiated.defvjp(run_forward, run_backward)
-    return differentiated
+    function.defvjp(run_forward, run_backward)
+    return function(inputs, context)
 
 
 @jax.custom_jvp

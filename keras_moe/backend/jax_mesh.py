@@ -124,7 +124,7 @@ def _sum_chunks(run_chunk, lengths, count_rows, problem):
 
         return lax.fori_loop(1, num_chunks(context), add, pullback(gradient))
 
-    return jax_derivatives.differentiable(forward, backward)(problem[:3], problem[3:])
+    return jax_derivatives.differentiable(forward, backward, problem[:3], problem[3:])
 
 
 def _run_in_chunks(run, problem, lengths):

@@ -1,6 +1,5 @@
 """TensorFlow primitives."""
 
-import functools
 import itertools
 
 import optree
@@ -44,10 +43,7 @@ class TensorFlowBackend(StaticBackend):
         with tf.control_dependencies([tensor]):
             return tf.identity(value)
 
-    def differentiable(self, forward, backward):
-        return functools.partial(self._differentiate, forward, backward)
-
-    def _differentiate(self, forward, backward, inputs, context):
+    def differentiable(self, forward, backward, inputs, context):
         if is_any_derivative():
             return forward(inputs, context, save=False)[0]
         # A variable would be taken for one that `forward` uses besides its inputs, and tapes watch

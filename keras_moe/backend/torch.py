@@ -79,10 +79,7 @@ class TorchBackend(Backend):
 
         return call
 
-    def differentiable(self, forward, backward):
-        return functools.partial(self._differentiate, forward, backward)
-
-    def _differentiate(self, forward, backward, inputs, context):
+    def differentiable(self, forward, backward, inputs, context):
         tensors, structure = flatten(inputs)
         with without_autocast(tensors[0]):
             # In the function gradients are always off, and `needs_input_grad` does not ask whether.

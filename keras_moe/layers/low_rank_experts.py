@@ -259,5 +259,5 @@ def _multiply(rows, projection, bias=None):
         return kernel.multiply(gradient, transposed=True)
 
     kernel = projection.kernels().apply(lambda stack: stack[0])
-    outputs = backend.differentiable(forward, backward)(rows, kernel)
+    outputs = backend.differentiable(forward, backward, rows, kernel)
     return outputs if bias is None else outputs + ops.cast(bias[0], rows.dtype)

@@ -100,7 +100,7 @@ def grouped_outer(left: Tensor, right: Tensor, group_sizes: Tensor) -> Tensor:
             as_dtype(left, right.dtype), gradient, sizes
         )
 
-    return backend.differentiable(forward, backward)((left, right), sizes)
+    return backend.differentiable(forward, backward, (left, right), sizes)
 
 
 def _check_sizes(group_sizes, rows, num_experts=None):

@@ -65,8 +65,9 @@ class Network(NamedTuple):
         layout = backend.differentiable_layout(problem, platform)
         if layout is not None:
             return self._outputs(layout, problem)[0]
-        passes = (functools.partial(each, platform) for each in (self._forward, self._backward))
-        return backend.differentiable(*passes)(problem[:3], problem[3:])
+        forward = functools.partial(self._forward, platform)
+        backward = functools.partial(self._backward, platform)
+        return backend.differentiable(forward, backward, problem[:3], problem[3:])
 
     def _forward(self, platform, inputs, context, save):
         problem = Problem(*inputs, *context)

@@ -80,7 +80,7 @@ class GroupedPlan(NamedTuple):
         def backward(tokens, plan, saved, gradient):
             return as_dtype(plan.sum_rows(gradient), gradient.dtype)
 
-        return backend.differentiable(forward, backward)(tokens, self)
+        return backend.differentiable(forward, backward, tokens, self)
 
     @backend.jit_when_eager
     def combine(self, rows: Tensor) -> Tensor:
@@ -114,7 +114,7 @@ class GroupedPlan(NamedTuple):
             )
 
         weights = () if self.weights is None else (ops.convert_to_tensor(self.weights),)
-        return backend.differentiable(forward, backward)((rows, *weights), self)
+        return backend.differentiable(forward, backward, (rows, *weights), self)
 
     # Rows, tokens and assignments
 
