@@ -64,16 +64,19 @@ class Network(NamedTuple):
         """
         layout = backend.differentiable_layout(problem, platform)
         if layout is not None:
-            return self._outputs(layout, problem)[0]
-        forward = functools.partial(self._forward, platform)
-        backward = functools.partial(self._backward, platform)
+            return self._forward(layout, problem)[0]
+
+        def forward(inputs, context, save):
+            problem = Problem(*inputs, *context)
+            return self._forward(backend.layout(problem, platform), problem, save)
+
+        def backward(inputs, context, buffers, gradient):
+            problem = Problem(*inputs, *context)
+            return self._backward(backend.layout(problem, platform), problem, buffers, gradient)
+
         return backend.differentiable(forward, backward, problem[:3], problem[3:])
 
-    def _forward(self, platform, inputs, context, save):
-        problem = Problem(*inputs, *context)
-        return self._outputs(backend.layout(problem, platform), problem, save)
-
-    def _outputs(self, layout, problem, save=False):
+    def _forward(self, layout, problem, save=False):
         """Return the weighted sums; if `save`, also buffers of the outputs and of `saved`."""
         tokens, maps, key = problem.tokens, problem.maps, problem.key
 
@@ -89,11 +92,9 @@ class Network(NamedTuple):
         sums, buffers, _ = layout.run(compute, maps, [tokens], [], widths, {}, problem.weights)
         return as_dtype(sums, tokens.dtype), buffers
 
-    def _backward(self, platform, inputs, context, buffers, gradient):
+    def _backward(self, layout, problem, buffers, gradient):
         """Return the gradients of tokens, weights and trained tensors."""
-        problem = Problem(*inputs, *context)
-        tokens, maps, key = problem.tokens, problem.maps, problem.key
-        layout, trained = backend.layout(problem, platform), problem.trained
+        tokens, maps, key, trained = problem.tokens, problem.maps, problem.key, problem.trained
 
         def compute(part, maps, rows, d_outputs, weights, outputs, *saved):
             values = dict(zip(self.saved, saved))
