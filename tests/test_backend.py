@@ -19,7 +19,7 @@ from keras_moe.backend import backend
 from keras_moe.backend.base import Backend, Devices
 from keras_moe.backend.layouts import AllRows
 from keras_moe.ops import any_derivative
-from keras_moe.ops.linears import Kernel, LinearMap
+from keras_moe.ops.linears import Kernel
 from keras_moe.ops.networks import Problem
 from keras_moe.ops.plans import GroupedPlan
 
@@ -378,14 +378,14 @@ def test_a_network_runs_on_its_platform():
         def run(self, platform, problem):
             return problem.tokens + (1 if platform in ("cpu", "gpu", "tpu") else 0)
 
-    problem = Problem(ops.zeros(3), {}, None)
+    problem = Problem(ops.zeros(3), None, {}, {}, None)
     assert_close(ops.convert_to_numpy(backend.run(Network(), problem)), np.ones(3))
 
 
 def test_a_layout_that_the_framework_differentiates_is_asked_for():
-    tokens, kernel = ops.zeros((2, 4)), Kernel(ops.zeros((1, 4, 2**19)))
+    trained = {("up", "kernel"): ops.zeros((1, 4, 2**19))}
     plan = GroupedPlan.of(ops.zeros((2, 1), "int32"), ops.ones((2, 1)), 1)
-    problem = Problem(tokens, {"up": LinearMap(kernel)}, plan)
+    problem = Problem(ops.zeros((2, 4)), plan.weights, trained, {}, plan)
     assert backend.differentiable_layout(problem, "cpu") is None
     with any_derivative():
         assert isinstance(backend.differentiable_layout(problem, "cpu"), AllRows)

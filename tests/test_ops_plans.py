@@ -40,7 +40,7 @@ def plan_groups(routing, capacity=None, priority=None):
     num_experts = routing.counts.shape[0]
     experts = mask_invalid(routing.indices, num_experts, ops.convert_to_tensor(routing.mask))
     if capacity is not None:
-        experts = drop_excess(experts, num_experts, capacity, priority)
+        experts = drop_excess(experts, priority, num_experts, capacity)
     return GroupedPlan.of(experts, ops.convert_to_tensor(routing.weights), num_experts)
 
 

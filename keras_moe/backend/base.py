@@ -158,14 +158,13 @@ class Backend:
     def differentiable(self, forward, backward, inputs, context):
         """Return the output of `forward`; `backward` computes the gradients of `inputs`.
 
-        Second derivatives are errors. Inside of `any_derivative` the gradient is that of `forward`.
+        Both are structures of tensors; those of the context have no gradient. Second derivatives
+        are errors. Inside of `any_derivative` the gradient is that of `forward`.
 
         Args:
             forward: `forward(inputs, context, save)` returns `(output, saved)`. If `save` is
                 False, no backward pass follows.
             backward: `backward(inputs, context, saved, gradient)` returns the gradients.
-            inputs: Structure of tensors.
-            context: Structure of tensors without a gradient, or None.
         """
         raise NotImplementedError
 

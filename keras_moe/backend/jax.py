@@ -13,20 +13,23 @@ from keras_moe.backend.tiles import ChunksAndTiles
 PLAIN_VALUES = (bool, int, float, str)
 
 
-def _on_its_platform(function, *operands):
+def _of_platforms(function):
+    """`function(platform, ...)` for each platform, by JAX's names, or for the one that is named."""
     if named_platform() is not None:
-        return function(named_platform(), *operands)
+        return {"default": functools.partial(function, named_platform())}
     cpu, gpu, tpu = (functools.partial(function, name) for name in ("cpu", "gpu", "tpu"))
-    return jax.lax.platform_dependent(*operands, tpu=tpu, cuda=gpu, rocm=gpu, default=cpu)
+    return {"tpu": tpu, "cuda": gpu, "rocm": gpu, "default": cpu}
 
 
 class JaxBackend(StaticBackend):
     devices = jax_sharding.JaxDevices()
     sort = staticmethod(jax.lax.sort)
-    on_its_platform = staticmethod(_on_its_platform)
 
     def needs_static_shapes(self):
         return True
+
+    def on_its_platform(self, function, *operands):
+        return jax.lax.platform_dependent(*operands, **_of_platforms(function))
 
     def run(self, network, problem, kernel=None):
         shards = self.devices.token_shards()
@@ -104,4 +107,4 @@ class JaxBackend(StaticBackend):
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def run_compiled(network, platform, any_derivative, problem):
     """`network.run` as a program, one for each platform that is named, and for `any_derivative`."""
-    return _on_its_platform(network.run, problem)
+    return jax.lax.platform_dependent(problem, **_of_platforms(network.run))

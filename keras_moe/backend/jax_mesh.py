@@ -40,16 +40,19 @@ def _run(network, platform, shards, expert_axis, any_derivative, problem):
     run, plan = functools.partial(network.run, platform), problem.plan
     num_tokens, tokens_cross = problem.tokens.shape[0], expert_axis in shards.axes
 
-    def on_device(tokens, maps, experts, weights, key):
+    def on_device(tokens, weights, trained, frozen, experts, key):
         device = lax.axis_index((*shards.axes, *({expert_axis} - {None, *shards.axes})))
-        own = problem._replace(tokens=tokens, maps=maps, key=other_key(key, 7919 * device))
+        key = other_key(key, 7919 * device)
+        own = problem._make((tokens, weights, trained, frozen, plan, key))
         num_experts = _num_experts(own)
         num_rows = plan.num_rows() * tokens.shape[0] // max(num_tokens, 1)
         lengths = _chunk_lengths(num_rows)
 
         def run_experts_from(first):
             own_plan = plan.of_experts(experts, weights, first, num_experts)
-            return _run_in_chunks(run, own._replace(tokens=tokens, plan=own_plan), lengths)
+            return _run_in_chunks(
+                run, own._replace(tokens=tokens, weights=own_plan.weights, plan=own_plan), lengths
+            )
 
         if expert_axis is None:
             return run_experts_from(0)
@@ -68,9 +71,10 @@ def _run(network, platform, shards, expert_axis, any_derivative, problem):
             return lax.psum_scatter(outputs, expert_axis, tiled=True)
         return lax.psum(outputs, expert_axis)
 
-    assignments = shards.pad(plan.experts, -1), shards.pad(plan.weights)
-    operands = shards.pad(problem.tokens), problem.maps, *assignments, problem.key
-    axes = shards.axes, expert_axis, shards.axes, shards.axes, None
+    tokens, weights, trained, frozen, _, key = problem
+    experts = shards.pad(plan.experts, -1)
+    operands = shards.pad(tokens), shards.pad(weights), trained, frozen, experts, key
+    axes = shards.axes, shards.axes, expert_axis, expert_axis, shards.axes, None
     return shards.on_each_device(on_device, operands, axes)[:num_tokens]
 
 
@@ -94,32 +98,33 @@ def _sum_chunks(run_chunk, lengths, count_rows, problem):
         return run_chunk(problem, 0, problem.plan.num_rows())
     first, further = lengths
 
-    def num_chunks(plan):
+    def num_chunks(context):
+        _, plan, _ = context
         return 1 + -(-jnp.maximum(count_rows(plan) - first, 0) // further)
 
     def nth_chunk(context, number):
         start = first + (number - 1) * further
-        return lambda *inputs: run_chunk(problem.of(inputs, context), start, further)
+        return lambda *inputs: run_chunk(problem._make((*inputs, *context)), start, further)
 
     def forward(inputs, context, save):
         def run_first(*inputs):
-            return run_chunk(problem.of(inputs, context), 0, first)
+            return run_chunk(problem._make((*inputs, *context)), 0, first)
 
         output, pullback = jax.vjp(run_first, *inputs) if save else (run_first(*inputs), ())
 
         def add(number, total):
             return total + nth_chunk(context, number)(*inputs)
 
-        return lax.fori_loop(1, num_chunks(context[0]), add, output), pullback
+        return lax.fori_loop(1, num_chunks(context), add, output), pullback
 
     def backward(inputs, context, pullback, gradient):
         def add(number, totals):
             _, pullback = jax.vjp(nth_chunk(context, number), *inputs)
             return jax.tree.map(jnp.add, totals, pullback(gradient))
 
-        return lax.fori_loop(1, num_chunks(context[0]), add, pullback(gradient))
+        return lax.fori_loop(1, num_chunks(context), add, pullback(gradient))
 
-    return jax_derivatives.differentiable(forward, backward, *problem.inputs_and_context())
+    return jax_derivatives.differentiable(forward, backward, problem[:3], problem[3:])
 
 
 def _run_in_chunks(run, problem, lengths):
@@ -163,12 +168,14 @@ def _by_all_to_all(run, problem, num_shards, shards, axis):
         buckets, local_expert = _buckets(plan, num_shards, start, length)
         # Outputs are weighted, and saved for the weights' gradient, on the device that computes
         # them, so that the receiving device need not save them.
-        weight = exchange(buckets.weight_of_row(plan.weights))
+        weight = exchange(buckets.weight_of_row(problem.weights))
         expert = exchange(local_expert)
         received = plan.of(expert[:, None], weight[:, None], num_local)
         tokens = exchange(buckets.dispatch(problem.tokens))
         key = other_key(problem.key, 104729 * start)
-        outputs = run(problem._replace(tokens=tokens, plan=received, key=key))
+        outputs = run(
+            problem._replace(tokens=tokens, weights=received.weights, plan=received, key=key)
+        )
         return buckets._replace(weights=None).combine(exchange(outputs))
 
     def count_rows(plan):

@@ -121,7 +121,7 @@ class ExpertParallel:
         """`network.run`: tokens go to the processes of their experts, and outputs come back."""
         plan = problem.plan
         own = plan.num_experts // self.num_processes
-        maps = {name: each.apply(self.mean_gradient) for name, each in problem.maps.items()}
+        trained = {key: self.mean_gradient(each) for key, each in problem.trained.items()}
         num_served = int(plan.sizes.sum())
         rows = plan.dispatch(problem.tokens)
 
@@ -137,7 +137,9 @@ class ExpertParallel:
         weights = torch.ones_like(experts, dtype=torch.float32)
         key = other_key(problem.key, 7919 * torch.distributed.get_rank())
         plan_here = plan.of(experts, weights, own)
-        problem = problem._replace(tokens=received, maps=maps, plan=plan_here, key=key)
+        problem = problem._replace(
+            tokens=received, weights=weights, trained=trained, plan=plan_here, key=key
+        )
         outputs = _Exchange.apply(network.run(platform, problem), back, there, self.process_group)
         # Rows past the last group are padding.
         padding = outputs.new_zeros((len(rows) - num_served, outputs.shape[1]))

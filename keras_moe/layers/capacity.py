@@ -116,13 +116,26 @@ class Capacity(Configured):
             priority = take_scores(routing.probs, top_k_indices(routing.probs, 1))[:, 0]
         elif self.priority == "random":
             priority = keras.random.uniform(ops.shape(routing.mask), seed=seed)
-        return drop_excess(
-            routing.indices, num_experts, slots, priority, sequence_length, num_capacity_limited
-        )
+        if isinstance(slots, int):
+            slots = min(slots, MAX_CAPACITY)
+        settings = num_experts, slots, sequence_length, num_capacity_limited
+
+        def drop(experts, priority):
+            return drop_excess(experts, priority, *settings)
+
+        experts, num_tokens = routing.indices, ops.shape(routing.indices)[0]
+        # Each device drops its own where no sequence has tokens on two of them.
+        if shards is None or (
+            sequence_length is not None and num_tokens % (shards.number * sequence_length)
+        ):
+            return drop(experts, priority)
+        padded, axes = (shards.pad(experts, -1), shards.pad(priority)), (shards.axes, shards.axes)
+        return shards.on_each_device(drop, padded, axes)[:num_tokens]
 
 
+@backend.jit_when_eager
 def drop_excess(
-    experts, num_experts, capacity, priority=None, sequence_length=None, num_capacity_limited=None
+    experts, priority, num_experts, capacity, sequence_length=None, num_capacity_limited=None
 ):
     """Experts (T, K), -1 for the assignments that find no slot.
 
@@ -131,26 +144,6 @@ def drop_excess(
     1. The capacity is for each sequence, if a length is given, and only for the first
     `num_capacity_limited` experts.
     """
-    if isinstance(capacity, int):
-        capacity = min(capacity, MAX_CAPACITY)
-
-    def on_device(experts, priority):
-        return _drop_excess(
-            experts, priority, num_experts, capacity, sequence_length, num_capacity_limited
-        )
-
-    num_tokens, shards = ops.shape(experts)[0], backend.devices.token_shards()
-    # Each device drops its own where no sequence has tokens on two of them.
-    if shards is not None and (
-        sequence_length is None or num_tokens % (shards.number * sequence_length) == 0
-    ):
-        padded, axes = (shards.pad(experts, -1), shards.pad(priority)), (shards.axes, shards.axes)
-        return shards.on_each_device(on_device, padded, axes)[:num_tokens]
-    return on_device(experts, priority)
-
-
-@backend.jit_when_eager
-def _drop_excess(experts, priority, num_experts, capacity, sequence_length, num_capacity_limited):
     num_tokens, top_k = ops.shape(experts)
     expert = ops.reshape(ops.transpose(experts), (-1,))
     queue, num_queues = ops.where(expert >= 0, expert, num_experts), num_experts + 1

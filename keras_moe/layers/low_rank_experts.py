@@ -145,19 +145,16 @@ class LowRankExperts(StackedExperts):
         return self._network.function
 
     def call(self, tokens: Tensor, plan: GroupedPlan, training: bool | None = None) -> Tensor:
-        maps = {
-            name: each.apply(lambda stack: stack[0]) for name, each in self.base._maps().items()
-        }
         factors = self._network.function
-        *first_maps, last = factors.names
+        *first, last = map(self.base.projection, factors.names)
         width, fan_out = factors.widths[-1]
         tokens = self._compute(tokens)
-        first = [_multiply(tokens, maps[name]) for name in first_maps]
+        first = [_multiply(tokens, projection, projection.bias) for projection in first]
         sums = super().call(ops.concatenate([tokens, *first], axis=1), plan, training)
-        outputs = _multiply(sums[:, :width], maps[last]._replace(bias=None))
+        outputs = _multiply(sums[:, :width], last)
         outputs = outputs + sums[:, width : width + fan_out]
         if self.use_bias:
-            outputs = outputs + sums[:, -1:] * self._compute(maps[last].bias)
+            outputs = outputs + sums[:, -1:] * self._compute(last.bias[0])
         return outputs
 
     compute_all = ExpertBank.compute_all
@@ -252,7 +249,7 @@ class _CorrectedLinear:
         return self._base(name, rows) + self._linear(f"{name}_lora_b", low)
 
 
-def _multiply(rows, linear_map):
+def _multiply(rows, projection, bias=None):
     """Rows times the kernel of one expert, plus its bias; neither gets a gradient."""
 
     def forward(rows, kernel, save):
@@ -261,6 +258,6 @@ def _multiply(rows, linear_map):
     def backward(rows, kernel, saved, gradient):
         return kernel.multiply(gradient, transposed=True)
 
-    kernel, bias, *_ = linear_map
+    kernel = projection.kernels().apply(lambda stack: stack[0])
     outputs = backend.differentiable(forward, backward, rows, kernel)
-    return outputs if bias is None else outputs + ops.cast(bias, rows.dtype)
+    return outputs if bias is None else outputs + ops.cast(bias[0], rows.dtype)

@@ -11,7 +11,7 @@ from keras import ops
 
 from keras_moe._internal.base_layer import EachExpert, mark_stack
 from keras_moe._internal.keras_internals import untrack
-from keras_moe.ops.linears import Int4Kernel, Kernel, LinearMap
+from keras_moe.ops.linears import Int4Kernel, Kernel
 from keras_moe.ops.sorting import ceil_divide
 
 # In the order in which they are saved.
@@ -123,31 +123,38 @@ class Projection:
         fan_out = (self.kernel if self.scale is None else self.scale).shape[2]
         return (*self.kernel.shape[:2], fan_out)
 
-    def map(self):
-        """The `LinearMap` of the projection."""
-        values, scale, zero, bias, a, b = (
-            None if weight is None else ops.convert_to_tensor(weight)
-            for weight in (self.kernel, self.scale, self.zero, self.bias, self.lora_a, self.lora_b)
-        )
-        a = None if a is None else a * self.bank.lora_scale()
-        return LinearMap(self._kernel(values, scale, zero), bias, a, b)
+    def add_tensors(self, trained, frozen):
+        """Add the tensors that get gradients, and the kernels if they get none: see `Problem`."""
+        kernels = self.kernels()
+        if kernels.bits is None and self.lora_a is None:
+            trained[self.name, "kernel"] = kernels.values
+        else:
+            frozen[self.name] = kernels
+        for part in ("bias", "lora_a", "lora_b"):
+            if getattr(self, part) is not None:
+                trained[self.name, part] = ops.convert_to_tensor(getattr(self, part))
+        if self.lora_a is not None:
+            trained[self.name, "lora_a"] = trained[self.name, "lora_a"] * self.bank.lora_scale()
 
-    def _kernel(self, values, scale, zero):
+    def kernels(self):
+        """The kernels of all experts, as a `Kernel` or an `Int4Kernel`."""
+        values = ops.convert_to_tensor(self.kernel)
         if self.is_vector:  # a map from one feature, whose input is 1
             values = ops.expand_dims(values, 1)
-        if zero is None:
+        scale = None if self.scale is None else ops.convert_to_tensor(self.scale)
+        if self.zero is None:
             return Kernel(values, scale)
         num_rows = values.shape[1]
         group = np.arange(num_rows, dtype="int32") // (self.bank.block_size() or num_rows)
         group = ops.convert_to_tensor(np.broadcast_to(group, values.shape[:2]))
-        return Int4Kernel(values, scale, zero, group)
+        return Int4Kernel(values, scale, ops.convert_to_tensor(self.zero), group)
 
     def merged_kernel(self):
         """The kernels of all experts as floats (E, D, H), low-rank factors added: an array."""
         if self.scale is None:
             kernel = self._whole(self.kernel)
         else:
-            kernel = ops.convert_to_numpy(self.map().kernel.floats("float32"))
+            kernel = ops.convert_to_numpy(self.kernels().floats("float32"))
         if self.lora_a is None:
             return kernel
         a, b, scale = self._whole(self.lora_a), self._whole(self.lora_b), self.bank.lora_scale()

@@ -155,7 +155,7 @@ class StackedExperts(ExpertBank):
     def call(self, tokens: Tensor, plan: GroupedPlan, training: bool | None = None) -> Tensor:
         draws_now = self._dropout_seed is not None and training
         key = draws.key(self._dropout_seed) if draws_now else None
-        problem = Problem(self._compute(tokens), self._maps(), plan, key)
+        problem = self._problem(tokens, plan, key)
         network = self._network._replace(function=self._function())
         return backend.run(network, problem, self.projections[0].kernel)
 
@@ -164,10 +164,14 @@ class StackedExperts(ExpertBank):
         if is_spread or self._dropout_seed is not None:
             return super().compute_all(tokens)
         network = self._network._replace(function=self._function())
-        return network.run_on_all(self._compute(tokens), self._maps())
+        return network.run_on_all(self._problem(tokens))
 
-    def _maps(self):
-        return {projection.name: projection.map() for projection in self.projections}
+    def _problem(self, tokens, plan=None, key=None):
+        weights = None if plan is None else plan.weights
+        problem = Problem(self._compute(tokens), weights, {}, {}, plan, key)
+        for projection in self.projections:
+            projection.add_tensors(problem.trained, problem.frozen)
+        return problem
 
     def compute_output_shape(self, tokens_shape):
         network = self._network if self.built else self._trace(tokens_shape[-1])

@@ -6,7 +6,6 @@ from keras_moe._internal import Tensor
 from keras_moe._internal.checks import check_tensors, host_values
 from keras_moe.backend import backend
 from keras_moe.backend.padded import interval
-from keras_moe.ops.linears import Kernel, LinearMap
 from keras_moe.ops.networks import Problem, network_of
 from keras_moe.ops.plans import GroupedPlan
 from keras_moe.ops.sorting import as_dtype
@@ -55,12 +54,13 @@ def grouped_matmul(rows: Tensor, kernels: Tensor, group_sizes: Tensor) -> Tensor
         assignment_of_row=number,
         row_of_assignment=ops.where(is_served, ops.expand_dims(number, 1), -1),
     )
-    network = network_of(_product, kernels.shape[1], {"kernel": kernels.shape[1:]})
-    return backend.run(network, Problem(rows, {"kernel": LinearMap(Kernel(kernels))}, plan))
+    network = network_of(_product, kernels.shape[1], {"up": kernels.shape[1:]})
+    problem = Problem(rows, plan.weights, {("up", "kernel"): kernels}, {}, plan)
+    return backend.run(network, problem)
 
 
 def _product(rows, linear):
-    return linear("kernel", rows)
+    return linear("up", rows)
 
 
 def grouped_outer(left: Tensor, right: Tensor, group_sizes: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from keras_moe.backend import backend
 class LinearMap(NamedTuple):
     """A linear map of each expert, `x W + b`, or with low-rank factors `x W + b + (x A) B`."""
 
-    kernel: Any  # W (E, D, H), a `Kernel` or an `Int4Kernel`
+    kernel: Any = None  # W (E, D, H), a `Kernel` or an `Int4Kernel`
     bias: Any = None  # b (E, H), a tensor
     lora_a: Any = None  # A (E, D, r), a tensor, scaled
     lora_b: Any = None  # B (E, r, H), a tensor
@@ -33,12 +33,8 @@ class LinearMap(NamedTuple):
 
     # On the rows of a part, see `backend.layouts`
 
-    def outputs(self, part, rows):
-        outputs = part.product(rows, self.kernel, self.bias)
-        if self.lora_a is None:
-            return outputs
-        low = part.product(rows, Kernel(self.lora_a))
-        return outputs + part.product(low, Kernel(self.lora_b))
+    def correction(self, part, rows):
+        return part.product(part.product(rows, Kernel(self.lora_a)), Kernel(self.lora_b))
 
     def row_gradients(self, part, gradients):
         """The gradients of rows from those of their outputs."""

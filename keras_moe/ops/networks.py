@@ -29,39 +29,23 @@ from keras_moe.ops.sorting import as_dtype
 
 
 class Problem(NamedTuple):
-    """The inputs of a network: tokens, linear maps, a plan and a key of random draws."""
+    """The inputs of a network. The first three get gradients, the others have none."""
 
     tokens: Any  # (T, D)
-    maps: dict  # the `LinearMap` of all experts by name
+    weights: Any  # (T, K), of the assignments
+    trained: dict  # {(name, part): tensor (E, ...)}, parts of a `LinearMap`
+    frozen: dict  # {name: kernel}: integers, and what LoRA corrects
     plan: Any  # a `GroupedPlan`
     key: Any = None  # (2,) int32, for dropout; None where there is none
 
-    def inputs_and_context(self):
-        """Return the tensors that get gradients, and all others, as two structures."""
-        trained: dict = {}
-        frozen = {}
-        for name, (kernel, *others) in self.maps.items():
-            fields = zip(LinearMap._fields[1:], others)
-            trained |= {(name, field): each for field, each in fields if each is not None}
-            # Integers, and kernels that LoRA corrects, are frozen.
-            if kernel.bits is None and (name, "lora_a") not in trained:
-                trained[name, "kernel"], kernel = kernel.values, None
-            frozen[name] = kernel
-        inputs = self.tokens, self.plan.weights, trained
-        return inputs, (self.plan._replace(weights=None), frozen, self.key)
-
-    @classmethod
-    def of(cls, inputs, context):
-        """Inverse of `inputs_and_context`."""
-        (tokens, weights, trained), (plan, frozen, key) = inputs, context
-        maps = {
-            name: LinearMap(
-                kernel or Kernel(trained[name, "kernel"]),
-                *(trained.get((name, field)) for field in LinearMap._fields[1:]),
-            )
-            for name, kernel in frozen.items()
-        }
-        return cls(tokens, maps, plan._replace(weights=weights), key)
+    @property
+    def maps(self):
+        """The `LinearMap` of all experts by name."""
+        maps = {name: LinearMap(kernel) for name, kernel in self.frozen.items()}
+        for (name, part), tensor in self.trained.items():
+            value = Kernel(tensor) if part == "kernel" else tensor
+            maps[name] = maps.get(name, LinearMap())._replace(**{part: value})
+        return maps
 
 
 class Network(NamedTuple):
@@ -80,20 +64,24 @@ class Network(NamedTuple):
         """
         layout = backend.differentiable_layout(problem, platform)
         if layout is not None:
-            return self._outputs(layout, problem)[0]
-        passes = (functools.partial(each, platform) for each in (self._forward, self._backward))
-        return backend.differentiable(*passes, *problem.inputs_and_context())
+            return self._forward(layout, problem)[0]
 
-    def _forward(self, platform, inputs, context, save):
-        problem = Problem.of(inputs, context)
-        return self._outputs(backend.layout(problem, platform), problem, save)
+        def forward(inputs, context, save):
+            problem = Problem(*inputs, *context)
+            return self._forward(backend.layout(problem, platform), problem, save)
 
-    def _outputs(self, layout, problem, save=False):
+        def backward(inputs, context, buffers, gradient):
+            problem = Problem(*inputs, *context)
+            return self._backward(backend.layout(problem, platform), problem, buffers, gradient)
+
+        return backend.differentiable(forward, backward, problem[:3], problem[3:])
+
+    def _forward(self, layout, problem, save=False):
         """Return the weighted sums; if `save`, also buffers of the outputs and of `saved`."""
-        tokens, maps, plan, key = problem
+        tokens, maps, key = problem.tokens, problem.maps, problem.key
 
         def compute(part, maps, rows):
-            linear = Linear(rows, part, maps, key)
+            linear = Linear(part, maps, rows, key)
             outputs = as_dtype(self.function(rows, linear), rows.dtype)
             saved = [outputs, *(linear.outputs[name] for name in self.saved)] if save else []
             return [outputs, *saved], {}
@@ -101,13 +89,12 @@ class Network(NamedTuple):
         width = self.output_width
         widths = [width, width, *(maps[name].kernel.shape[2] for name in self.saved)]
         widths = widths if save else [width]
-        sums, buffers, _ = layout.run(compute, maps, [tokens], [], widths, {}, plan.weights)
+        sums, buffers, _ = layout.run(compute, maps, [tokens], [], widths, {}, problem.weights)
         return as_dtype(sums, tokens.dtype), buffers
 
-    def _backward(self, platform, inputs, context, buffers, gradient):
+    def _backward(self, layout, problem, buffers, gradient):
         """Return the gradients of tokens, weights and trained tensors."""
-        tokens, maps, plan, key = problem = Problem.of(inputs, context)
-        layout, trained = backend.layout(problem, platform), inputs[2]
+        tokens, maps, key, trained = problem.tokens, problem.maps, problem.key, problem.trained
 
         def compute(part, maps, rows, d_outputs, weights, outputs, *saved):
             values = dict(zip(self.saved, saved))
@@ -115,7 +102,7 @@ class Network(NamedTuple):
                 values[self.last] = outputs
 
             def run(rows, *tensors):
-                linear = LinearAgain(rows, part, maps, key, dict(zip(values, tensors)))
+                linear = Linear(part, maps, rows, key, dict(zip(values, tensors)))
                 return as_dtype(self.function(rows, linear), rows.dtype), linear.inputs
 
             inputs, pullback = backend.vjp(run, (rows, *values.values()))
@@ -128,38 +115,46 @@ class Network(NamedTuple):
             }
             return [d_rows, row_sums(d_outputs, outputs)], factors
 
-        weights = layout.of_assignments(as_dtype(plan.weights, tokens.dtype))
+        weights = layout.of_assignments(as_dtype(problem.weights, tokens.dtype))
         by_token, by_row, widths = [tokens, gradient], [weights, *buffers], [tokens.shape[1], None]
         d_tokens, (d_weights,), d_maps = layout.run(
             compute, maps, by_token, by_row, widths, trained
         )
         d_weights = layout.at_assignments(d_weights)
-        return as_dtype(d_tokens, tokens.dtype), as_dtype(d_weights, plan.weights.dtype), d_maps
+        return as_dtype(d_tokens, tokens.dtype), as_dtype(d_weights, problem.weights.dtype), d_maps
 
-    def run_on_all(self, tokens, maps):
+    def run_on_all(self, problem):
         """Return the outputs (T, E, D') of all experts for each token: products of whole stacks."""
-        num_experts = next(iter(maps.values())).kernel.shape[0]
-        part = AllTokens(tokens, num_experts)
-        outputs = self.function(part.rows, Linear(part.rows, part, maps))
+        maps = problem.maps
+        part = AllTokens(problem.tokens, next(iter(maps.values())).kernel.shape[0])
+        outputs = self.function(part.rows, Linear(part, maps, part.rows))
         return ops.transpose(part.by_expert(outputs), (1, 0, 2))
 
 
 class Linear:
-    """The `linear` that is passed to a network: its linear maps and dropout, on some rows."""
+    """The `linear` that is passed to a network: its linear maps and dropout, on rows of a part.
 
-    def __init__(self, rows, part, maps, key=None):
-        self._rows, self._part, self._maps, self._key = rows, part, maps, key
-        self.outputs = {}
+    In the backward pass its maps return what the forward pass has `saved`, by their names.
+    """
+
+    def __init__(self, part, maps, rows, key=None, saved=None):
+        self._part, self._maps, self._rows, self._key, self._saved = part, maps, rows, key, saved
+        self.inputs, self.outputs = {}, {}
         self.num_dropouts = 0
 
     def __call__(self, name, rows=None):
-        self.outputs[name] = self._maps[name].outputs(self._part, self._as_input(rows))
-        return self.outputs[name]
-
-    def _as_input(self, rows):
         if rows is None:  # A vector of each expert is a map from one feature.
-            return ops.ones((ops.shape(self._rows)[0], 1), self._rows.dtype)
-        return as_dtype(rows, self._rows.dtype)
+            rows = ops.ones((ops.shape(self._rows)[0], 1), self._rows.dtype)
+        rows, linear_map = as_dtype(rows, self._rows.dtype), self._maps[name]
+        if self._saved is not None:
+            transpose = functools.partial(linear_map.row_gradients, self._part)
+            outputs = backend.attach_gradient(self._saved[name], rows, transpose)
+        else:
+            outputs = self._part.product(rows, linear_map.kernel, linear_map.bias)
+            if linear_map.lora_a is not None:
+                outputs = outputs + linear_map.correction(self._part, rows)
+        self.inputs[name], self.outputs[name] = rows, outputs
+        return outputs
 
     def dropout(self, rows, rate):
         """Rows (n, H), each number set to 0 with the probability `rate`, or scaled, in training."""
@@ -174,20 +169,6 @@ class Linear:
         return ops.where(kept, rows / (1 - rate), ops.zeros((), rows.dtype))
 
 
-class LinearAgain(Linear):
-    """The `linear` of the backward pass: maps return what the forward pass saved."""
-
-    def __init__(self, rows, part, maps, key, values):
-        super().__init__(rows, part, maps, key)
-        self._values = values
-        self.inputs = {}
-
-    def __call__(self, name, rows=None):
-        self.inputs[name] = rows = self._as_input(rows)
-        transpose = functools.partial(self._maps[name].row_gradients, self._part)
-        return backend.attach_gradient(self._values[name], rows, transpose)
-
-
 def network_of(function: Callable, features: int, widths: dict) -> Network:
     """The `Network` of a function with linear maps of these widths, {name: (D, H)}."""
     return _traced(function, features, tuple(sorted(widths.items())))
@@ -196,18 +177,19 @@ def network_of(function: Callable, features: int, widths: dict) -> Network:
 @functools.lru_cache
 def _traced(function, features, widths):
     widths = dict(widths)
+    maps = {name: LinearMap((name, *each)) for name, each in widths.items()}
     found: dict = {}
 
     def trace(rows):
-        linear = _TracedLinear(rows, widths)
+        part = _TracedPart()
+        linear = Linear(part, maps, rows)
         outputs = function(rows, linear)
-        names = tuple(linear.calls)
-        is_last = bool(names) and outputs is linear.outputs[names[-1]]
-        found.update(names=names, is_last=is_last, has_dropout=linear.num_dropouts > 0)
+        is_last = bool(part.calls) and outputs is linear.outputs[part.calls[-1]]
+        found.update(names=part.calls, is_last=is_last, has_dropout=linear.num_dropouts > 0)
         return outputs
 
     outputs = compute_output_spec(trace, keras.KerasTensor((8, features), "float32"))
-    shape, names = tuple(getattr(outputs, "shape", ())), found["names"]
+    shape, names = tuple(getattr(outputs, "shape", ())), tuple(found["names"])
     if sorted(names) != sorted(widths) or len(shape) != 2 or shape[0] != 8:
         raise ValueError(
             "A network must call `linear` once with each name in `widths`, and return rows. "
@@ -218,23 +200,16 @@ def _traced(function, features, widths):
     return Network(function, saved, last, shape[1], found["has_dropout"])
 
 
-class _TracedLinear(Linear):
-    """The `linear` with which a network is traced for its shapes."""
+class _TracedPart:
+    """A part whose products are zeros: a network is traced with it for its calls and shapes."""
 
-    def __init__(self, rows, widths):
-        super().__init__(rows, None, {})
-        self._widths = widths
+    def __init__(self):
         self.calls = []
 
-    def __call__(self, name, rows=None):
-        rows = self._as_input(rows)
+    def product(self, rows, kernel, bias):
+        name, fan_in, fan_out = kernel
         self.calls.append(name)
-        # Other names are refused when all calls are known.
-        fan_in, fan_out = self._widths.get(name, 2 * (rows.shape[-1],))
         if len(rows.shape) != 2 or rows.shape[1] != fan_in:
-            raise ValueError(
-                f"`linear({name!r}, rows)` must have rows of {fan_in} features. "
-                f"Received: rows.shape={tuple(rows.shape)}"
-            )
-        self.outputs[name] = ops.zeros((ops.shape(rows)[0], fan_out), rows.dtype)
-        return self.outputs[name]
+            rule = f"`linear({name!r}, rows)` must have rows of {fan_in} features"
+            raise ValueError(f"{rule}. Received: rows.shape={tuple(rows.shape)}")
+        return ops.zeros((ops.shape(rows)[0], fan_out), rows.dtype)

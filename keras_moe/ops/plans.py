@@ -80,8 +80,7 @@ class GroupedPlan(NamedTuple):
         def backward(tokens, plan, saved, gradient):
             return as_dtype(plan.sum_rows(gradient), gradient.dtype)
 
-        # Integers, which have no gradient, are apart.
-        return backend.differentiable(forward, backward, tokens, self._replace(weights=None))
+        return backend.differentiable(forward, backward, tokens, self)
 
     @backend.jit_when_eager
     def combine(self, rows: Tensor) -> Tensor:
@@ -115,8 +114,7 @@ class GroupedPlan(NamedTuple):
             )
 
         weights = () if self.weights is None else (ops.convert_to_tensor(self.weights),)
-        plan = self._replace(weights=None)
-        return backend.differentiable(forward, backward, (rows, *weights), plan)
+        return backend.differentiable(forward, backward, (rows, *weights), self)
 
     # Rows, tokens and assignments
 
