@@ -101,7 +101,7 @@ class Backend:
     """Operations that need a framework's own calls. Everything else is written in `keras.ops`."""
 
     devices: "Devices"  # that a model runs on
-    activations: dict = {}  # activations of Keras, and faster ones here to use instead
+    activations: dict = {}  # {activation of Keras: a faster one}
 
     # What is computed, or traced to be compiled
 
@@ -150,7 +150,7 @@ class Backend:
         return function
 
     def control_dependency(self, tensor, value):
-        """Return the value, which is then computed only if the tensor is."""
+        """Return `value`, made to wait for `tensor`."""
         return value
 
     # Gradients
@@ -228,7 +228,7 @@ class Backend:
     def sum_chosen_rows(self, rows, places, weights=None):
         """Return float32 sums (T, D) of the rows at places (T, K), weighted by (T, K) or by 1.
 
-        A place of -1 has no row. All others differ and begin with 0.
+        A place of -1 has no row. All other places are distinct: 0, 1, 2, ...
         """
         # A gather, not a scatter: tokens are written once, in order, and need no atomic adds.
         total, existing = 0.0, ops.maximum(places, 0)

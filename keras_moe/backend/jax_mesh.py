@@ -87,7 +87,7 @@ def _num_experts(problem):
 
 
 def _chunk_lengths(num_rows, num_buckets=1):
-    """A thirty-second more than the mean share of the rows, then a quarter at a time."""
+    """33/32 of the mean share of the rows, then chunks of a quarter of it."""
     lengths = -(-33 * num_rows // 32), -(-num_rows // 4)
     return tuple(-(-length // num_buckets) for length in lengths)
 

@@ -1,9 +1,9 @@
 """Layouts: the rows of all groups in one part or in several.
 
-A layout has one method that computes, `run`: see `Parts.run`. A buffer holds one row of numbers for
-each row of the plan, in a form of the layout. `of_assignments` makes one from values of assignments
-(T, K), and `at_assignments` is the inverse. Each part has `product(rows, kernels, bias=None,
-transposed=False)` of its rows, and, but for `AllTokens`, `row_numbers()`, (n,) int32.
+A layout has one method that computes, `run`: see `Parts.run`. A buffer stores one vector for each
+row of the plan; each layout stores it in its own way. `of_assignments` makes one from values of
+assignments (T, K), and `at_assignments` is the inverse. Each part has `product(rows, kernels,
+bias=None, transposed=False)` of its rows, and, but for `AllTokens`, `row_numbers()`, (n,) int32.
 """
 
 from typing import Any
@@ -14,7 +14,7 @@ from keras_moe.backend import padded
 
 
 class Parts:
-    """Abstract: a layout of `parts`, at least one, in a row; a buffer is a list of their rows.
+    """Abstract: a list of one or more `parts`, run one after the other; a buffer lists their rows.
 
     `to_buffer` makes one from rows (R, W), and `to_rows` is the inverse. `gather(tokens)` returns a
     buffer with the token of each row, and `maps_of_parts(maps)` the maps of each part's experts.

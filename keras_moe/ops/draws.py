@@ -40,9 +40,15 @@ def dropout(inputs, rate, seed):
     """Inputs (..., C), each set to 0 with the probability `rate`, or scaled by 1 / (1 - rate)."""
     if not backend.needs_static_shapes():
         return keras.random.dropout(inputs, rate, seed=seed)
-    shape = ops.shape(inputs)
-    kept = ops.reshape(_hashed((math.prod(shape[:-1]), shape[-1]), seed) > rate, shape)
-    return ops.where(kept, inputs / (1 - rate), ops.zeros((), inputs.dtype))
+    rows = ops.reshape(inputs, (-1, inputs.shape[-1]))
+    numbers = ops.arange(ops.shape(rows)[0], dtype="int32")
+    return ops.reshape(drop(rows, rate, numbers, key(seed)), ops.shape(inputs))
+
+
+def drop(rows, rate, numbers, key):
+    """`dropout` of rows (n, C), by a key and a number of each row: see `hashed`."""
+    kept = hashed(numbers, rows.shape[1], key) >= rate
+    return ops.where(kept, rows / (1 - rate), ops.zeros((), rows.dtype))
 
 
 def key(seed):

@@ -22,7 +22,7 @@ from keras import ops
 from keras_moe._internal.keras_internals import compute_output_spec
 from keras_moe.backend import backend
 from keras_moe.backend.layouts import AllTokens
-from keras_moe.ops.draws import hashed
+from keras_moe.ops.draws import drop
 from keras_moe.ops.linears import Kernel, LinearMap
 from keras_moe.ops.plans import row_sums
 from keras_moe.ops.sorting import as_dtype
@@ -163,10 +163,8 @@ class Linear:
             raise ValueError(f"`rate` must be at least 0 and below 1. Received: rate={rate}")
         if self._key is None or not rate:
             return rows
-        # By a key and the numbers of the rows, random numbers are the same in both passes.
-        key = self._key + self.num_dropouts
-        kept = hashed(self._part.row_numbers(), rows.shape[1], key) >= rate
-        return ops.where(kept, rows / (1 - rate), ops.zeros((), rows.dtype))
+        # By a key and the numbers of the rows, draws are the same in both passes.
+        return drop(rows, rate, self._part.row_numbers(), self._key + self.num_dropouts)
 
 
 def network_of(function: Callable, features: int, widths: dict) -> Network:
