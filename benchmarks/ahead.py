@@ -18,6 +18,8 @@ runs. All numbers are read from the compiler's final program.
 - traffic: an instruction reads each operand and writes each result once; of what it slices or
   gathers it reads only that, of what it updates in place it writes only that. What a TPU holds in
   the memory of its core is free.
+- traffic_gb, kernels: all traffic together, and the kernels that are started, those of loops at
+  each trip; on a TPU, where one program holds them all, its instructions that do some work.
 - dynamic_loops: loops in the program whose number of trips depends on data. Of these one trip is
   counted, so with any of them there is no ratio. Other loops count with all their trips, and of a
   branch the most expensive side.
@@ -81,6 +83,8 @@ def examine(build, chip, sharding, options):
     work = roofline.work(compiled.as_text(), facts)
     return {
         "product_tflops": work.flops / 1e12,
+        "traffic_gb": work.bytes / 1e9,
+        "kernels": work.kernels,
         "bound_ms": work.bound(facts) * 1e3,
         "dynamic_loops": work.loops,
         "host_waits": work.waits,

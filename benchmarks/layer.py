@@ -8,6 +8,8 @@ the same backend, compiled the same way.
 All is measured in several processes: where their memory lies makes more of a difference than
 anything within one. The table shows the process with the middle ratio, and the lowest and highest
 ratio of all.
+
+With `--kept` all is measured again in processes that keep freed memory, see `benchmarks.memory`.
 """
 
 import itertools
@@ -23,6 +25,7 @@ from benchmarks.measure import (
     publish,
     summarise,
 )
+from benchmarks.observed import KEEP_MEMORY, environment
 from benchmarks.steps import compiled_step
 
 SKEWS = ("balanced", "zipf", "all-to-one")
@@ -32,13 +35,21 @@ def main(arguments=None):
     options = parser(__doc__)
     options.add_argument("--skew", nargs="+", default=["balanced"], choices=SKEWS)
     options.add_argument("--processes", type=int, default=3, help="take the middle of so many")
+    options.add_argument("--kept", action="store_true", help="again with memory that is kept")
     options = parse(options, arguments, processes=1)
-    if options.processes == 1:
-        rows = run(options)
-    else:
-        rows = middle([in_fresh_process(run, options) for _ in range(options.processes)])
+    rows = measured(options)
+    if options.kept:
+        with environment(KEEP_MEMORY):
+            rows += [{**row, "memory": "kept"} for row in measured(options)]
     title = f"{describe(options)}, middle of {options.processes} processes"
     return publish(f"layer-{BACKEND}", title, options, rows)
+
+
+def measured(options):
+    if options.processes > 1:
+        return middle([in_fresh_process(run, options) for _ in range(options.processes)])
+    # A process reads the variables of the allocator when it starts.
+    return in_fresh_process(run, options) if options.kept else run(options)
 
 
 def run(options):

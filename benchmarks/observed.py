@@ -1,5 +1,6 @@
-"""A fresh process whose compilations and memory can be observed."""
+"""Fresh processes: with other variables, and with compilations and memory that can be observed."""
 
+import contextlib
 import gc
 import os
 import pathlib
@@ -9,6 +10,14 @@ import numpy as np
 
 from benchmarks.measure import in_fresh_process
 
+# With these glibc keeps freed memory for later use, in huge pages.
+KEEP_MEMORY = {
+    "MALLOC_ARENA_MAX": "1",
+    "MALLOC_MMAP_MAX_": "0",
+    "MALLOC_TRIM_THRESHOLD_": "17179869184",
+    "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
+}
+
 
 def in_observed_process(function, options, *arguments):
     """`function(options, *arguments, dump)`.
@@ -16,16 +25,24 @@ def in_observed_process(function, options, *arguments):
     `dump` is where XLA writes a file for each module it compiles. JAX reads none from its cache.
     Freed memory goes back to the system at once: what the process holds is what is in use.
     """
-    before = dict(os.environ)
     with tempfile.TemporaryDirectory() as dump:
-        flags = f"{before.get('XLA_FLAGS', '')} --xla_dump_to={dump} --xla_dump_hlo_as_text"
+        flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_dump_to={dump} --xla_dump_hlo_as_text"
         limits = dict.fromkeys(("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_"), "131072")
-        os.environ.update(XLA_FLAGS=flags, JAX_ENABLE_COMPILATION_CACHE="0", **limits)
-        try:
+        variables = {"XLA_FLAGS": flags, "JAX_ENABLE_COMPILATION_CACHE": "0", **limits}
+        with environment(variables):
             return in_fresh_process(function, options, *arguments, dump)
-        finally:
-            os.environ.clear()
-            os.environ.update(before)
+
+
+@contextlib.contextmanager
+def environment(variables):
+    """Set environment variables, which processes read when they start."""
+    before = dict(os.environ)
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
 
 
 def compilations(dump):

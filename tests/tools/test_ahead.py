@@ -85,6 +85,8 @@ def test_a_step_is_compiled_for_a_tpu(monkeypatch, tmp_path):
     assert twin["product_tflops"] == pytest.approx(products * 2 * 32 * 8 * 32 / 1e12)
     assert twin["dynamic_loops"] == 0 and twin["ratio"] == 1
     assert 0 < twin["bound_ms"] < mixture["bound_ms"]
+    assert 0 < twin["kernels"] < mixture["kernels"]
+    assert 0 < twin["traffic_gb"] < mixture["traffic_gb"] < 1e-3
     assert twin["float32_products"] == mixture["float32_products"] == 0
     assert mixture["dynamic_loops"] == 0
 

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 
 import keras
 import numpy as np
@@ -92,6 +93,21 @@ def test_contestants_are_timed(program, arguments, names):
 @pytest.mark.backends("tensorflow", "jax")
 def test_layers_are_compared():
     assert len(run(layer)) == 4
+
+
+@on_one_backend
+def test_a_layer_is_measured_with_both_settings_of_the_allocator(monkeypatch):
+    settings = []
+
+    def run_here(function, options):
+        settings.append(os.environ.get("MALLOC_MMAP_MAX_"))
+        return function(options)
+
+    monkeypatch.delenv("MALLOC_MMAP_MAX_", raising=False)
+    monkeypatch.setattr(layer, "in_fresh_process", run_here)
+    rows = run(layer, "--kept")
+    assert settings == [None, "0"] and "MALLOC_MMAP_MAX_" not in os.environ
+    assert [row.get("memory") for row in rows] == [None] * 4 + ["kept"] * 4
 
 
 @pytest.mark.filterwarnings("ignore")  # what exporters warn of is not about this package
