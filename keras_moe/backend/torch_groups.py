@@ -82,14 +82,8 @@ class OneChunk(Chunks):
     def run(self, function, maps, by_token, by_row, widths, trained, weights=None):
         (rows,) = self.to_buffer(self.plan.dispatch(*by_token))
         with without_autocast(rows):
-            (outputs,), _ = function(self, maps, rows)
+            (outputs,), _ = function(self.parts[0], maps, rows)
         return self.plan._replace(weights=weights).combine(self.to_rows([outputs])), [], {}
-
-    def row_numbers(self):
-        return self.parts[0].row_numbers()
-
-    def product(self, rows, kernels, bias=None):
-        return Product.apply(self.parts[0], kernels, rows, kernels.values, bias)
 
 
 def _most_rows(problem):
@@ -121,6 +115,8 @@ class _Chunk:
         return sum(map(bool, self.numbers)) > 1 and has_grouped_mm(*tensors)
 
     def product(self, rows, kernels, bias=None, transposed=False):
+        if torch.is_grad_enabled():
+            return Product.apply(self, kernels, rows, kernels.values, bias)
         if bias is None and self._has_grouped_mm(rows, kernels.values):
             values = kernels.values[self._experts].to(rows.dtype)
             values = values.mT if transposed else values

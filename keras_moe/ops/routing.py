@@ -64,11 +64,14 @@ class Routing(NamedTuple):
         return self.mean(entropy(ops.convert_to_tensor(self.probs)))
 
 
-def check_routing(routing, sizes=None):
-    """Check that it is a routing, and the shapes and dtypes of its fields that are not None."""
+def check_is_routing(routing):
     if not isinstance(routing, Routing):
         rule = "`routing` must be an `ops.Routing`"
         raise TypeError(f"{rule}. Received: an object of type {type(routing).__name__}")
+
+
+def check_routing(routing, sizes=None):
+    """Check the shapes and dtypes of the fields of a routing that are not None."""
     check_tensors(
         sizes, **{name: (getattr(routing, name), *kind) for name, kind in _FIELDS.items()}
     )
