@@ -14,7 +14,7 @@ over the vocabulary is compiled apart. The columns, of one chip:
 - loss_gb: temporaries of the loss over the vocabulary and its gradient.
 - plain_gb: estimate for 30 layers, weights + the larger of temp_gb and loss_gb + 29 layer_gb.
 - remat_gb: the same where each layer is computed again in the backward pass and only its input is
-  kept, 2 D bytes a token.
+  kept, 2 D bytes per token.
 - longest, longest_remat: tokens per chip with which both estimates are 16 GB, between the lengths
   that were compiled, in steps of 64. 0 if the shortest needs more; at most the longest.
 
