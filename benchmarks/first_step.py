@@ -2,7 +2,7 @@
 
     KERAS_BACKEND=jax python -m benchmarks.first_step
 
-Processor time of the classifier of `benchmarks.model` with 1, 6 and 12 blocks; each contestant has
+CPU time of the classifier of `benchmarks.model` with 1, 6 and 12 blocks; each contestant has
 a fresh process. The columns:
 
 - build_s, first_step_s, first_predict_s: seconds to build the model, and for its first calls, which
@@ -46,7 +46,7 @@ def main(arguments=None):
         for call in ("first_step", "first_predict"):
             row[f"{call}_ratio"] = row[f"{call}_s"] / twin[f"{call}_s"]
         rows.append({"name": f"{name}, {blocks} blocks", **row, "hlo_lines": lines[name] or None})
-    title = f"{describe(options)} T={options.tokens[0]}, processor time"
+    title = f"{describe(options)} T={options.tokens[0]}, CPU time"
     return publish(f"first_step-{BACKEND}", title, options, rows)
 
 

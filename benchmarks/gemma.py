@@ -14,8 +14,8 @@ over the vocabulary is compiled apart. The columns, of one chip:
 - loss_gb: temporaries of the loss over the vocabulary and its gradient.
 - plain_gb: estimate for 30 layers, weights + the larger of temp_gb and loss_gb + 29 layer_gb.
 - remat_gb: the same where each layer is computed again in the backward pass and only its input is
-  kept, 2 D bytes a token.
-- longest, longest_remat: tokens a chip with which both estimates are 16 GB, between the lengths
+  kept, 2 D bytes per token.
+- longest, longest_remat: tokens per chip with which both estimates are 16 GB, between the lengths
   that were compiled, in steps of 64. 0 if the shortest needs more; at most the longest.
 
 The sizes are an assumption: those of google/gemma-4-26B-A4B as publicly known, as the model's
@@ -178,7 +178,7 @@ def compile_step(block, distribution, layer_types, length, options):
     import jax
     from keras_hub.src.models.gemma4 import gemma4_attention
 
-    say(f"compiling {' and '.join(layer_types)} of {block}, {length} tokens a chip")
+    say(f"compiling {' and '.join(layer_types)} of {block}, {length} tokens per chip")
     backbone = build(block, distribution, layer_types, options)
 
     def loss(trainable, fixed, inputs):

@@ -2,7 +2,7 @@
 
     KERAS_BACKEND=jax taskset -c 1 python -m benchmarks.generation
 
-`generate` of KerasHub's Llama with drawn weights, in processor time of a token. `MB` is the size of
+`generate` of KerasHub's Llama with drawn weights, in CPU time of a token. `MB` is the size of
 the weights, `difference` the largest of the logits to the dense model's, by their standard
 deviation. Two of "4 halves" are as wide as the dense layer, two of "4 copies" twice as wide.
 """

@@ -29,7 +29,7 @@ DENSE, SPARSE = "KerasHub Mixtral model", "the same, converted"
 
 
 def main(arguments=None):
-    # Blocks that run all experts take seconds a step.
+    # Blocks that run all experts take seconds per step.
     options = parser(__doc__, gated=True, experts=[8, 32], rounds=3)
     options.add_argument("--models", action="store_true", help="whole models of KerasHub")
     options.add_argument("--peers", nargs="+", default=list(RIVALS), choices=list(RIVALS))

@@ -1,4 +1,4 @@
-"""Many tasks and whole samples, in processor time of a training step.
+"""Many tasks and whole samples, in CPU time of a training step.
 
     KERAS_BACKEND=jax python -m benchmarks.tasks
 
@@ -39,7 +39,7 @@ def main(arguments=None):
             table[1]["max_difference"] = float(np.abs(outputs[1] - outputs[0]).max())
         rows += [{**row, **about} for row in table]
         del contestants, steps
-    return publish(f"tasks-{BACKEND}", f"{describe(options)}, processor time", options, rows)
+    return publish(f"tasks-{BACKEND}", f"{describe(options)}, CPU time", options, rows)
 
 
 def races(options):

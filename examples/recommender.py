@@ -9,7 +9,7 @@ many parameters, over several seeds; then shows which task uses which expert.
 
 In a clone of the repository of keras_moe; with `tensorflow` or `torch` in place of `jax`, set
 `KERAS_BACKEND` to that name. Of recbole only the data files are read. A run on JAX in November
-2026, four minutes of processor time, found MMoE ahead of shared layers by 0.0016 of AUC, about as
+2026, four minutes of CPU time, found MMoE ahead of shared layers by 0.0016 of AUC, about as
 much as seeds differ, and PLE level with them, because the two tasks are close.
 """
 

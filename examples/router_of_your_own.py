@@ -7,7 +7,7 @@ the model: an expert has a centre, and a token goes to the experts whose centres
 
 In a clone of the repository of keras_moe; with `.[tensorflow]` or `.[torch]`, set `KERAS_BACKEND`
 to that name. The data, handwritten digits of 8 by 8 pixels, come with scikit-learn. A run on
-PyTorch, 17 seconds of processor time, reached test accuracies of 95.8% with the usual router and
+PyTorch, 17 seconds of CPU time, reached test accuracies of 95.8% with the usual router and
 95.3% with this one.
 """
 

@@ -8,7 +8,7 @@ is served by none. Then: which expert serves which speaker.
 
 In a clone of the repository of keras_moe; with `.[tensorflow]` or `.[torch]`, set `KERAS_BACKEND`
 to that name. Of aeon only the data file is read: Japanese vowels of nine speakers (Kudo, Toyama and
-Shimbo 1999). A run on JAX, 25 seconds of processor time, reached a test accuracy of 98.1%; most
+Shimbo 1999). A run on JAX, 25 seconds of CPU time, reached a test accuracy of 98.1%; most
 experts serve mainly two or three speakers.
 """
 

@@ -117,7 +117,7 @@ class Translator(keras.Model):
 """
 ## Training
 
-Seconds are processor time, without the first step, which compiles. The mixture's step takes
+Seconds are CPU time, without the first step, which compiles. The mixture's step takes
 longer. So the dense model is trained twice: for as many steps, and for as many seconds.
 """
 

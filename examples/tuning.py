@@ -9,7 +9,7 @@ that no trial saw.
 
 In a clone of the repository of keras_moe; with `tensorflow` or `torch` in place of `jax`, set
 `KERAS_BACKEND` to that name. The data, a photograph, comes with scikit-learn. A run on PyTorch,
-140 seconds of processor time, found a setting with a test error of 8.10, mean of three seeds; the
+140 seconds of CPU time, found a setting with a test error of 8.10, mean of three seeds; the
 layers picked by hand had 8.58.
 """
 
@@ -58,7 +58,7 @@ train = train[: len(train) // BATCH_SIZE * BATCH_SIZE]  # batches of one size
 ## The space
 
 The first value of each tuple is the one picked by hand. `active_width` is the width of all experts
-of a token together: with more experts a token, each is narrower, so that the cost does not change.
+of a token together: with more experts per token, each is narrower, so the cost does not change.
 Both layers of the model share the values of a trial. Routers see long waves of the place only, so
 that an expert serves a part of the picture.
 """

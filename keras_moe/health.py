@@ -84,7 +84,7 @@ def judge_load(counts: Tensor, top_k: int, advice: str) -> list[Finding]:
     """Findings about the load of the experts.
 
     A problem if experts are dead, see `metrics.dead_experts`, or in a collapse, where few more than
-    K do the work. A hint if one does twice the mean, or with fewer than 20 assignments an expert.
+    K do the work. A hint if one does twice the mean, or with fewer than 20 assignments per expert.
 
     Args:
         counts: List or array, (E,). Assignments per expert.

@@ -136,7 +136,7 @@ def typical_words(routing: Routing, texts: list[str], num_words: int = 10) -> li
 
     Args:
         routing: An `ops.Routing`.
-        texts: List of T strings, padding included. Each is split at blanks into words.
+        texts: List of T strings, one per token, padding included. Blanks separate words.
         num_words: Integer. The most words of an expert; only those with a lift above 1.
     """
     check_is_routing(routing)

@@ -35,7 +35,7 @@ SET_TOP_K = ("balanced_assignment", "switch")
 class SearchSpace:
     """The values from which a search chooses each part of a MoE layer.
 
-    Values come as a list, tuple, range or array; a single one is fixed. An expert is
+    Values come as a list, tuple, range or array; a list of one fixes it. An expert is
     `active_width / K` wide, so that neither `num_experts` nor `top_k` changes what experts cost.
 
     Args:
@@ -44,7 +44,7 @@ class SearchSpace:
         top_k: Integers. Experts per token, K. "switch" and "balanced_assignment" always have one.
         routers: Strings. Routers whose tokens all have K experts: "cosine", "group_limited",
             "noisy_top_k", "sinkhorn", "top_k", "balanced_assignment" and "switch".
-        loss_weights: Dict of names for `losses.get` to floats, their weights.
+        loss_weights: Dict of names for `losses.get` to lists of weights, in place of the default.
         capacity_factors: Capacities, as in `layers.MixtureOfExperts`; None is no limit.
         name: String. Prefix of the hyperparameter names; must differ between tuned layers.
 

@@ -58,7 +58,7 @@ OUTCOME = {
     "last": ("{:.2f}", lambda run: run["imbalance"][-1]),
     "dead": ("{:.1f}", "dead_experts"),
 }
-COSTS = {"dropped": ("{:.1%}", "dropped_fraction"), "ms a step": ("{:.1f}", "ms_per_step")}
+COSTS = {"dropped": ("{:.1%}", "dropped_fraction"), "ms per step": ("{:.1f}", "ms_per_step")}
 RECOVERY = {
     f"steps to {BALANCED}": (
         lambda steps: "never" if None in steps else f"{np.mean(steps):.0f}",

@@ -37,13 +37,13 @@ def is_sparse(model):
 
 
 def spread(values, form):
-    """The mean of some runs and, where they differ, their standard deviation."""
+    """The mean of some runs and, where they differ, their population standard deviation."""
     text = form.format(np.mean(values))
     return f"{text} +- {form.format(np.std(values))}" if np.ptp(values) else text
 
 
 def interval(values, form="+.4f"):
-    """The mean and half of the 95% confidence interval by Student's t."""
+    """The mean and the half-width of the 95% interval by Student's t."""
     text = f"{np.mean(values):{form}}"
     if len(values) < 2:
         return text
@@ -140,7 +140,7 @@ def print_runs(title, models, columns):
 
 # Columns of tables.
 PARAMETERS = {
-    "ms a step": ("{:.0f}", "ms_per_step"),
+    "ms per step": ("{:.0f}", "ms_per_step"),
     "parameters": ("{:,.0f}", "parameters"),
     "active": ("{:,.0f}", "active_parameters"),
 }
@@ -149,8 +149,8 @@ PARAMETERS = {
 def print_comparison(results, **further):
     """A table of runs by model and seed against those of the first model.
 
-    Differences are those of runs with one seed; after +-, half of a 95% interval. Perplexities are
-    those of the mean loss. Equal time is what the first model took.
+    Differences are those of runs with one seed; after +-, half-width of the 95% interval.
+    Perplexities are those of the mean loss. Equal time is what the first model took.
     """
 
     def perplexity(losses):
@@ -180,7 +180,7 @@ def print_comparison(results, **further):
 def print_ends(results, **further):
     """A table of the losses at the end of runs by model and seed, against the first model's.
 
-    After +-, half of a 95% interval of the differences of runs with one seed.
+    After +-, half-width of the 95% interval of the differences of runs with one seed.
     """
     baseline, models = next(iter(results.values())), {}
     for name, runs in results.items():

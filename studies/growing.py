@@ -5,7 +5,7 @@
 
 A mixture of 32 experts from the start, one of 8, and one of 8 whose experts are copied to 32 after
 half of the training. There the optimizer starts again, but not its learning rate schedule. All
-train for as much processor time: steps times the time of a step, measured before training in turns
+train for as much CPU time: steps times the time of a step, measured before training in turns
 with the other models. Model, data and learning rate come from the study `sparsity.py`, in smaller
 batches. Losses are of the test split. The report has the models and seeds of the last command.
 """

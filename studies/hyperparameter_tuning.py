@@ -36,7 +36,7 @@ SMOKE = (
     ),
 )
 BATCH_SIZE = 64
-# Most active FLOPs a token, as a multiple of those of the layer picked by hand.
+# Most active FLOPs per token, as a multiple of those of the layer picked by hand.
 BUDGET = 1.1
 
 
@@ -146,7 +146,7 @@ def compare(search, ids, labels):
 
 
 def print_report(report):
-    print("\nTrials by active FLOPs a token, with their validation loss")
+    print("\nTrials by active FLOPs per token, with their validation loss")
     for trial in report["trials"]:
         print(f"{trial['trial']}  {trial['cost']:,.0f}  {trial['loss']:.4f}  {trial['values']}")
     columns = {

@@ -6,7 +6,7 @@
 
 Low-rank corrections (LoRA) of the feed-forward layers in the second half of SmolLM2, 135 million
 parameters, learn manual pages in seven languages that it hardly knows and Python code, or pages in
-one language. Each model trains for about the same processor time, a whole number of steps, and its
+one language. Each model trains for about the same CPU time, a whole number of steps, and its
 learning rate falls to the end of these steps. The rate is the best of three in
 shorter runs, of equal times too, with another seed. Losses are of other pages. The time of a step
 is measured before training, in turns with the other models. Weights and text come from packages, of
@@ -40,7 +40,7 @@ import keras_moe
 
 class Size(typing.NamedTuple):
     length: int
-    seconds: float  # of a training, processor time
+    seconds: float  # of a training, CPU time
     trial_seconds: float
     evaluations: int
     test_rows: int  # of each kind of text

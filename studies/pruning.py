@@ -28,7 +28,7 @@ BATCH_SIZE = 32
 COLUMNS = {
     "validation loss": ("{:.4f}", "loss"),
     "rise": ("{:.4f}", "rise"),
-    "FLOPs a token": ("{:,.0f}", "flops"),
+    "FLOPs per token": ("{:,.0f}", "flops"),
 }
 # So many batches of training data are measured on.
 BATCHES = 16

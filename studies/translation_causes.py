@@ -89,7 +89,7 @@ def trained(options):
 
 
 def print_losses(results):
-    """Differences are those of runs with one seed; after +-, half of a 95% interval."""
+    """Differences are those of runs with one seed; after +-, half-width of the 95% interval."""
     columns = {
         "seeds": (lambda losses: str(len(losses)), "mixture"),
         "mixture": ("{:.4f}", "mixture"),

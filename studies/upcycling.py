@@ -6,7 +6,7 @@
 All train on from the same weights, on the same data in the same order, with the same learning
 rates. The second half of training reads text that the first has not seen. Model, data and learning
 rate come from the study `sparsity.py`; batches are smaller, and the balance loss is weaker. Losses
-are of the test split. Times are steps times the processor time of a step, measured before training
+are of the test split. Times are steps times the CPU time of a step, measured before training
 in turns with the other models. The report has the models and seeds of the last command.
 """
 

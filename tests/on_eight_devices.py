@@ -206,7 +206,7 @@ def test_experts_may_be_on_few_devices_or_over_an_axis_that_does_not_split_the_b
 
 
 def test_a_capacity_holds_for_the_tokens_of_each_device():
-    # Two sequences a device: on one device, sequences twice as long.
+    # Two sequences per device: on one device, sequences twice as long.
     def layer(**kwargs):
         return bank_of(capacity_factor=layers.Capacity(0.6, priority="probability", **kwargs))
 

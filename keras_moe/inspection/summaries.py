@@ -189,7 +189,7 @@ def table_row(layer):
         "experts": f"{layer.top_k} of {layer.num_experts}",
         "parameters": f"{layer.parameters:,}" + f" ({shared:,} shared)" * bool(shared),
         "active": f"{layer.active_parameters:,}",
-        "FLOPs a token": f"{layer.flops:,}",
+        "FLOPs per token": f"{layer.flops:,}",
         "busiest": f"{busiest:.2f} x fair" if used else "-",
         "dead": f"{int(metrics.dead_experts(layer.counts))}" if used else "-",
         "dtype": layer.dtype,

@@ -46,8 +46,8 @@ class MixtureOfExperts(Gate):
         router: Router, or a name for `routers.get`. Its number of experts is the bank's by default.
         router_losses: List of losses of the routing, objects or names for `losses.get`. None: the
             `default_losses` of the router, for most `("load_balance", "router_z")`. `[]`: none.
-        shared_expert: Keras layer that serves every token, its output added to the chosen experts'
-            output, or None. DeepSeekMoE (arXiv:2401.06066), section 3.2.
+        shared_expert: Keras layer that processes every token, its output added to that of the
+            chosen experts, or None. DeepSeekMoE (arXiv:2401.06066), section 3.2.
         capacity_factor: Positive float, the factor of a `Capacity` with its defaults; a `Capacity`;
             or None for no limit. Zero-computation experts are never limited.
         gated_shared_expert: Boolean. Whether the shared expert's output is multiplied by a gate of

@@ -117,7 +117,7 @@ class TransformerEncoderBlock(TransformerBlock):
             feed-forward layer changes the number of features.
 
     Call arguments:
-        inputs: (batch, length, D) float tensor.
+        inputs: (batch, length, D) float tensor, with positions, as the block adds none.
         mask: (batch, length) bool tensor, False for padding. Default: the Keras mask of the inputs.
         training: Boolean. Whether dropout is applied and router losses are added.
         token_ids: (batch, length) integer tensor, for a feed-forward layer that uses them.

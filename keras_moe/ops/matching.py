@@ -1,6 +1,6 @@
 """Matching of tokens and experts: experts pick their tokens, or each has its fair share of them.
 
-Axes: T tokens, of which N are real, E experts, B sequences, C tokens an expert picks from each
+Axes: T tokens, of which N are real, E experts, B sequences, C tokens that an expert picks from each
 sequence, S tokens of a sequence.
 """
 

@@ -212,7 +212,7 @@ def _row(layer, num_documents):
         tables = [label_table(layer.routing, each)[0] for each in (layer.labels, documents.ravel())]
         bits = "{:.2f}; {:.2f} if shuffled".format(*map(mutual_bits, tables))
     row = table_row(layer.summary._replace(counts=counts.tolist()))
-    del row["FLOPs a token"], row["dtype"]
+    del row["FLOPs per token"], row["dtype"]
     return {
         **{name: _escape(cell) for name, cell in row.items()},
         "shares": _bars(counts),
