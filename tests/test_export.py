@@ -17,7 +17,7 @@ from layer_checks import OF_LAYERS
 from test_own_experts import OWN_BANKS
 
 from benchmarks.exported import PROGRAMS
-from keras_moe import layers, routers
+from keras_moe import layers, routers, surgery
 
 S, D, E = 3, 8, 3
 BATCHES = (1, 9)
@@ -94,6 +94,24 @@ def test_a_capacity_computed_at_inference_is_exported_to_onnx(tmp_path):
     capacity = layers.Capacity(1.0, evaluation_factor=0.7, multiple_of=2)
     x = layers.MixtureOfExperts(layers.FeedForwardExperts(E, 16), capacity_factor=capacity)(x)
     assert_serves(keras.Model(inputs, x), PROGRAMS["onnx"], tmp_path, more=[batch(7)])
+
+
+@pytest.mark.backends("tensorflow")
+def test_a_compiled_model_of_a_class_is_exported_after_surgery(tmp_path):
+    class Net(keras.Model):
+        def __init__(self):
+            super().__init__()
+            self.moe = layers.MixtureOfExperts(layers.FeedForwardExperts(E, 16))
+
+        def call(self, inputs):
+            return self.moe(inputs)
+
+    model = Net()
+    model.compile("sgd", "mse")
+    model(batch(1))
+    surgery.prune_experts(model, keep=2, data=[batch(9)])
+    model.export(tmp_path / "program", verbose=False)
+    assert (tmp_path / "program" / "saved_model.pb").exists()
 
 
 def assert_serves(model, program, tmp_path, more=()):

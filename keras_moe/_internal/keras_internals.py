@@ -228,10 +228,10 @@ def forget_old_weights(model):
     for layer in model._flatten_layers():
         if hasattr(layer, "_torch_params"):  # PyTorch's list of all parameters in it
             layer._track_variables()
-        frozen = getattr(layer, "_compiled_trainable_state", None)  # as a model was compiled
-        if frozen is not None:
-            frozen.clear()
-            frozen.update({part: part.trainable for part in layer._flatten_layers()})
+        if getattr(layer, "_compiled_trainable_state", None) is not None:  # as it was compiled
+            # A new one: TensorFlow exports no model with a dict that was changed.
+            parts = layer._flatten_layers()
+            layer._compiled_trainable_state = {part: part.trainable for part in parts}
         optimizer = getattr(layer, "optimizer", None)
         if optimizer is not None and optimizer.built:
             # One without state. User-defined classes in it need not be registered.
