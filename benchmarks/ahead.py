@@ -5,8 +5,7 @@
 TPUs need `jax[tpu]`, the extra `ahead`; an H100 needs JAX's CUDA plugin, `jax[cuda13]`. One forward
 and backward pass, gradients of the inputs and of all weights included, of the dense twin and of a
 MoE layer is compiled for one device of each chip, from shapes alone: no weight is made and nothing
-runs. All numbers are read from the compiler's final program. `--network` compares the products of
-experts alone, with an activation between them, and all weights in the dtype of the rows.
+runs. All numbers are read from the compiler's final program.
 
 - bound_ms, ratio: a lower bound on the time, and by that of the twin. Kernels run one after
   another, and each takes the longer of its FLOPs at the chip's peak and its traffic at the memory's
@@ -35,8 +34,6 @@ that other tiles cannot hide, or uneven groups. It finds copies, padding, loops 
 import collections
 import sys
 
-import keras
-
 from benchmarks import chips, contestants, roofline
 from benchmarks.measure import BACKEND, describe, parse, parser, publish
 
@@ -44,13 +41,9 @@ from benchmarks.measure import BACKEND, describe, parse, parser, publish
 def main(arguments=None):
     options = parser(__doc__, features=1024, hidden=4096, dtype="bfloat16")
     options.add_argument("--chip", nargs="+", default=["v5e"], choices=chips.CHIPS)
-    options.add_argument("--network", action="store_true", help="without routing and biases")
     options = parse(options, arguments)
     if BACKEND != "jax":
         sys.exit("benchmarks.ahead compiles with JAX: put KERAS_BACKEND=jax in front.")
-    if options.network:
-        keras.config.set_dtype_policy(options.dtype)
-        options.tag += "-network"
     rows = {}
     for chip in options.chip:
         package = chips.missing(chip)
@@ -69,8 +62,7 @@ def run(chip, options):
     # Something is compiled first, so that no contestant pays for the start of the compiler.
     scalar = jax.ShapeDtypeStruct((), "float32", sharding=sharding)
     jax.jit(lambda x: x + 1).lower(scalar).compile()
-    contest = contestants.contest_of_networks if options.network else contestants.contest
-    for name, build in contest(options).items():
+    for name, build in contestants.contest(options).items():
         row = {"name": name, **examine(build, chip, sharding, options)}
         rows.append(row)
         # Work that loops hide would make a layer look cheap.

@@ -5,8 +5,6 @@ import numpy as np
 from keras import ops
 
 from keras_moe import layers, routers
-from keras_moe.backend import backend
-from keras_moe.ops.linears import Kernel
 
 
 def mixture(num_experts, options, skew="balanced"):
@@ -56,49 +54,15 @@ def contest(options):
     return builders
 
 
-def contest_of_networks(options):
-    """As `contest`, of two products with an activation between them and nothing else."""
-    builders = {"dense network": lambda: DenseTwin(options, use_bias=False)}
-    for number in options.experts:
-        builders[f"E={number} network"] = lambda number=number: ExpertNetwork(number, options)
-    return builders
-
-
-class ExpertNetwork(keras.layers.Layer):
-    """The products of experts on rows that are sorted already: K rows for each token (T, D)."""
-
-    def __init__(self, num_experts, options):
-        super().__init__()
-        features, hidden, self.top_k = options.features, options.hidden, options.top_k
-        self.activation = keras.activations.get(options.activation)
-        self.up = self.add_weight((num_experts, features, hidden))
-        self.down = self.add_weight((num_experts, hidden, features))
-        self.sizes = self.add_weight((num_experts,), "zeros", "int32", trainable=False)
-        self.built = True
-
-    def call(self, x, training=None):
-        rows = ops.tile(x, (self.top_k, 1))
-        weights = map(ops.convert_to_tensor, (self.up, self.down, self.sizes))
-        outputs = backend.on_its_platform(self._run, rows, *weights)
-        return ops.sum(ops.reshape(outputs, (self.top_k, *x.shape)), axis=0)
-
-    def _run(self, platform, rows, up, down, sizes):
-        hidden = self.activation(backend.product(rows, Kernel(up), sizes, platform=platform))
-        return backend.product(hidden, Kernel(down), sizes, platform=platform)
-
-    def compute_output_shape(self, shape):
-        return shape
-
-
 class DenseTwin(keras.layers.Layer):
     """One feed-forward network as wide as the experts that serve a token, together."""
 
-    def __init__(self, options, use_bias=True):
+    def __init__(self, options):
         super().__init__()
         self.supports_masking = True
         # As in the banks, gated networks have no biases.
         gated, activation = options.gated, options.activation
-        width, use_bias = options.top_k * options.hidden, use_bias and not gated
+        width, use_bias = options.top_k * options.hidden, not gated
         self.up = keras.layers.Dense(width, None if gated else activation, use_bias)
         self.gate = keras.layers.Dense(width, activation, use_bias) if gated else None
         self.down = keras.layers.Dense(options.features, use_bias=use_bias)

@@ -13,7 +13,7 @@ from keras import ops
 
 from keras_moe._internal import Tensor
 from keras_moe._internal.checks import check_indices, check_integer, check_tensors, host_values
-from keras_moe.ops.routing import Routing
+from keras_moe.ops.routing import Routing, check_is_routing
 from keras_moe.ops.selection import chosen_experts, entropy, mask_invalid, weights_of_experts
 
 __all__ = [
@@ -73,6 +73,7 @@ def router_entropy(routing: Routing) -> Tensor:
 
     Float32 scalar: 1 for a router without a preference, 0 for a certain one or padding alone.
     """
+    check_is_routing(routing)
     return routing.entropy() / math.log(max(routing.counts.shape[0], 2))
 
 
@@ -83,6 +84,7 @@ def coactivation(routing: Routing) -> Tensor:
 
     Reference: Muennighoff et al. 2024, OLMoE (arXiv:2409.02060), section 5.2.
     """
+    check_is_routing(routing)
     chosen = chosen_experts(routing.indices, routing.counts.shape[0])
     chosen = ops.cast(ops.logical_and(chosen, ops.expand_dims(routing.mask, 1)), "float32")
     together = ops.matmul(ops.transpose(chosen), chosen)
@@ -99,6 +101,7 @@ def count_table(routing: Routing, groups: Tensor, num_groups: int) -> Tensor:
             array; in a tensor they count for no group.
         num_groups: Integer. Number of groups, G.
     """
+    check_is_routing(routing)
     num_groups = check_integer("num_groups", num_groups)
     check_indices("groups", groups, num_groups)
     groups = ops.convert_to_tensor(groups)
@@ -129,13 +132,17 @@ def typical_words(routing: Routing, texts: list[str], num_words: int = 10) -> li
     """The words that are most typical of each expert, a list of strings for each.
 
     They have the highest lift: the expert's share of a word's assignments, divided by its share of
-    all. Ten more assignments of each word, divided as all are, keep out words that are rare.
+    all. Ten pseudo-assignments per word, distributed like all assignments, rank rare words low.
 
     Args:
         routing: An `ops.Routing`.
         texts: List of T strings, padding included. Each is split at blanks into words.
         num_words: Integer. The most words of an expert; only those with a lift above 1.
     """
+    check_is_routing(routing)
+    if len(texts) != routing.mask.shape[0]:
+        rule = f"`texts` must have a string for each of {routing.mask.shape[0]} tokens"
+        raise ValueError(f"{rule}. Received: {len(texts)} strings")
     words, found = np.unique(np.array(" ".join(texts).split(), object), return_inverse=True)
     sizes = [len(text.split()) for text in texts]
     indices = np.repeat(ops.convert_to_numpy(routing.indices), sizes, axis=0)
@@ -150,7 +157,7 @@ def typical_words(routing: Routing, texts: list[str], num_words: int = 10) -> li
 
 def as_counts(counts, axes="E", name="counts"):
     """Counts as a float32 tensor, checked: their axes and, on the host, their sign."""
-    if hasattr(counts, "_fields") or isinstance(counts, keras.Layer):
+    if hasattr(counts, "_fields") or isinstance(counts, (dict, keras.Layer, str)):
         rule = f"`{name}` must be numbers, such as `routing.counts` or `layer.expert_counts`"
         raise TypeError(f"{rule}. Received: a `{type(counts).__name__}`")
     array = host_values(counts)

@@ -46,7 +46,7 @@ class SearchSpace:
             "noisy_top_k", "sinkhorn", "top_k", "balanced_assignment" and "switch".
         loss_weights: Dict of names for `losses.get` to floats, their weights.
         capacity_factors: Capacities, as in `layers.MixtureOfExperts`; None is no limit.
-        name: String before the names of the hyperparameters, another one for each tuned layer.
+        name: String. Prefix of the hyperparameter names; must differ between tuned layers.
 
     Raises:
         ValueError: If a value is out of its range, or some do not go together.
@@ -181,7 +181,7 @@ class CostMonitor(keras.callbacks.Callback):
 
 
 class WithinBudget(keras_tuner.Objective):
-    """The least loss under a budget: any trial above it is worse than every trial within it.
+    """Minimises a loss subject to a cost budget: trials above it rank below all within it.
 
     The score of a trial is from 0 to 1 within the budget, and above 1 over it. A warning is given
     as long as no trial has kept to the budget.
@@ -210,7 +210,8 @@ class WithinBudget(keras_tuner.Objective):
     def get_value(self, logs):
         if not self.has_value(logs):
             # Fatal to KerasTuner, which would otherwise try the next trial.
-            fix = "give `search` validation data and `callbacks=[tuner.CostMonitor()]`"
+            fix = "give `search` validation data and `callbacks=[tuner.CostMonitor()]`, and name "
+            fix += "in `cost` and `loss` what the logs have"
             rule = f"The logs must contain {self.loss!r} and {self.cost!r}: {fix}"
             raise keras_tuner.errors.FatalValueError(f"{rule}. Received: {sorted(logs)}")
         cost, loss = float(logs[self.cost]), float(logs[self.loss])

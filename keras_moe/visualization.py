@@ -16,7 +16,7 @@ from matplotlib.ticker import MaxNLocator
 
 from keras_moe import metrics
 from keras_moe._internal import Tensor
-from keras_moe._internal.checks import check_indices, check_integer
+from keras_moe._internal.checks import check_indices, check_integer, check_tensors
 from keras_moe.inspection.summaries import as_text
 from keras_moe.ops.routing import Routing
 
@@ -156,6 +156,7 @@ def shares_over_time(shares: dict | Tensor) -> Figure:
 
 
 def _draw_shares(axes, shares):
+    check_tensors(shares=(shares, "TE"))
     share = shares / np.maximum(shares.sum(axis=1, keepdims=True), 1e-12)
     fair = np.clip(share * shares.shape[1], 1 / 8, 8)
     style = {"cmap": "RdBu_r", "vmin": -3, "vmax": 3, "origin": "lower"}

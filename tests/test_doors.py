@@ -95,6 +95,16 @@ def fitted(callback, **kwargs):
     return made.fit(X, normal(2, 5, 2), verbose=0, callbacks=[callback])
 
 
+def loaded_into_a_wider_bank():
+    keras.Sequential([keras.Input((D,)), moe()]).save_weights("narrow.weights.h5")
+    wider = moe(layers.FeedForwardExperts(E, 24))
+    keras.Sequential([keras.Input((D,)), wider]).load_weights("narrow.weights.h5")
+
+
+def with_loss(**methods):
+    return moe(router_losses=[own_part(losses.RouterLoss, **methods)])(t(), training=True)
+
+
 def dense_fitted(callback):
     made = keras.Sequential([keras.Input((D,)), dense()])
     made.compile("sgd", "mse")
@@ -317,7 +327,7 @@ REFUSED = [
     ("moe(balancer='quantile')", "`balancer` is an argument of `TopKRouter`"),
     ("moe(dropout=0.1)", "`dropout` is an argument of the bank"),
     ("moe(d_fff=64)", "Unrecognized keyword arguments"),
-    ("moe(units=64)", "`units` is `hidden_dim` here"),
+    ("moe(units=64)", "`output_dim` here if"),
     ("routers.TopKRouter(E, k=2)", "`k` is `top_k` here"),
     ("moe(aux_loss_weight=0.1)", "`aux_loss_weight` is `router_losses` here, such as `[losses.Loa"),
     ("moe(load_balancing_loss=0.1)", "`load_balancing_loss` is `router_losses` here"),
@@ -492,6 +502,34 @@ REFUSED = [
     ("hugging_face(config={**MIXTRAL, 'num_local_experts': 3})", "must match"),
     ("hugging_face(into=built(moe()))", "must be a block of"),
     ("convert.use_sparse_experts(plain())", "must have a MoE block"),
+    ("convert(plain())", "`upcycle`"),
+    ("moe(hidden_size=8)", "the width of the inputs"),
+    ("moe(intermediate_dim=8)", "`hidden_dim` here"),
+    ("moe(z_loss_weight=0.1)", "losses.RouterZ(0.001)"),
+    ("moe(gated=True)", "`GatedExperts(num"),
+    ("moe(dropless=True)", "the default"),
+    ("moe(router_jitter_noise=0.1)", "input_jitter"),
+    ("layers.GatedExperts(E, 8, activation='swiglu')", 'activation="silu"'),
+    ("bank(activation='glu')", "`GatedExperts` have a gate"),
+    ("loaded_into_a_wider_bank()", "`up_kernel` must have the shape of the saved"),
+    ("moe()(X, router_inputs=t())", "`router_inputs` must have at least"),
+    ("moe()(X, mask=-np.eye(2, 5, dtype=int))", "`mask` must be True"),
+    ("layers.LowRankExperts(E, 8, 2)", "`base` must be"),
+    ("callbacks.RouterLossSchedule(abs, loss='z')", "`loss` must be"),
+    ("layers.MixtureOfExperts([])", "`experts` must be"),
+    ("convert.to_hugging_face(moe(), 0, 'mixtral')", "must be built"),
+    ("convert.from_hugging_face('mistralai/Mixtral', 0)", "a folder on this machine"),
+    ("convert.from_hugging_face({}, 0, config=5)", "`config` must be a dict"),
+    ("own_part(routers.Router, E, top_k=2)(t())", "must implement `route`"),
+    ("with_loss(compute=lambda *_: None)", "must return a number"),
+    ("built(moe()).set_router_loss_weight('router_z', 1.0)", "`index` must be one of 0, 1"),
+    ("metrics.router_entropy(np.ones(E))", "`routing` must be an `ops.Routing`"),
+    ("metrics.typical_words(routing(), ['a'])", "a string for each of 6 tokens"),
+    ("metrics.load_imbalance({'moe': [1, 2]})", "`counts` must be numbers"),
+    ("losses.pack_mixture(t(), routing())", "`routing` must be"),
+    ("callbacks.ExpertMonitor(metrics=max)", "`metrics` must be a list"),
+    ("freeze_all_but(usual(), '*lora')", "`pattern` must be a regular"),
+    ("health(plain(), t())", "`keras_moe.report`"),
     ("tuner.SearchSpace((5,), top_k=(2,))", "divisible by"),
     ("tuner.SearchSpace((8,), capacity_factors=(0,))", "`capacity_f"),
     ("fitted(callbacks.RouterLossSchedule(lambda e: -1))", "must be a finite"),

@@ -91,3 +91,12 @@ def test_experts_may_be_integers_of_any_dtype(dtype):
     np.testing.assert_array_equal(routing.counts, expected.counts)
     scores = take_scores(*map(ops.convert_to_tensor, (logits, best)))
     assert_close(ops.convert_to_numpy(scores), np.take_along_axis(logits, best.astype("int64"), 1))
+
+
+@pytest.mark.parametrize("shape", [(6,), (6, 2), (6, 2, 3)])
+def test_a_mean_over_real_tokens_is_one_of_values_of_any_shape(shape):
+    mask, values = np.arange(6) < 4, np.random.normal(size=shape).astype("float32")
+    for real in (mask, None):
+        routing = top_k_routing(np.zeros((6, 4), "float32"), 1, real)
+        expected = values[:4] if real is mask else values
+        assert_close(ops.convert_to_numpy(routing.mean(values)), expected.mean(0))

@@ -427,8 +427,11 @@ def test_layers_that_look_like_a_feed_forward_and_stay_dense_are_named():
         def call(self, inputs):
             return self.down(keras.ops.relu(self.up(inputs)))
 
-    inputs = x = keras.Input((4,))
-    for number, between in enumerate(([], [keras.layers.ReLU()], [keras.layers.ReLU()] * 2)):
+    inputs = x = keras.Input((3, 4))
+    dropout, whole = keras.layers.Dropout, keras.layers.SpatialDropout1D(0.1)
+    chains = [[], [keras.layers.ReLU()], [keras.layers.ReLU()] * 2, [dropout(0.1)], [whole]]
+    chains += [[dropout(0.1), dropout(0.2)], [dropout(0.1, noise_shape=(1, 1, 8))]]
+    for number, between in enumerate(chains):
         x = keras.layers.Dense(8, "relu", name=f"up_{number}")(x)
         for layer in between:
             x = layer(x)
@@ -446,9 +449,10 @@ def test_layers_that_look_like_a_feed_forward_and_stay_dense_are_named():
         "shared": "as its outputs do not go to one layer only, or",
         "own": "which the code of `block` calls",
         "active": "as `narrow` after it has an activation",
+        **{f"up_{number}": "which `" for number in (4, 5, 6)},  # unlike the dropout of experts
     }.items():
         assert f"`{name}`, {reason}" in told
-    assert list(inspection.moe_layers(model)) == ["up_0_experts"]
+    assert list(inspection.moe_layers(model)) == ["up_0_experts", "up_3_experts"]
 
 
 REFUSED = {

@@ -28,12 +28,12 @@ class ExpertHealth(ExpertCallback):
     - a collapse: nearly all work goes to the same few experts, and it does not get better;
     - experts that are dead (`metrics.dead_experts`) in three times `patience` checks in a row;
     - a capacity that drops more than half of the assignments;
-    - a router whose logits are NaN, or weights so large that each choice is absolute;
+    - a router whose logits are NaN or so large that the softmax saturates;
     - a balancing loss with a `usual_weight`, as `losses.LoadBalance`, far too weak or too heavy.
 
-    At the end of the training, one check of 5 assignments per expert is enough for a collapse, and
-    `patience` checks for dead experts. Each warning is given once a layer, again when more experts
-    die. `findings` keeps them, a list of `(step, layer name, health.Finding)`.
+    At the end of training, one check with 5 assignments per expert suffices to report a collapse,
+    and `patience` checks to report dead experts. Each layer gets a warning once, and again if more
+    experts die. `findings` keeps them, a list of `(step, layer name, health.Finding)`.
 
     Args:
         every: Integer. Training batches between checks. A check waits until experts average 20

@@ -49,11 +49,11 @@ class ExpertMonitor(ExpertCallback):
     `history`, a dict of lists by epoch as in `keras.callbacks.History`, has the numbers of each
     layer, such as `moe_load_imbalance`, and `val_moe_load_imbalance` in validation. Besides those
     above they are `load_entropy`, `router_entropy`, each router loss before its weight, such as
-    `load_balance_loss`, and each of `metrics` by the name of the function. The page on seeing
-    experts explains them.
+    `load_balance_loss`, and each of `metrics` by the name of the function. The page "Watch
+    and debug" explains them.
 
     `shares` and `validation_shares`, for `visualization.shares_over_time`, are dicts from layers to
-    lists with the shares (E,) of each epoch of the last `fit`, NaN for one without validation.
+    lists with the shares (E,) of each epoch of the last `fit`, NaN for epochs without validation.
 
     Args:
         metrics: List of functions from the counts of a layer in the epoch, a NumPy array (E,), to a
@@ -81,6 +81,9 @@ class ExpertMonitor(ExpertCallback):
         self.history: dict = {}
         self.shares: dict = {}
         self.validation_shares: dict = {}
+        if not isinstance(metrics, (list, tuple)):
+            rule = "`metrics` must be a list of functions of counts"
+            raise TypeError(f"{rule}. Received: metrics={shortened(metrics)}")
         self._metrics = {getattr(each, "__name__", ""): each for each in metrics}
         if "" in self._metrics or len(self._metrics) < len(metrics):
             rule = "`metrics` must be functions of counts, of different names, which the logs show"

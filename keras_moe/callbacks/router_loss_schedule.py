@@ -6,6 +6,7 @@ import keras
 
 from keras_moe import losses
 from keras_moe._internal.checks import check_number
+from keras_moe._internal.serialization import resolve
 from keras_moe.inspection import moe_layers
 from keras_moe.losses import RouterLoss
 
@@ -32,7 +33,7 @@ class RouterLossSchedule(keras.callbacks.Callback):
         super().__init__()
         self.schedule = schedule
         self.loss = loss
-        self._like = losses.get(loss)
+        self._like = resolve("loss", loss, RouterLoss, losses.IDENTIFIERS)
 
     def on_train_begin(self, logs=None):
         if not self._scheduled():

@@ -43,6 +43,9 @@ def from_hugging_face(
     >>> layer = keras_moe.convert.from_hugging_face(path, layer=0)  # doctest: +SKIP
     """
     config = read_config(source) if config is None else config
+    if not isinstance(config, Mapping):
+        received = f"Received: a `{type(config).__name__}`"
+        raise TypeError(f"`config` must be a dict, such as `model.config.to_dict()`. {received}")
     config = Config({name: value for name, value in config.items() if value is not None})
     check_choice("model_type", config.get("model_type"), IN_FILES)
     if into is not None and kwargs:

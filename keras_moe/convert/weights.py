@@ -43,7 +43,9 @@ def floats_of(bank, name):
 
 
 def check_plain(layer, but=None):
-    """Refuse a layer with kernels that are quantized or have LoRA, except in one sublayer."""
+    """Refuse a layer that is not built, or, except in one sublayer, is quantized or has LoRA."""
+    if not layer.built:
+        raise ValueError(f"A layer must be built to be converted. Received: {layer.name!r}")
     for part in layer._flatten_layers():
         if part is not but and (part.quantization_mode or getattr(part, "lora_enabled", False)):
             rule = "A layer must be converted before it is quantized or has LoRA"
@@ -55,6 +57,10 @@ def read_config(source):
         raise ValueError("Weights by name must come with a `config`. Received: config=None")
     path = pathlib.Path(source)
     folder = path.parent if path.suffix == ".safetensors" else path
+    if not (folder / "config.json").is_file():
+        rule = "`source` must be a folder on this machine with `config.json` and weights, such as "
+        rule += "`huggingface_hub.snapshot_download(name)` returns"
+        raise ValueError(f"{rule}. Received: source={str(source)!r}")
     return json.loads((folder / "config.json").read_text(encoding="utf-8"))
 
 
@@ -71,15 +77,15 @@ def tensor_reader(source):
         files = {name: file for file in opened for name in file.keys()}
         get, names = lambda name: files[name].get_tensor(name), set(files)
 
-    rule = (
-        "A block must have all its weights, as floats of at least 16 bits. Dequantize others first."
-    )
-
     def read(name):
+        rule = "A block must have all its weights, and `layer` must be in the model"
+        if name not in names:
+            raise ValueError(f"{rule}. Received: no weight {name!r}")
+        rule = "Weights must be floats of at least 16 bits. Dequantize others first"
         try:
             return _floats(get(name))
         except Exception as error:
-            raise ValueError(f"{rule} Received: {name!r} ({error}).") from error
+            raise ValueError(f"{rule}. Received: {name!r} ({error})") from error
 
     return read, names
 

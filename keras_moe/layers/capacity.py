@@ -36,8 +36,8 @@ class Capacity(Configured):
             K is `max_top_k`.
         minimum: Integer. Least number of slots of an expert.
         multiple_of: Integer. The number of slots is rounded up to a multiple of this.
-        evaluation_factor: Positive float, the factor outside of training. None: no limit, so that
-            what a token gets does not depend on what else is evaluated.
+        evaluation_factor: Positive float, the factor outside of training. None: no limit, so a
+            token's output does not depend on the rest of the batch.
         priority: String. Who is served first among equal choices: "position", earlier tokens;
             "probability", tokens with a larger best probability (arXiv:2106.05974, section 4.2);
             "random".

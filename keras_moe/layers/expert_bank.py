@@ -105,12 +105,12 @@ class ExpertBank(BaseLayer):
         self.input_spec = keras.layers.InputSpec(ndim=len(tokens_shape), axes=axes)
 
 
-def get(identifier):
+def get(identifier, argument="experts"):
     """Return a bank of experts from an instance or a config."""
     example = (
         "`FeedForwardExperts(num_experts=8, hidden_dim=256)` or `LayerExperts([layer, layer])`"
     )
-    return resolve("experts", identifier, ExpertBank, example=example)
+    return resolve(argument, identifier, ExpertBank, example=example)
 
 
 def in_floats(policy):

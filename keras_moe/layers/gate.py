@@ -16,7 +16,7 @@ from keras import ops
 from keras_moe import losses, routers
 from keras_moe._internal import Tensor
 from keras_moe._internal.base_layer import Recomputable
-from keras_moe._internal.checks import check_number, check_tensors, shortened
+from keras_moe._internal.checks import check_choice, check_number, check_tensors, shortened
 from keras_moe._internal.keras_internals import (
     drops_losses,
     in_symbolic_scope,
@@ -209,6 +209,9 @@ class Gate(Recomputable):
                 variable.assign(each)
         else:
             value = loss.compute(routing, **extra)
+        if value is None:
+            rule = f"`{type(loss).__name__}.compute(routing)` must return a number"
+            raise TypeError(f"{rule}. Received: None")
         value = ops.convert_to_tensor(value)
         # A vector would be added up silently.
         check_tensors(**{f"{type(loss).__name__}.compute(routing)": (value, "", "float")})
@@ -265,10 +268,11 @@ class Gate(Recomputable):
         """Set the weight of a router loss. Nothing is compiled again.
 
         Args:
-            index: Integer, the place of the loss in `router_losses`; another raises an IndexError.
-            weight: Float of at least 0, else a ValueError is raised.
+            index: Integer, the place of the loss in `router_losses`.
+            weight: Float of at least 0. A ValueError is raised for another one, or another place.
         """
         weights = self.loss_weights_in_force
+        check_choice("index", index, range(len(weights)))
         weights[index] = check_number("weight", weight)
         if self.built:
             self.router_loss_weights.assign(weights)

@@ -31,11 +31,11 @@ class LayerExperts(ExpertBank):
     """Experts that are Keras layers or models; they may differ from each other.
 
     Each layer sees the rows (n, D) of its tokens and returns rows (n, D') with one D' for all; in a
-    mixture with `token_axes`, rows are whole samples (n, ...). Under XLA they come in tiles that
-    are padded with ones, which `BatchNormalization` in training sees, and an activity regularizer
-    counts once a tile. A mixture in an expert receives a mask of the padding, if the `call` of the
-    expert has a `mask`. Banks of stacked kernels are faster, above all where layers are not alike:
-    of one class and one configuration, with no state but weights.
+    mixture with `token_axes`, rows are whole samples (n, ...). Under XLA, rows are processed in
+    tiles padded with ones: in training `BatchNormalization` sees the padding, and an activity
+    regularizer is applied once per tile. A mixture in an expert receives a mask of the padding, if
+    the `call` of the expert has a `mask`. Banks with stacked kernels are faster, especially where
+    the layers differ in class or configuration or have state other than weights.
 
     Args:
         layers: List of Keras layers, `keras.Sequential` or functional models.

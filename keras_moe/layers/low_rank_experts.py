@@ -94,7 +94,7 @@ class LowRankExperts(StackedExperts):
         b_initializer: str | Callable = "zeros",
         **kwargs: Any,
     ):
-        base = expert_bank.get(base)
+        base = expert_bank.get(base, "base")
         if not isinstance(base, StackedExperts):
             rule = "`base` must be a bank with stacked kernels, such as `GatedExperts`"
             raise TypeError(f"{rule}. Received: base of type {type(base).__name__}")

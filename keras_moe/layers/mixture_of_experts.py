@@ -14,7 +14,7 @@ import numpy as np
 from keras import ops
 
 from keras_moe._internal import Tensor
-from keras_moe._internal.checks import check_indices, check_integer, shortened
+from keras_moe._internal.checks import check_indices, check_integer, host_values, shortened
 from keras_moe._internal.serialization import config_of, register, resolve
 from keras_moe.backend import backend
 from keras_moe.layers import expert_bank, sublayers
@@ -38,7 +38,7 @@ class MixtureOfExperts(Gate):
 
     In training the layer adds its router losses and counts the assignments of each expert in the
     weight `expert_counts` (E,), which `callbacks.ExpertMonitor` reports after each epoch. Padding,
-    where the mask is False, runs no expert, is not counted, changes no loss, and its output is 0.
+    where the mask is False, is sent to no expert, not counted, changes no loss; its output is 0.
 
     Args:
         experts: Bank of experts, such as `GatedExperts`; a list of Keras layers or models, for
@@ -49,7 +49,7 @@ class MixtureOfExperts(Gate):
         shared_expert: Keras layer that serves every token, its output added to the chosen experts'
             output, or None. DeepSeekMoE (arXiv:2401.06066), section 3.2.
         capacity_factor: Positive float, the factor of a `Capacity` with its defaults; a `Capacity`;
-            or None for no limit. Experts without computation have none.
+            or None for no limit. Zero-computation experts are never limited.
         gated_shared_expert: Boolean. Whether the shared expert's output is multiplied by a gate of
             each token, `sigmoid(x g)` with a learned g (D, 1), as in Qwen1.5-MoE.
         token_axes: Integer. Number of leading axes that count tokens; the others are the shape of
@@ -72,7 +72,7 @@ class MixtureOfExperts(Gate):
         inputs: (batch, ..., D) float tensor with any number of leading axes. The axes between the
             first and the last are a sequence; of (batch, D) the whole batch is one.
         mask: (batch, ...) bool or integer tensor, False or 0 for padding. Default: the Keras mask
-            of the inputs, which `+` and other operations drop.
+            of the inputs, which is lost by `+` and some other operations.
         training: Boolean. Whether router losses are added, noise drawn and assignments counted.
         return_routing: Boolean. Whether the routing is returned as well. In a functional model it
             has only the fields of tokens: without `counts`, `dropped` and `load`.
@@ -82,7 +82,7 @@ class MixtureOfExperts(Gate):
             numbers in an array are checked; in a tensor, invalid ones count as -1.
         router_inputs: (batch, ..., D'') float tensor that the router sees instead of `inputs`, such
             as wider features (LatentMoE), or a summary of a whole sample.
-        return_expert_outputs: Boolean. Whether the outputs of the single experts are returned, too.
+        return_expert_outputs: Boolean. Whether each expert's output is returned as well.
 
     Output shape:
         (batch, ..., D'), with the experts' D'. With `return_routing=True` also an `ops.Routing`.
@@ -167,7 +167,8 @@ class MixtureOfExperts(Gate):
                 "the batch, in `predict` too.",
                 stacklevel=2,
             )
-        self._build_gate(math.prod(token_shape(router_inputs_shape or inputs_shape, num_axes)))
+        seen_shape = router_inputs_shape or inputs_shape
+        self._build_gate(math.prod(token_shape(seen_shape, num_axes, "router_inputs")))
         if not self.experts.built:
             self.experts.build((None, *of_token))
         if self.shared_expert is not None:
@@ -197,6 +198,10 @@ class MixtureOfExperts(Gate):
             raise TypeError(f"`{self.name}` must be called with tensors. Received: None")
         if "indices" in kwargs:  # Keras turns arrays into tensors, whose numbers are not looked at.
             check_indices("indices", kwargs["indices"], self.router.num_experts)
+        mask = host_values(kwargs.get("mask"))
+        if mask is not None and mask.dtype.kind in "iu" and not np.isin(mask, (0, 1)).all():
+            rule = "`mask` must be True or 1 where a token is real, else False or 0"
+            raise ValueError(f"{rule}. Received: numbers from {mask.min()} to {mask.max()}")
         for name in ("router_inputs", "mask"):
             if isinstance(kwargs.get(name), (list, tuple)):
                 kwargs[name] = np.asarray(kwargs[name])
@@ -338,7 +343,9 @@ def _bank_of(experts, *arguments):
         raise TypeError(f"{rule}. Received: {given}, experts={shortened(experts)}")
     if given:
         return FeedForwardExperts(**{"num_experts": None, "hidden_dim": None, **given})
-    return LayerExperts(experts) if isinstance(experts, (list, tuple)) else expert_bank.get(experts)
+    if isinstance(experts, (list, tuple)) and len(experts):
+        return LayerExperts(experts)
+    return expert_bank.get(experts)
 
 
 def _weighted_sum(expert_outputs, weights):

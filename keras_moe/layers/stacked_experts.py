@@ -72,6 +72,7 @@ class StackedExperts(ExpertBank):
     lora_alpha: Any = None
     lora_enabled = False
     _was_frozen = False  # before it got LoRA
+    _refusal: Any = None  # why weights were not loaded
 
     def __init__(
         self,
@@ -85,8 +86,9 @@ class StackedExperts(ExpertBank):
         **kwargs: Any,
     ):
         super().__init__(num_experts, **kwargs)
-        if activation in ("geglu", "reglu", "swiglu"):
-            raise ValueError(f"For a gated activation use `GatedExperts`. Received: {activation=}")
+        if activation in ("geglu", "glu", "reglu", "swiglu"):
+            rule = '`GatedExperts` have a gate: with `activation="silu"` they are SwiGLU'
+            raise ValueError(f"{rule}, with 'gelu' GEGLU. Received: {activation=}")
         self.activation = keras.activations.get(activation)
         self.use_bias = bool(use_bias)
         self.kernel_initializer = keras.initializers.get(kernel_initializer)
@@ -328,6 +330,15 @@ class StackedExperts(ExpertBank):
     def load_own_variables(self, store):
         store = load_draws(self, store)
         weights = [weight for each in self.projections for weight in each.weights()]
+        if not store and self._refusal is not None:
+            raise ValueError(self._refusal)  # Keras tries again by the path of another attribute.
+        try:
+            self._load(store, weights)
+        except ValueError as error:
+            self._refusal = str(error)
+            raise
+
+    def _load(self, store, weights):
         if len(store) != len(weights):
             rule = f"`{self.name}` must have the arguments and the dtype of the saved layer"
             raise ValueError(f"{rule}. Received: {len(store)} arrays for {len(weights)} weights")
@@ -336,7 +347,12 @@ class StackedExperts(ExpertBank):
             experts = self.processes.own_experts(self.num_experts)
             own = slice(experts.start, experts.stop)
         for index, weight in enumerate(weights):
-            weight.assign(store[str(index)][own])
+            value = store[str(index)][own]
+            if tuple(value.shape) != tuple(weight.shape):
+                rule = f"`{weight.name}` must have the shape of the saved weight"
+                received = f"shape {tuple(weight.shape)} for {tuple(value.shape)}"
+                raise ValueError(f"{rule}. Received: {received}")
+            weight.assign(value)
         for projection in self.projections:
             projection.forget_factors()
 

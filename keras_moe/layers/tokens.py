@@ -66,16 +66,16 @@ def zero_padding(values, mask):
     return ops.where(mask, values, 0.0)
 
 
-def token_shape(shape, token_axes=None):
+def token_shape(shape, token_axes=None, name="inputs"):
     """The shape of a token: all axes of the inputs after `token_axes`, or the last one."""
     if isinstance(shape, dict) or any(isinstance(size, (list, tuple)) for size in shape):
-        raise ValueError(f"`inputs` must be one tensor. Received: tensors of shapes {shape}")
+        raise ValueError(f"`{name}` must be one tensor. Received: tensors of shapes {shape}")
     num_axes = token_axes or len(shape) - 1
     of_token = tuple(shape[num_axes:])
     if None in of_token or not of_token or not num_axes:
         raise ValueError(
-            "`inputs` must have at least one axis of tokens and a known shape of each token. "
-            f"Received: inputs.shape={tuple(shape)}, token_axes={token_axes}"
+            f"`{name}` must have at least one axis of tokens and a known shape of each token. "
+            f"Received: {name}.shape={tuple(shape)}, token_axes={token_axes}"
         )
     return of_token
 

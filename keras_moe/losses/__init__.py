@@ -34,7 +34,7 @@ class RouterLoss(Configured):
     A subclass implements `compute(routing)`, which returns the loss before its weight, one float.
     A loss with state implements `state_shapes` as well. Class attributes describe it:
 
-    - `balances`: whether it evens out the load. Advice about the layer then names it.
+    - `balances`: whether it evens out the load. If so, `ExpertHealth` may advise to raise it.
     - `needs_smooth_load`: whether it has a gradient only if the router `has_smooth_load`.
     - `scope`: "sequence" if `compute` has an argument `sequence_length` as well.
     - `usual_weight`, `value_at_balance`: a weight that works or None, and the loss at an even load,
@@ -96,7 +96,7 @@ class RouterLoss(Configured):
 
 @register
 class LoadBalance(RouterLoss):
-    """Spreads tokens over the experts: `E * sum_e f_e * P_e`, 1 at balance, more when skewed.
+    """Spreads tokens over the experts: `E * sum_e f_e * P_e`, 1 if even, larger otherwise.
 
     `f_e` is expert e's share of all assignments over all K choices, before any drop; `P_e` is its
     mean probability, through which alone the gradient flows. The value does not grow with K.
@@ -202,12 +202,12 @@ class RouterZ(RouterLoss):
         super().__init__(weight)
 
     def compute(self, routing):
-        return routing.mean(ops.logsumexp(routing.logits, axis=-1, keepdims=True) ** 2)[0]
+        return routing.mean(ops.logsumexp(routing.logits, axis=-1) ** 2)
 
 
 @register
 class RouterEntropy(RouterLoss):
-    """Keeps routers decided: mean over real tokens of the entropy of the scores, in nats.
+    """Encourages confident routing: mean over real tokens of the entropy of the scores, in nats.
 
     For a router that chooses by a threshold, as `routers.TopPRouter` does.
 
@@ -235,8 +235,7 @@ class SelectorEntropy(RouterLoss):
     def compute(self, routing):
         if "selectors" not in routing.details:
             return routing.entropy()
-        entropies = entropy(routing.details["selectors"])
-        return routing.mean(ops.sum(entropies, axis=1, keepdims=True))[0]
+        return ops.sum(routing.mean(entropy(routing.details["selectors"])))
 
 
 @backend.jit_when_eager

@@ -13,7 +13,7 @@ from keras import ops
 from keras_moe._internal import Tensor
 from keras_moe._internal.checks import check_choice, check_number, check_tensors
 from keras_moe._internal.serialization import register
-from keras_moe.ops.routing import Routing
+from keras_moe.ops.routing import Routing, check_is_routing
 
 # The logarithm of a weight of zero, finite so that no gradient is NaN.
 _LOG_ZERO = -1e9
@@ -40,8 +40,8 @@ class MixtureNegativeLogLikelihood(keras.losses.Loss):
             `scale=None`.
 
     Call arguments:
-        y_true: (batch, ..., D) float tensor, or (batch, ...) integer tensor of classes, where -1
-            counts as any class. The loss of a number of no class is NaN.
+        y_true: (batch, ..., D) float tensor, or (batch, ...) integer tensor of classes, -1 for an
+            unknown class; any other value outside the classes gives NaN.
         y_pred: (batch, ..., K, 1 + D') float tensor of `losses.pack_mixture`, and of nothing else.
 
     Returns:
@@ -233,6 +233,7 @@ def pack_mixture(routing: Routing, expert_outputs: Tensor) -> Tensor:
     Returns:
         (batch, ..., K, 1 + D') float32 tensor.
     """
+    check_is_routing(routing)
     weights, expert_outputs = routing.weights, ops.convert_to_tensor(expert_outputs)
     if expert_outputs.shape[-2] != weights.shape[-1]:
         rule = "`expert_outputs` must have an output for each weight of the routing"

@@ -18,7 +18,7 @@ class GroupedPlan(NamedTuple):
     """Assignments of tokens to experts as rows, grouped by expert.
 
     An assignment is a token and one of the places for its experts. Its number is `k * T + t` for
-    place k of token t: first come all first places.
+    place k of token t: all first choices come first.
 
     - `experts` (T, K) int32: the expert of each assignment, -1 where none serves it.
     - `weights` (T, K): float32 combine weights.

@@ -51,16 +51,23 @@ class Routing(NamedTuple):
 
     @backend.jit_when_eager
     def mean(self, values: Tensor) -> Tensor:
-        """Mean (N,) of values (T, N) over the real tokens, 0 where there is none."""
+        """Mean (...) of values (T, ...) over the real tokens, 0 where there is none."""
         if backend.is_complete(self.mask):
             return ops.mean(values, axis=0)
-        total = ops.sum(backend.masked_fill(values, ~self.mask[:, None], 0.0), axis=0)
+        is_padding = ops.reshape(~self.mask, (-1, *[1] * (len(values.shape) - 1)))
+        total = ops.sum(backend.masked_fill(values, is_padding, 0.0), axis=0)
         return total / (ops.sum(ops.cast(self.mask, "float32")) + 1e-20)
 
     @backend.jit_when_eager
     def entropy(self) -> Tensor:
         """Mean over real tokens of the entropy of the scores, from 0 to `log E`; 0 without any."""
-        return self.mean(entropy(ops.convert_to_tensor(self.probs), keepdims=True))[0]
+        return self.mean(entropy(ops.convert_to_tensor(self.probs)))
+
+
+def check_is_routing(routing):
+    if not isinstance(routing, Routing):
+        rule = "`routing` must be an `ops.Routing`"
+        raise TypeError(f"{rule}. Received: an object of type {type(routing).__name__}")
 
 
 def check_routing(routing, sizes=None):

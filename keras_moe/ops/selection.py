@@ -32,10 +32,10 @@ def distribution(scores):
     return scores / (ops.sum(scores, axis=-1, keepdims=True) + 1e-20)
 
 
-def entropy(probs, keepdims=False):
+def entropy(probs):
     """Entropy (...) of distributions (..., E), in nats."""
     # The slope of p log p at 0 is infinite.
-    return -ops.sum(probs * ops.log(probs + 1e-37), axis=-1, keepdims=keepdims)
+    return -ops.sum(probs * ops.log(probs + 1e-37), axis=-1)
 
 
 def l2_normalize(vectors, axis):

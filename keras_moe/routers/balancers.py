@@ -94,7 +94,7 @@ class LossFreeBias(SelectionBalancer):
 
 @register
 class QuantileBias(SelectionBalancer):
-    """Sets the bias so that each expert would have had its fair share of the last batch.
+    """Sets the bias that would have given each expert its fair share of the last batch.
 
     A token needs more than its threshold, the (K+1)-th best of its biased scores, to choose an
     expert. The bias lifts the score of an expert above the threshold for N K / E of the N tokens.

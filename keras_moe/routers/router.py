@@ -167,7 +167,7 @@ class Router(BaseLayer):
 
     def route(self, tokens: Tensor, mask: Tensor, training: bool | None, **context: Any) -> Routing:
         """Return the routing of tokens (T, D), zeros where the mask (T,) is False."""
-        raise NotImplementedError
+        raise NotImplementedError(f"`{type(self).__name__}` must implement `route`, not `call`")
 
     def plan(self, routing: Routing, experts: Tensor) -> Any:
         """Return the plan of a routing, of whose assignments `experts` (T, K) serve some.
@@ -197,7 +197,7 @@ class Router(BaseLayer):
         return 1 if self.serves_all else self.top_k
 
     def balance_advice(self) -> str | None:
-        """Return advice for an uneven load in spite of the router, None if it balances nothing."""
+        """Return what to try if the load is uneven, None if the router does not balance it."""
         return None
 
     def quantize(self, mode: str, type_check: bool = True, config: Any = None) -> None:

@@ -48,14 +48,14 @@ class DenseRouter(LogitRouter):
 class SoftRouter(LogitRouter):
     """Each expert serves a few slots of each sequence, each a weighted mean of its tokens.
 
-    The experts compute `num_experts * slots` rows a sequence. Each output depends on the whole
+    The experts process `num_experts * slots` rows per sequence. Each output depends on the whole
     sequence: not for language models. Inputs (batch, D) are one sequence, in `predict` too.
 
     Args:
         slots: Integer. Slots of each expert for each sequence, P.
 
     Other arguments, errors, call arguments and returns: as for `LogitRouter`, without `indices`.
-    The routing names for each token the one expert it takes most from; all serve it.
+    `indices` holds the expert with the largest weight for each token, although all serve it.
 
     Reference: Puigcerver et al. 2023 (arXiv:2308.00951), eq. 1 to 3 and, for the unit norms and the
     scale, section 2.3.

@@ -76,8 +76,8 @@ class ReLURouter(LogitRouter):
             `top_k`. The cost of moving rows grows with it, used or not.
         growth: Float above 1. Factor by which the strength of the loss changes in a step.
         initial_strength: Float above 0. Strength of the loss at first, and the least.
-        accumulation_steps: Integer. Micro-batches of an optimizer step, as for a
-            `SelectionBalancer`. Each changes the strength by this root of `growth`.
+        accumulation_steps: Integer. Micro-batches of an optimizer step, n, as for a
+            `SelectionBalancer`. Each multiplies or divides the strength by `growth ** (1 / n)`.
 
     Other arguments, errors, call arguments and returns: as for `LogitRouter`, without `indices`.
 

@@ -150,7 +150,7 @@ class CosineRouter(TopKRouter):
     """Logits are cosines between a projection of the token and a direction of each expert.
 
     `logits = scale * cos(x W, direction_e)` with a learned scale that starts at 2 and is at most
-    100: norms do not count, which keeps tokens from gathering around the directions of experts.
+    100. Norms are ignored, which keeps tokens from clustering around the expert directions.
 
     Args:
         projection_dim: Integer. Width of the projection.

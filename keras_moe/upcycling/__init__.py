@@ -84,7 +84,7 @@ def upcycle(
 
     References: Komatsuzaki et al. 2022 (arXiv:2212.05055), section 3, for copies; He et al. 2024
     (arXiv:2410.07524), section 3.2, for parts; Nakamura et al. 2025 (arXiv:2502.19261), section
-    3.2, for partly re-initialised copies; Sukhbaatar et al. 2024, Branch-Train-MiX
+    3.2, for partly reinitialised copies; Sukhbaatar et al. 2024, Branch-Train-MiX
     (arXiv:2403.07816), section 3.2, for several models.
     """
     models: list[Any] = list(model) if isinstance(model, (list, tuple)) else [model]
@@ -165,7 +165,11 @@ def freeze_all_but(model: keras.Model, pattern: str = "_lora_|router") -> None:
     def trained(layer):
         return [weight for weight in parameters_of(layer) if re.search(pattern, weight.path)]
 
-    if not isinstance(pattern, str) or not trained(model):
+    try:
+        is_found = bool(trained(model))
+    except (re.error, TypeError):
+        is_found = False
+    if not is_found:
         rule = "`pattern` must be a regular expression that is found in a path of a weight"
         raise ValueError(f"{rule}. Received: {pattern!r}")
     for layer in model._flatten_layers():  # from the outside in, as each sets its sublayers

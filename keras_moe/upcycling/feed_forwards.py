@@ -87,15 +87,18 @@ def _in_graph(model):
     for up in filter(is_dense, model.layers):
         layers, activations, down = _chain(up, following)
         if _obstacle(up, activations, down) is None:
-            rates = [each.rate for each in layers if isinstance(each, keras.layers.Dropout)]
             parts = (up, down, None, activations[0], (*layers, down))
-            yield FeedForward(up.name, *parts, dropout=max(rates, default=0.0))
+            yield FeedForward(up.name, *parts, dropout=getattr(layers[-1], "rate", 0.0))
 
 
 def _chain(up, following):
-    """A `Dense` layer with dropout and activations after it, its activations, and what follows."""
+    """A `Dense` layer with activations and dropout after it, its activations, and what follows."""
     layers, after = [up], following.get(up)
-    while isinstance(after, (keras.layers.Dropout, keras.layers.Activation)):
+    while isinstance(after, keras.layers.Activation):
+        layers.append(after)
+        after = following.get(after)
+    # Experts draw each hidden feature alone: a subclass or a `noise_shape` drops several together.
+    if type(after) is keras.layers.Dropout and after.noise_shape is None:
         layers.append(after)
         after = following.get(after)
     activations = [getattr(layer, "activation", keras.activations.linear) for layer in layers]

@@ -87,8 +87,6 @@ def test_a_step_is_compiled_for_a_tpu(monkeypatch, tmp_path):
     assert 0 < twin["bound_ms"] < mixture["bound_ms"]
     assert twin["float32_products"] == mixture["float32_products"] == 0
     assert mixture["dynamic_loops"] == 0
-    twin, network = ahead.main(["--smoke", "--network"])["v5e"]
-    assert network["product_tflops"] == twin["product_tflops"] and network["ratio"] > 1
 
 
 @needs_libtpu
