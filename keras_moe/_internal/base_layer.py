@@ -23,7 +23,7 @@ from keras_moe.backend import backend
 # What an argument is that a layer does not have: one of another class, or a name used elsewhere.
 _IS = {
     "an argument of `MixtureOfExperts(num_experts=8, hidden_dim=256)`": "num_experts hidden_dim",
-    "an argument of `MixtureOfExperts` and of routers such as `TopKRouter`": "top_k",
+    "an argument of `MixtureOfExperts`, for routers such as `TopKRouter`": "top_k",
     "an argument of `MixtureOfExperts`": "capacity_factor router router_losses shared_expert",
     "an argument of `TopKRouter` and routers derived from it": "balancer score",
     "an argument of the bank, such as `FeedForwardExperts`": "use_bias dropout kernel_initializer "
@@ -32,19 +32,22 @@ _IS = {
     "`output_dim` here if it is the width of the outputs, `hidden_dim` if that of experts": "units",
     "`hidden_dim` here": "d_ff ffn_dim mlp_dim expert_dim intermediate_size intermediate_dim",
     "the width of the inputs, which the layer reads from them": "hidden_size d_model input_dim",
-    "`top_k` here": "k topk num_selected_experts num_experts_per_tok",
+    "`top_k` here": "k topk num_selected_experts num_experts_per_tok experts_per_token",
     "`experts` here, a bank or a list of layers": "expert expert_layers",
+    "`feedforward` here": "feed_forward ffn",
+    "`dropout` here, of a bank or of a block": "dropout_rate",
     "`router_losses` here, such as `[losses.LoadBalance(0.01)]`": "losses aux_loss "
     "aux_loss_weight aux_loss_coef load_balancing_loss load_balancing_loss_weight "
     "router_aux_loss_coef",
     "a loss here, `router_losses=[losses.LoadBalance(0.01), losses.RouterZ(0.001)]`": "z_loss "
     "z_loss_weight z_loss_coef router_z_loss_coef",
-    "`shared_expert` here, one layer as wide as all of them": "num_shared_experts n_shared_experts",
+    "`shared_expert` here, one layer as wide as all of them": "num_shared_experts n_shared_experts "
+    "shared_experts",
     'a router here, `router="noisy_top_k"`': "noisy_gating noisy",
-    "a router here, `router=routers.TopKRouter(input_jitter=0.01)`": "jitter jitter_noise "
-    "router_jitter_noise",
+    "`input_jitter` of a `router` here, such as `TopKRouter(input_jitter=0.01)`": "jitter "
+    "jitter_noise router_jitter_noise",
     "a bank here, `GatedExperts(num_experts=8, hidden_dim=256)`": "gated swiglu",
-    "the default: without a `capacity_factor` no token is dropped": "dropless drop_tokens",
+    "the default: without a `capacity_factor` no token is dropped": "dropless",
 }
 _IS_OF_NAME = {name: text for text, names in _IS.items() for name in names.split()}
 

@@ -100,7 +100,7 @@ class StackedExperts(ExpertBank):
 
     def widths(self, features: int) -> dict[str, tuple[int, ...]]:
         """Return {name: (D, H)} of all linear maps, and {name: (H,)} of vectors."""
-        raise NotImplementedError
+        raise NotImplementedError(f"`{type(self).__name__}` must implement `widths`")
 
     def network(self, rows: Tensor, linear: Callable) -> Tensor:
         """Return the outputs (n, D') of rows (n, D)."""

@@ -112,6 +112,8 @@ class Router(BaseLayer):
 
     @backend.uncompiled
     def __call__(self, *args, **kwargs):
+        if type(self).call is not Router.call:
+            raise TypeError(f"`{type(self).__name__}` must implement `route`, not `call`")
         if self.num_experts is None:
             raise ValueError("A router that is called needs `num_experts`. Received: None")
         if kwargs.get("indices") is not None:  # Keras turns arrays into tensors before `call`.
