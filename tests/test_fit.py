@@ -132,6 +132,18 @@ def test_loads_that_change_from_step_to_step_compile_once(jit_compile):
     np.testing.assert_array_equal(counts, np.bincount(np.ravel(loads), minlength=E))
 
 
+@pytest.mark.backends("tensorflow")
+@pytest.mark.parametrize("bank", [layers.FeedForwardExperts, layers.GatedExperts])
+def test_xla_compiles_batches_of_sizes_not_known_while_it_traces(bank):
+    model = keras.Sequential([keras.Input((D,)), moe(bank(E, 8)), keras.layers.Dense(2)])
+    x = normal(100, D)
+    model.compile("sgd", "mse", jit_compile=False)
+    expected = model.predict(x, batch_size=40, verbose=0)
+    model.compile("sgd", "mse", jit_compile=True)
+    np.testing.assert_allclose(model.predict(x, batch_size=40, verbose=0), expected, atol=1e-5)
+    assert np.isfinite(model.fit(x, x[:, :2], batch_size=40, verbose=0).history["loss"]).all()
+
+
 @pytest.mark.backends("tensorflow", "torch")  # JAX has float64 where a flag turns it on
 def test_router_losses_are_added_to_losses_of_float64():
     keras.config.set_floatx("float64")

@@ -138,7 +138,7 @@ class ChunksAndTiles:
             for width in widths[1:]
         ]
         carry = (
-            ops.zeros((by_token[0].shape[0], widths[0]), "float32"),
+            ops.zeros((ops.shape(by_token[0])[0], widths[0]), "float32"),
             [ops.zeros(shape, self.dtype) for shape in shapes],
             {key: ops.zeros(each.shape, "float32") for key, each in trained.items()},
         )
@@ -250,7 +250,7 @@ class _Part(NamedTuple):
         return ops.reshape(rows, (self.number, -1, rows.shape[1]))
 
     def _token(self):
-        return self.assignment % self.layout.plan.num_tokens
+        return self.assignment % ops.shape(self.layout.plan.experts)[0]
 
     def _mask(self, rows, past_end):
         past_end = ops.full((), past_end, self.layout.dtype)
