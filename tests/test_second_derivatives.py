@@ -218,13 +218,13 @@ def test_transformations_of_torch():
     with pytest.raises(NotImplementedError, match="any_derivative"):
         torch.autograd.grad(torch.sum(slope * direction), x)
     x, layer.experts.trainable = x.detach(), True
-    for transformed in (torch.func.grad(plain), torch.vmap(plain)):
-        with pytest.raises(RuntimeError, match="setup_context|storage"):
-            transformed(x[None])
+    for transform, words in ((torch.func.grad, "setup_context"), (torch.vmap, "storage")):
+        with pytest.raises(RuntimeError, match=words):
+            transform(plain)(x[None])
     with torch.no_grad(), pytest.raises(RuntimeError, match="storage"):
         torch.vmap(plain)(x[None])
     with forward_ad.dual_level(), torch.no_grad():
-        with pytest.raises(NotImplementedError, match="forward (mode )?AD"):
+        with pytest.raises(NotImplementedError, match="forward AD"):
             plain(forward_ad.make_dual(x, direction))
 
 

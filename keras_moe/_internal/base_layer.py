@@ -29,7 +29,7 @@ _IS = {
     "an argument of the bank, such as `FeedForwardExperts`": "use_bias dropout kernel_initializer "
     "bias_initializer kernel_regularizer",
     "`num_experts` here": "n_experts num_local_experts n_routed_experts",
-    "`output_dim` here if it is the width of the outputs, `hidden_dim` if that of experts": "units",
+    "`output_dim` here, the width of the outputs, or `hidden_dim`, the width of an expert": "units",
     "`hidden_dim` here": "d_ff ffn_dim mlp_dim expert_dim intermediate_size intermediate_dim",
     "the width of the inputs, which the layer reads from them": "hidden_size d_model input_dim",
     "`top_k` here": "k topk num_selected_experts num_experts_per_tok experts_per_token",

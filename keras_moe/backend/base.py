@@ -158,8 +158,9 @@ class Backend:
     def differentiable(self, forward, backward, inputs, context):
         """Return the output of `forward`; `backward` computes the gradients of `inputs`.
 
-        Both are structures of tensors; those of the context have no gradient. Second derivatives
-        are errors. Inside of `any_derivative` the gradient is that of `forward`.
+        `inputs` and `context` are structures of tensors, and the context gets no gradient. A second
+        derivative raises an error. Inside of `any_derivative` the framework differentiates
+        `forward`.
 
         Args:
             forward: `forward(inputs, context, save)` returns `(output, saved)`. If `save` is

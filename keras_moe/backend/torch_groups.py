@@ -255,7 +255,9 @@ class _Product(torch.autograd.Function):
             for tensor, needed in zip((values, bias), ctx.needs_input_grad[3:])
         ]
         with torch.no_grad(), without_autocast(upstream):
-            d_rows = chunk.product(upstream, kernels, transposed=True)
+            d_rows = None
+            if ctx.needs_input_grad[2]:
+                d_rows = chunk.product(upstream, kernels, transposed=True)
             of_fields = zip(("kernel", "bias"), totals)
             others = [chunk.gradient(field, rows, upstream, total) for field, total in of_fields]
         return None, None, *once([d_rows, *others], upstream, rows, values)

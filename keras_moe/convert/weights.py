@@ -78,13 +78,13 @@ def tensor_reader(source):
         get, names = lambda name: files[name].get_tensor(name), set(files)
 
     def read(name):
-        rule = "A block must have all its weights, and `layer` must be in the model"
         if name not in names:
+            rule = "A block must have all its weights, and `layer` must be in the model"
             raise ValueError(f"{rule}. Received: no weight {name!r}")
-        rule = "Weights must be floats of at least 16 bits. Dequantize others first"
         try:
             return _floats(get(name))
         except Exception as error:
+            rule = "Weights must be floats of at least 16 bits. Dequantize others first"
             raise ValueError(f"{rule}. Received: {name!r} ({error})") from error
 
     return read, names

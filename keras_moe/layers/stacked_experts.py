@@ -338,6 +338,7 @@ class StackedExperts(ExpertBank):
             raise ValueError(self._refusal)  # Keras tries again by the path of another attribute.
         try:
             self._load(store, weights)
+            self._refusal = None
         except ValueError as error:
             self._refusal = str(error)
             raise

@@ -79,6 +79,8 @@ class Router(BaseLayer):
         if getattr(dtype, "name", dtype) not in (None, "float32"):
             raise ValueError(f"A router always computes in float32. Received: dtype={dtype}")
         super().__init__(dtype="float32", **kwargs)
+        if type(self).call is not Router.call:
+            raise TypeError(f"`{type(self).__name__}` must implement `route`, not `call`")
         if num_experts is not None:
             num_experts = check_integer("num_experts", num_experts)
         self.num_experts: Any = num_experts
@@ -112,8 +114,6 @@ class Router(BaseLayer):
 
     @backend.uncompiled
     def __call__(self, *args, **kwargs):
-        if type(self).call is not Router.call:
-            raise TypeError(f"`{type(self).__name__}` must implement `route`, not `call`")
         if self.num_experts is None:
             raise ValueError("A router that is called needs `num_experts`. Received: None")
         if kwargs.get("indices") is not None:  # Keras turns arrays into tensors before `call`.
