@@ -229,9 +229,10 @@ def forget_old_weights(model):
         if hasattr(layer, "_torch_params"):  # PyTorch's list of all parameters in it
             layer._track_variables()
         if getattr(layer, "_compiled_trainable_state", None) is not None:  # as it was compiled
-            # A new one: TensorFlow exports no model with a dict that was changed.
+            # A new dict, as TensorFlow exports no model with a changed one. Not by `setattr`, which
+            # makes of it a dict that PyTorch cannot export.
             parts = layer._flatten_layers()
-            layer._compiled_trainable_state = {part: part.trainable for part in parts}
+            vars(layer)["_compiled_trainable_state"] = {part: part.trainable for part in parts}
         optimizer = getattr(layer, "optimizer", None)
         if optimizer is not None and optimizer.built:
             # One without state. User-defined classes in it need not be registered.
