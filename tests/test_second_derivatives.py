@@ -218,8 +218,8 @@ def test_transformations_of_torch():
     with pytest.raises(NotImplementedError, match="any_derivative"):
         torch.autograd.grad(torch.sum(slope * direction), x)
     x, layer.experts.trainable = x.detach(), True
-    for transform, words in ((torch.func.grad, "setup_context"), (torch.vmap, "storage")):
-        with pytest.raises(RuntimeError, match=words):
+    for transform in (torch.func.grad, torch.vmap):
+        with pytest.raises(RuntimeError, match="setup_context"):
             transform(plain)(x[None])
     with torch.no_grad(), pytest.raises(RuntimeError, match="storage"):
         torch.vmap(plain)(x[None])

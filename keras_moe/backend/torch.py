@@ -15,8 +15,9 @@ from keras_moe.backend.base import (
     is_any_derivative,
     named_platform,
     packed_order,
+    refuse_second_derivative,
 )
-from keras_moe.backend.torch_groups import is_traced, once, sizes_on_host, split, without_autocast
+from keras_moe.backend.torch_groups import is_traced, sizes_on_host, split, without_autocast
 
 # With fewer comparisons, counting by them takes fewer operations.
 MAX_COMPARED = 2**16
@@ -106,9 +107,9 @@ class TorchBackend(Backend):
         return torch_groups.AllGroups(self, problem, platform)
 
     def differentiable_layout(self, problem, platform):
-        if platform == "cpu" and not (is_traced() or is_any_derivative()):
-            if problem.plan.num_rows() <= torch_groups.most_rows(problem):
-                return torch_groups.OneChunk(problem)
+        if torch.is_grad_enabled() and platform == "cpu" and not is_any_derivative():
+            if torch_groups.SmallProblem.serves(problem):
+                return torch_groups.SmallProblem(self, problem, platform)
         return super().differentiable_layout(problem, platform)
 
     def gather_rows(self, tensor, indices):
@@ -223,4 +224,16 @@ class _Differentiable(torch.autograd.Function):
             inputs = ctx.structure.unflatten(tensors)
             saved = ctx.structure_of_saved.unflatten(saved)
             gradients, _ = _flatten(ctx.run_backward(inputs, ctx.context, saved, upstream))
-        return None, None, None, None, *once(gradients, upstream, *tensors)
+        if torch.is_grad_enabled():
+            gradients = _Gradients.apply(gradients, upstream, *tensors)
+        return None, None, None, None, *gradients
+
+
+class _Gradients(torch.autograd.Function):
+    """Gradients whose derivative, if one follows, is an error."""
+
+    @staticmethod
+    def forward(ctx, gradients, *sources):
+        return tuple(gradients)
+
+    backward = staticmethod(refuse_second_derivative)

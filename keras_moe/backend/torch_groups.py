@@ -3,11 +3,12 @@
 import contextlib
 import functools
 import itertools
+import math
 import operator
 
 import torch
 
-from keras_moe.backend.base import refuse_second_derivative, split_rows
+from keras_moe.backend.base import split_rows
 from keras_moe.backend.layouts import AllRows, Parts
 
 # So many values outweigh the overhead of a call on a CPU, and still fit into the cache.
@@ -35,7 +36,7 @@ def split(rows, sizes):
 
 
 class Chunks(Parts):
-    """Neighbouring groups form a chunk: they share all operations but their products.
+    """Neighbouring groups form a chunk: they share all operations, perhaps but their products.
 
     A chunk has up to `CPU_CHUNK_VALUES` values of the widest map, or one group with rows.
     """
@@ -43,15 +44,12 @@ class Chunks(Parts):
     def __init__(self, problem):
         self.plan, self._token_of_row = problem.plan, problem.plan.token_of_row()
         *numbers, self._num_padding = sizes_on_host(self.plan.sizes, self.plan.num_rows())
-        limit = most_rows(problem)
-        chunk = _Chunk(self.plan.sizes, 0, 0)
-        self.parts = [chunk]
-        for expert, number in enumerate(numbers):
-            if chunk.num_rows and chunk.num_rows + number > limit:
-                chunk = _Chunk(self.plan.sizes, expert, chunk.start + chunk.num_rows)
-                self.parts.append(chunk)
-            chunk.numbers.append(number)
-            chunk.num_rows += number
+        limit, self.parts, first, start, rows = most_rows(problem), [], 0, 0, 0
+        for expert, number in enumerate([*numbers, math.inf]):
+            if rows and rows + number > limit or number == math.inf:
+                self.parts.append(_Chunk(self.plan.sizes, first, numbers[first:expert], start))
+                first, start, rows = expert, start + rows, 0
+            rows += number
 
     def gather(self, tokens):
         # Chunk by chunk they stay in the cache.
@@ -69,145 +67,137 @@ class Chunks(Parts):
         return torch.empty_like(trained) if trained.requires_grad else None
 
 
-class OneChunk(Chunks):
-    """A single chunk, all rows of a small problem.
-
-    PyTorch differentiates its operations: this saves more rows, and takes less time in Python.
-    """
-
-    def run(self, function, maps, by_token, by_row, widths, trained, weights=None):
-        (rows,) = self.to_buffer(self.plan.dispatch(*by_token))
-        with without_autocast(rows):
-            (outputs,), _ = function(self.parts[0], maps, rows)
-        return self.plan._replace(weights=weights).combine(self.to_rows([outputs])), [], {}
-
-
 def most_rows(problem):
     """Return how many rows the largest chunk has."""
     return CPU_CHUNK_VALUES // max(max(each.kernel.shape[1:]) for each in problem.maps.values())
 
 
-class _Chunk:
-    """The rows of neighbouring groups."""
+class _Groups:
+    """Abstract: a part with the rows of neighbouring groups, and perhaps other rows after them."""
 
-    def __init__(self, all_sizes, expert, start):
-        self._all_sizes, self._first, self.start = all_sizes, expert, start
-        self.numbers: list[int] = []  # of the rows of each expert
-        self.num_rows = 0
-
-    def row_numbers(self):
-        return torch.arange(self.num_rows, dtype=torch.int32) + self.start
+    experts: slice  # of the groups
+    sizes: torch.Tensor  # of the groups
+    num_rows: int
 
     @functools.cached_property
-    def _experts(self):
-        return slice(self._first, self._first + len(self.numbers))
-
-    @functools.cached_property
-    def _ends(self):
-        return torch.cumsum(self._all_sizes[self._experts], 0, dtype=torch.int32)
-
-    def _has_grouped_mm(self, *tensors):
-        # An operation on zero rows would cost as much as on a few.
-        return sum(map(bool, self.numbers)) > 1 and has_grouped_mm(*tensors)
-
-    def product(self, rows, kernels, bias=None, transposed=False):
-        if torch.is_grad_enabled():
-            return _Product.apply(self, kernels, rows, kernels.values, bias)
-        if bias is None and self._has_grouped_mm(rows, kernels.values):
-            values = kernels.values[self._experts].to(rows.dtype)
-            values = values.mT if transposed else values
-            return torch.nn.functional.grouped_mm(rows, values, offs=self._ends)
-        bias = None if bias is None else bias.to(rows.dtype)
-        outputs = rows.new_empty((rows.shape[0], kernels.shape[1 if transposed else 2]))
-        parts = rows.split(self.numbers), outputs.split(self.numbers)
-        for expert, part, output in zip(itertools.count(self._first), *parts):
-            if len(output):
-                kernel = kernels.apply(operator.itemgetter(expert))
-                multiply(kernel, part, None if bias is None else bias[expert], transposed, output)
-        return outputs
-
-    def gradient(self, field, left, right, total):
-        if total is None:
-            return None
-        if field != "bias" and self._has_grouped_mm(left, right):
-            products = torch.nn.functional.grouped_mm(left.T, right, offs=self._ends)
-            if len(products) == len(total):
-                return products.to(total.dtype)
-            total[self._experts] = products
-        else:
-            _set_gradients(field, left, right, self.numbers, total[self._experts])
-        return total
-
-
-class AllGroups(AllRows):
-    """All rows. The host reads how many each group has only where no kernel multiplies them all."""
-
-    @functools.cached_property
-    def _numbers(self):
+    def numbers(self):
         return sizes_on_host(self.sizes, self.num_rows)
 
     @functools.cached_property
     def _ends(self):
         return torch.cumsum(self.sizes, 0, dtype=torch.int32)
 
-    def _experts(self):
-        return torch.searchsorted(self._ends, self.row_numbers(), right=True)
+    @functools.cached_property
+    def _group_of_row(self):
+        numbers = torch.arange(self.num_rows, dtype=torch.int32, device=self._ends.device)
+        return torch.searchsorted(self._ends, numbers, right=True)
+
+    def is_one_product(self, *tensors, bias=None):
+        """Return True if `grouped_mm` multiplies these tensors."""
+        return has_grouped_mm(*tensors)
 
     def product(self, rows, kernels, bias=None, transposed=False):
-        if has_grouped_mm(rows, kernels.values):
+        rows, kernels = rows.contiguous(), kernels.apply(operator.itemgetter(self.experts))
+        bias = None if bias is None else bias[self.experts].to(rows.dtype)
+        if self.is_one_product(rows, kernels.values, bias=bias):
             values = kernels.values.to(rows.dtype)
             values = values.mT if transposed else values
             products = torch.nn.functional.grouped_mm(rows, values, offs=self._ends)
             if bias is None:
                 return products
-            return products + bias.to(rows.dtype)[self._experts().clamp(max=len(bias) - 1)]
-        *groups, padding = split(rows, self._numbers)
-        products = []
-        for expert, group in enumerate(groups):
-            added = None if bias is None else bias[expert].to(rows.dtype)
-            kernel = kernels.apply(operator.itemgetter(expert))
-            products.append(multiply(kernel, group, added, transposed))
-        zeros = padding.new_zeros((padding.shape[0], products[0].shape[1]))
-        return torch.cat([*products, zeros])
+            # Other rows get a bias of their own.
+            bias = torch.nn.functional.pad(bias, (0, 0, 0, 1))
+            return products + bias.index_select(0, self._group_of_row)
+        *groups, others = split(rows, self.numbers)
+        width = kernels.shape[1 if transposed else 2]
+        if is_traced():  # in operations that write nothing
+            products = [_multiply(kernels, bias, transposed, *each) for each in enumerate(groups)]
+            return torch.cat([*products, others.new_zeros((others.shape[0], width))])
+        outputs = rows.new_empty((rows.shape[0], width))
+        for place, group, output in zip(itertools.count(), groups, outputs.split(self.numbers)):
+            if len(group):
+                _multiply(kernels, bias, transposed, place, group, output)
+        return outputs
 
-    def gradient(self, field, left, right, trained):
-        if not trained.requires_grad:
+    def gradient(self, field, left, right, total):
+        if total is None:
             return None
-        if not has_grouped_mm(left, right):
-            total = torch.empty_like(trained)
-            _set_gradients(field, left, right, self._numbers, total)
+        if not self.is_one_product(left, right):
+            groups = left.split(self.numbers), right.split(self.numbers), total[self.experts]
+            for rows, d_outputs, own in zip(*groups):
+                if field == "bias":
+                    torch.sum(d_outputs, 0, dtype=own.dtype, out=own)
+                elif own.dtype == rows.dtype:
+                    torch.mm(rows.T, d_outputs, out=own)
+                else:  # `out` must have the dtype of the factors.
+                    own.copy_(torch.mm(rows.T, d_outputs))
             return total
-        if field != "bias":
-            products = torch.nn.functional.grouped_mm(left.T, right, offs=self._ends)
-            return products.to(trained.dtype)
-        # Rows after the last group are summed into a spare expert.
-        totals = torch.zeros((len(trained) + 1, right.shape[1]), device=right.device)
-        totals.index_add_(0, self._experts(), right.float())
-        return totals[:-1].to(trained.dtype)
+        if field == "bias":
+            # Other rows are summed into an expert of their own.
+            sums = torch.zeros((len(self.sizes) + 1, right.shape[1]), device=right.device)
+            gradients = sums.index_add_(0, self._group_of_row, right.float())[:-1]
+        else:
+            gradients = torch.nn.functional.grouped_mm(left.T, right, offs=self._ends)
+        if len(gradients) == len(total):
+            return gradients.to(total.dtype)
+        total[self.experts] = gradients
+        return total
 
 
-def multiply(kernel, rows, bias, transposed, output=None):
-    """`Kernel.multiply`, perhaps into an output."""
+class _Chunk(_Groups):
+    def __init__(self, all_sizes, first, numbers, start):
+        self.experts = slice(first, first + len(numbers))
+        self.sizes, self.num_rows, self._start = all_sizes[self.experts], sum(numbers), start
+        self.numbers = [*numbers, 0]
+
+    def row_numbers(self):
+        return torch.arange(self.num_rows, dtype=torch.int32) + self._start
+
+    def is_one_product(self, *tensors, bias=None):
+        # An operation on zero rows costs as much as on a few. Of large groups a bias is cheaper
+        # as a part of their products.
+        return bias is None and sum(map(bool, self.numbers)) > 1 and has_grouped_mm(*tensors)
+
+
+class AllGroups(_Groups, AllRows):
+    """One part. The host reads sizes of groups only where no kernel multiplies them all."""
+
+    experts = slice(None)
+    empty = Chunks.empty
+
+
+class SmallProblem(AllGroups):
+    """One part, whose operations PyTorch differentiates.
+
+    This saves more rows, and takes less time in Python.
+    """
+
+    @staticmethod
+    def serves(problem):
+        """Return True if one operation multiplies all rows, in the cache of a CPU."""
+        frozen = (kernel.values for kernel in problem.frozen.values())
+        is_one = has_grouped_mm(problem.tokens, *problem.trained.values(), *frozen)
+        return is_one and problem.plan.num_rows() <= most_rows(problem)
+
+    def run(self, function, maps, by_token, by_row, widths, trained, weights=None):
+        rows = self.plan.dispatch(*by_token)
+        with without_autocast(rows):
+            (outputs,), _ = function(self, maps, rows)
+        return self.plan._replace(weights=weights).combine(outputs), [], {}
+
+
+def _multiply(kernels, biases, transposed, place, rows, output=None):
+    """`Kernel.multiply` of the kernel at a place, perhaps into an output."""
+    kernel = kernels.apply(operator.itemgetter(place))
+    bias = None if biases is None else biases[place]
     if kernel.bits is not None:
         product = kernel.multiply(rows, bias, transposed)
         return product if output is None else output.copy_(product)
     values = kernel.values.to(rows.dtype)
-    if transposed:
-        return torch.mm(rows, values.mT, out=output)
+    values = values.mT if transposed else values
     if bias is None:
         return torch.mm(rows, values, out=output)
     return torch.addmm(bias, rows, values, out=output)
-
-
-def _set_gradients(field, left, right, sizes, totals):
-    # The last size may be that of other rows, without a total.
-    for rows, d_outputs, total in zip(left.split(sizes), right.split(sizes), totals):
-        if field == "bias":
-            torch.sum(d_outputs, 0, dtype=total.dtype, out=total)
-        elif total.dtype == rows.dtype:
-            torch.mm(rows.T, d_outputs, out=total)
-        else:  # `out` must have the dtype of the factors.
-            total.copy_(torch.mm(rows.T, d_outputs))
 
 
 def has_grouped_mm(*tensors):
@@ -234,43 +224,3 @@ def without_autocast(tensor):
     if kind == "meta" or not torch.is_autocast_enabled(kind):
         return contextlib.nullcontext()
     return torch.autocast(kind, enabled=False)
-
-
-class _Product(torch.autograd.Function):
-    """The product of the rows of a chunk."""
-
-    @staticmethod
-    def forward(ctx, chunk, kernels, rows, values, bias):
-        ctx.chunk, ctx.kernels = chunk, kernels._replace(values=None)
-        ctx.save_for_backward(rows, values, bias)
-        return chunk.product(rows, kernels, bias)
-
-    @staticmethod
-    @torch.compiler.disable
-    def backward(ctx, upstream):
-        rows, values, bias = ctx.saved_tensors
-        kernels, chunk = ctx.kernels._replace(values=values), ctx.chunk
-        totals = [
-            torch.empty_like(tensor) if needed else None
-            for tensor, needed in zip((values, bias), ctx.needs_input_grad[3:])
-        ]
-        with torch.no_grad(), without_autocast(upstream):
-            d_rows = None
-            if ctx.needs_input_grad[2]:
-                d_rows = chunk.product(upstream, kernels, transposed=True)
-            of_fields = zip(("kernel", "bias"), totals)
-            others = [chunk.gradient(field, rows, upstream, total) for field, total in of_fields]
-        return None, None, *once([d_rows, *others], upstream, rows, values)
-
-
-def once(gradients, *sources):
-    """Return gradients whose derivative, if a second one may follow, is an error."""
-    return _Once.apply(gradients, *sources) if torch.is_grad_enabled() else gradients
-
-
-class _Once(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, gradients, *sources):
-        return tuple(gradients)
-
-    backward = staticmethod(refuse_second_derivative)
