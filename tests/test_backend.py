@@ -383,7 +383,7 @@ def test_a_network_runs_on_its_platform():
 
 
 def test_a_layout_that_the_framework_differentiates_is_asked_for():
-    trained = {("up", "kernel"): ops.zeros((1, 4, 2**19))}
+    trained = {("up", "kernel"): ops.zeros((1, 4, 2**20))}
     plan = GroupedPlan.of(ops.zeros((2, 1), "int32"), ops.ones((2, 1)), 1)
     problem = Problem(ops.zeros((2, 4)), plan.weights, trained, {}, plan)
     assert backend.differentiable_layout(problem, "cpu") is None

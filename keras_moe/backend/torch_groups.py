@@ -12,7 +12,7 @@ from keras_moe.backend.base import split_rows
 from keras_moe.backend.layouts import AllRows, Parts
 
 # So many values outweigh the overhead of a call on a CPU, and still fit into the cache.
-CPU_CHUNK_VALUES = 2**19
+CPU_CHUNK_VALUES = 2**20
 
 
 def is_traced():
