@@ -19,9 +19,6 @@ from keras_moe.backend.base import (
 )
 from keras_moe.backend.torch_groups import is_traced, sizes_on_host, split, without_autocast
 
-# With fewer comparisons, counting by them takes fewer operations.
-MAX_COMPARED = 2**16
-
 # With fewer scores, one sort takes less time than the operations of several maxima.
 MAX_SORTED = 2**13
 
@@ -47,10 +44,9 @@ class TorchBackend(Backend):
         # As `torch.utils.checkpoint` finds out itself; there is no public way.
         if can_be_repeated and torch._C._current_graph_task_id() != -1:
             raise RuntimeError(
-                "A layer must be recomputed by its own `keras.RematScope`: "
-                "`torch.utils.checkpoint` would repeat random draws, counts and updates, also "
-                "where `keras.RematScope` marks only a layer of your own around it. Received: "
-                f"a call of `{layer.name}` in a backward pass"
+                "A layer must be recomputed by its own `keras.RematScope`. That of a layer around "
+                "it, or `torch.utils.checkpoint`, would repeat random draws, counts and updates. "
+                f"Received: a call of `{layer.name}` in a backward pass"
             )
         return without_autocast(tensor)
 
@@ -167,15 +163,11 @@ class TorchBackend(Backend):
         return version is not None and version == tensor._version and own_bound <= bound
 
     def count_integers(self, integers, number):
-        integers = integers.reshape(-1)
-        if is_traced() or len(integers) * number > MAX_COMPARED:
-            # One more count, of all others.
-            places = integers.clamp(-1, number).to(torch.int64) % (number + 1)
-            counts = torch.zeros(number + 1, dtype=torch.int32, device=integers.device)
-            ones = torch.ones_like(places, dtype=torch.int32)
-            return counts.scatter_add(0, places, ones)[:number]
-        numbers = torch.arange(number, device=integers.device)
-        return (integers.unsqueeze(1) == numbers).sum(0, dtype=torch.int32)
+        # One more count, of all others.
+        places = integers.reshape(-1).clamp(-1, number).to(torch.int64) % (number + 1)
+        counts = torch.zeros(number + 1, dtype=torch.int32, device=integers.device)
+        ones = torch.ones_like(places, dtype=torch.int32)
+        return counts.scatter_add(0, places, ones)[:number]
 
     def order_and_rank(self, integers, bound):
         if torch.jit.is_tracing():  # for ONNX

@@ -23,15 +23,9 @@ class TorchDevices(Devices):
     def gather(self, values):
         if self.num_replicas() == 1:
             return values
-        sizes = values.new_zeros(self.num_replicas(), dtype=torch.int64)
-        sizes[torch.distributed.get_rank()] = len(values)
-        sizes = self.sum(sizes).tolist()
-        # Collective operations want equal sizes.
-        own = values.new_zeros((max(sizes), *values.shape[1:]))
-        own[: len(values)] = values
-        parts = [torch.empty_like(own) for _ in sizes]
-        torch.distributed.all_gather(parts, own)
-        return torch.cat([part[:size] for part, size in zip(parts, sizes)])
+        parts: list[Any] = [None] * self.num_replicas()  # of any sizes
+        torch.distributed.all_gather_object(parts, values.detach().cpu())
+        return torch.cat(parts).to(values.device)
 
     def sum_counts(self, values):
         if self.num_replicas() == 1:
@@ -50,18 +44,16 @@ class TorchDevices(Devices):
             rule = "`expert_parallel` needs `torchrun` and `torch.distributed.init_process_group()`"
             raise ValueError(f"{rule}. Received: no process group")
         world = torch.distributed.get_world_size()
-        # All processes see all groups before one of them may find that its own does not fit.
-        rows = None if process_group is None else _rows_of(process_group)
-        size = world if rows is None else len(rows[0])
-        if rows is not None and experts not in (None, size):
-            rule = "`experts` must be the size of the process group"
-            raise ValueError(f"{rule}. Received: {experts=}, a process group of {size}")
-        experts = experts or size
-        if world % experts or data not in (None, world // experts):
-            rule = "On PyTorch there must be `data * experts` processes"
-            raise ValueError(f"{rule}. Received: {experts=}, {data=}, {world} processes")
-        if rows is None:
-            rows = [range(first, first + experts) for first in range(0, world, experts)]
+        if process_group is None:
+            size = experts or world
+            rows = [range(first, first + size) for first in range(0, world, size)]
+        else:  # All processes see all groups before one may find that its own does not fit.
+            rows = _rows_of(process_group)
+            size = len(rows[0])
+        if world % size or experts not in (None, size) or data not in (None, world // size):
+            rule = "There must be `data * experts` processes, `experts` of them in a process group"
+            received = f"{experts=}, {data=}, {world} processes in groups of {size}"
+            raise ValueError(f"{rule}. Received: {received}")
         # Separate groups: `DistributedDataParallel` communicates at the same time.
         new_groups = torch.distributed.new_subgroups_by_enumeration
         replicas, _ = new_groups([list(column) for column in zip(*rows)])
@@ -122,7 +114,6 @@ class ExpertParallel:
         plan = problem.plan
         own = plan.num_experts // self.num_processes
         trained = {key: self.mean_gradient(each) for key, each in problem.trained.items()}
-        num_served = int(plan.sizes.sum())
         rows = plan.dispatch(problem.tokens)
 
         to_each = plan.sizes.to(torch.int64).reshape(self.num_processes, own)
@@ -133,7 +124,7 @@ class ExpertParallel:
         experts = torch.arange(own, dtype=torch.int32, device=rows.device)
         experts = experts.repeat(self.num_processes).repeat_interleave(from_each.reshape(-1))
         experts = experts.unsqueeze(1)
-        received = _Exchange.apply(rows[:num_served], there, back, self.process_group)
+        received = _Exchange.apply(rows[: sum(there)], there, back, self.process_group)
         weights = torch.ones_like(experts, dtype=torch.float32)
         key = other_key(problem.key, 7919 * torch.distributed.get_rank())
         plan_here = plan.of(experts, weights, own)
@@ -142,12 +133,19 @@ class ExpertParallel:
         )
         outputs = _Exchange.apply(network.run(platform, problem), back, there, self.process_group)
         # Rows past the last group are padding.
-        padding = outputs.new_zeros((len(rows) - num_served, outputs.shape[1]))
-        return plan.combine(torch.cat([outputs, padding]))
+        return plan.combine(torch.nn.functional.pad(outputs, (0, 0, 0, len(rows) - len(outputs))))
 
     def mean_gradient(self, kernel):
         """Return the kernel. Its gradient is the mean over the processes that share the experts."""
-        return _MeanGradient.apply(kernel, self._replicas)
+        kernel = kernel.view_as(kernel)
+        if kernel.requires_grad:
+            kernel.register_hook(self._mean)
+        return kernel
+
+    def _mean(self, gradient):
+        mean = (gradient / torch.distributed.get_world_size()).contiguous()
+        torch.distributed.all_reduce(mean, group=self._replicas)
+        return mean
 
     def whole(self, kernel):
         """Return the kernels of all experts, (E, ...). All processes must call this."""
@@ -186,20 +184,6 @@ class _Exchange(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gradient):
         return _Exchange.apply(gradient, *ctx.plan), None, None, None
-
-
-class _MeanGradient(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, kernel, replicas):
-        ctx.replicas = replicas
-        return kernel.view_as(kernel)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, gradient):
-        mean = (gradient / torch.distributed.get_world_size()).contiguous()
-        torch.distributed.all_reduce(mean, group=ctx.replicas)
-        return mean, None
 
 
 def _rows_of(process_group):
