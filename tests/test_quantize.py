@@ -105,7 +105,7 @@ def test_outputs_and_gradients_are_those_of_the_integers_as_floats(
     model, mode, block_size, block, monkeypatch
 ):
     if BACKEND == "torch":
-        monkeypatch.setattr("keras_moe.backend.torch.CPU_BLOCK", block)
+        monkeypatch.setattr("keras_moe.backend.torch_groups.CPU_CHUNK_VALUES", block)
     bank, x = bank_of(model), normal(64, D)
     config = keras.quantizers.Int4QuantizationConfig(block_size=block_size)
     bank.quantize(mode, config=config if mode == "int4" else None)

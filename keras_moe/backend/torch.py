@@ -22,9 +22,6 @@ from keras_moe.backend.torch_groups import is_traced, sizes_on_host, split, with
 # With fewer scores, one sort takes less time than the operations of several maxima.
 MAX_SORTED = 2**13
 
-# So many integers of a kernel become floats at once on a CPU, in memory that stays in the cache.
-CPU_BLOCK = 2**20
-
 
 class TorchBackend(Backend):
     devices = torch_processes.TorchDevices()
@@ -94,7 +91,8 @@ class TorchBackend(Backend):
         right = right.mT if transposed else right
         if right.dtype == left.dtype or is_traced() or left.device.type != "cpu":
             return left @ right.to(left.dtype)
-        blocks = right.split(max(1, CPU_BLOCK // right.shape[0]), 1)
+        # Blocks of columns become floats in memory that stays in the cache.
+        blocks = right.split(max(1, torch_groups.CPU_CHUNK_VALUES // right.shape[0]), 1)
         return torch.cat([left @ block.to(left.dtype) for block in blocks], 1)
 
     def layout(self, problem, platform):

@@ -38,8 +38,7 @@ class TorchDevices(Devices):
     def split_experts(self, experts, data, devices, layout_map, process_group):
         if devices is not None or layout_map is not None:
             rule = "`devices` and `layout_map` are for JAX, `process_group` is for PyTorch"
-            received = shortened((devices, layout_map))
-            raise ValueError(f"{rule}. Received: {received} on PyTorch")
+            raise ValueError(f"{rule}. Received: {shortened((devices, layout_map))} on PyTorch")
         if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
             rule = "`expert_parallel` needs `torchrun` and `torch.distributed.init_process_group()`"
             raise ValueError(f"{rule}. Received: no process group")
@@ -52,7 +51,7 @@ class TorchDevices(Devices):
             size = len(rows[0])
         if world % size or experts not in (None, size) or data not in (None, world // size):
             rule = "There must be `data * experts` processes, `experts` of them in a process group"
-            received = f"{experts=}, {data=}, {world} processes in groups of {size}"
+            received = f"{experts=}, {data=}, {world} processes, a process group of {size}"
             raise ValueError(f"{rule}. Received: {received}")
         # Separate groups: `DistributedDataParallel` communicates at the same time.
         new_groups = torch.distributed.new_subgroups_by_enumeration
@@ -63,8 +62,7 @@ class TorchDevices(Devices):
         distribution = keras.distribution.distribution()
         if isinstance(distribution, ExpertParallel):
             return distribution
-        copies = keras.distribution.DataParallel
-        if distribution is not None and not isinstance(distribution, copies):
+        if not isinstance(distribution, keras.distribution.DataParallel | None):
             rule = "On PyTorch experts need `expert_parallel`, or `DataParallel` to be copied"
             raise ValueError(f"{rule}. Received: a layer of experts under {distribution}")
         return None
@@ -121,9 +119,8 @@ class ExpertParallel:
         torch.distributed.all_to_all_single(from_each, to_each, group=self.process_group)
         there, back = to_each.sum(1).tolist(), from_each.sum(1).tolist()
         # Received rows are sorted by the process they came from, and only then by expert.
-        experts = torch.arange(own, dtype=torch.int32, device=rows.device)
-        experts = experts.repeat(self.num_processes).repeat_interleave(from_each.reshape(-1))
-        experts = experts.unsqueeze(1)
+        experts = torch.arange(from_each.numel(), dtype=torch.int32, device=rows.device) % own
+        experts = experts.repeat_interleave(from_each.reshape(-1)).unsqueeze(1)
         received = _Exchange.apply(rows[: sum(there)], there, back, self.process_group)
         weights = torch.ones_like(experts, dtype=torch.float32)
         key = other_key(problem.key, 7919 * torch.distributed.get_rank())
