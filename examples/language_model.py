@@ -97,7 +97,7 @@ model.compile(keras.optimizers.Adam(rate), loss)
 """
 ## Training
 
-The perplexity, `exp(loss)`, is among how many words the model hesitates. A model that knows only
+The perplexity, `exp(loss)`, is the effective number of candidate words. A model that knows only
 how frequent each word is gives the figure to beat.
 """
 

@@ -84,7 +84,7 @@ for weight in model.weights:
 ## Training
 
 Tokens travel to the devices of their experts, and what the experts make of them travels back.
-Compare the error with the variance of the targets, that of a model which knows nothing.
+Compare the error with the variance of the targets, the error of predicting their mean.
 """
 
 history = model.fit(*train, batch_size=BATCH_SIZE, epochs=EPOCHS, verbose=0).history

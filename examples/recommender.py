@@ -128,7 +128,7 @@ def build(tasks, middle):
 """
 ## Training, and the mean and standard deviation over the seeds
 
-The AUC is the share of all pairs of a liked film and another one that the model has in this order.
+The AUC is the share of pairs of a liked and another film that the model ranks correctly.
 """
 
 
@@ -170,8 +170,8 @@ for name, (tasks, middle) in models.items():
 """
 ## Which task uses which expert
 
-The share of each expert in what the gate of a task sums, over the test, in the last model of each
-kind. Of the six experts in the last block of PLE the first four are shared.
+Each expert's share of a task's gate weights over the test rows, in the last model of each kind. Of
+the six experts in the last block of PLE the first four are shared.
 """
 
 figure, panels = plt.subplots(1, 2, figsize=(9, 3), sharey=True, layout="constrained")

@@ -34,8 +34,8 @@ BATCH_SIZE = 64
 ## The router
 
 Where each token takes its best K experts, only the logits are new: `project` maps tokens (T, D) to
-logits (T, E). Scores, choice, weights, padding and noise are as in `TopKRouter`. A centre
-is as near as the negative squared distance is high.
+logits (T, E). Scores, choice, weights, padding and noise are as in `TopKRouter`. The nearer a
+centre, the higher its negative squared distance.
 
 `register_keras_serializable` and `get_config` let a saved model find the class again.
 """

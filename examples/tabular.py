@@ -101,8 +101,7 @@ def build(middle):
 """
 ## Training, and the mean and standard deviation over the seeds
 
-The AUC is the share of all pairs of a high earner and another person that the model puts in this
-order.
+The AUC is the share of pairs of a high earner and another person that the model ranks correctly.
 """
 
 

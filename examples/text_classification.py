@@ -75,7 +75,7 @@ print(f"{len(x_train)} documents to train with, {len(x_test)} to test, {len(clas
 each word to the best of eight experts, so that the layer has eight times the weights of one expert
 and about the cost of one. The load-balancing loss keeps all experts busy.
 
-`mask_zero=True` tells all layers what is padding: it runs no expert and counts nowhere.
+`mask_zero=True` tells all layers what is padding, which is neither routed nor counted.
 """
 
 keras.utils.set_random_seed(0)
@@ -123,8 +123,8 @@ print(f"test accuracy: {accuracy:.1%}")
 
 `record_routings` runs the model on some documents and keeps what its routers decide. The picture
 shows which share of the words of each newsgroup each expert serves. The mutual information is how
-many bits the expert of a word tells about the newsgroup of its document; with shuffled newsgroups
-it is what chance gives.
+many bits a word's expert reveals about its document's newsgroup; shuffled newsgroups give the
+chance level.
 """
 
 some = np.random.default_rng(1).permutation(len(x_test))[:1000]

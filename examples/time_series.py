@@ -1,8 +1,8 @@
 """Time series: who is speaking?
 
-Each utterance is a series of 7 to 29 frames of 12 numbers. A step of time is a token, and a mixture
-of experts in an encoder block serves each step by the experts that its router chooses; padding
-is served by none. Then: which expert serves which speaker.
+Each utterance is a series of 7 to 29 frames of 12 numbers. A time step is a token, which the
+router of a mixture in an encoder block sends to its experts; padding goes to none. The program
+then shows which expert serves which speaker.
 
     pip install ".[jax]" && pip install --no-deps aeon==1.6.0
 

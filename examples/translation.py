@@ -164,7 +164,8 @@ for name, steps, seconds, weights, active, value in rows:
 ## Beam search
 
 Four translations of a verse grow side by side, a word at a time. The cache holds what the decoder
-computed of their words and of the Spanish verse. What has ended goes on with padding, at no cost.
+computed for their words and the Spanish verse. Finished translations continue with padding, at no
+cost.
 """
 
 

@@ -59,8 +59,8 @@ train = train[: len(train) // BATCH_SIZE * BATCH_SIZE]  # batches of one size
 
 The first value of each tuple is the one picked by hand. `active_width` is the width of all experts
 of a token together: with more experts per token, each is narrower, so the cost does not change.
-Both layers of the model share the values of a trial. Routers see long waves of the place only, so
-that an expert serves a part of the picture.
+Both layers of the model share the values of a trial. Routers see only long wavelengths of the
+position, so that an expert serves one region.
 """
 
 space = tuner.SearchSpace(
@@ -93,10 +93,10 @@ def build(hp, seed=0):
 """
 ## The search
 
-The budget is a fifth more than the layers picked by hand cost, in floating-point operations for one
-token. `CostMonitor` measures the cost of a trial. A search in a folder that has trials goes on
-with them. With the environment variables of KerasTuner for several processes, workers train the
-trials that the chief gives them, and only the chief goes on after the search.
+The budget is a fifth more than the layers picked by hand cost, in floating-point operations for
+one token. `CostMonitor` measures the cost of a trial. A search resumes if its folder has trials.
+With the environment variables of KerasTuner for several processes, workers train the trials that
+the chief gives them, and only the chief goes on after the search.
 """
 
 fit = {"x": places[train], "y": colours[train], "batch_size": BATCH_SIZE, "epochs": EPOCHS}
