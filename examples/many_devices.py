@@ -1,7 +1,8 @@
 """Experts on many devices
 
 Splits the experts of a layer over all devices of a machine with JAX, trains, and loads the saved
-model on one device. It runs on any number of GPUs or TPU cores, and on one.
+model on one device. It is written for any number of GPUs or TPU cores, and was run on virtual
+devices of a CPU.
 
     pip install ".[jax]"
 

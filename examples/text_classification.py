@@ -100,9 +100,9 @@ model.compile(keras.optimizers.Adam(2e-3), "sparse_categorical_crossentropy", me
 
 `ExpertMonitor` adds to the logs of each epoch how evenly the experts are used: a `load_imbalance`
 of 0 is an equal share for each, 1 means that the busiest has twice its share; `dead_experts` have
-none; `router_loss` is the part of the loss that balances. `ExpertHealth` warns, with advice, if
-experts collapse or die. A last batch of another size would be compiled separately, so it is left
-out.
+almost none; `router_loss` is what router losses add to the loss. `ExpertHealth` warns, with
+advice, if experts collapse or die. A last batch of another size would be compiled separately, so
+it is left out.
 """
 
 whole_batches = len(x_train) // BATCH_SIZE * BATCH_SIZE

@@ -39,8 +39,8 @@ NUM_SEEDS = 3
 """
 ## Data
 
-The model learns the colour of a pixel from its place in the photograph. The pixels are divided at
-random: seven tenths train, one tenth compares the trials, and two tenths test.
+The model learns the colour of a pixel from its position in the photograph. The pixels are divided
+at random: seven tenths train, one tenth compares the trials, and two tenths test.
 """
 
 photo = load_sample_image("china.jpg") / 255.0
