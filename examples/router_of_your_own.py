@@ -37,7 +37,7 @@ Where each token takes its best K experts, only the logits are new: `project` ma
 logits (T, E). Scores, choice, weights, padding and noise are as in `TopKRouter`. The nearer a
 centre, the higher its negative squared distance.
 
-`register_keras_serializable` and `get_config` let a saved model find the class again.
+`register_keras_serializable` and `get_config` let a saved model find the class when it is loaded.
 """
 
 

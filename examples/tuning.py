@@ -1,9 +1,9 @@
 """Tuning a mixture of experts
 
 Tunes the number of experts, the experts per token, their width, the weight of the balancing loss
-and the learning rate with KerasTuner, under a cost budget per token. Then trains the setting
-picked by hand and the best one again, with three seeds each, and compares them on test data that
-no trial saw.
+and the learning rate with KerasTuner, under a cost budget per token. Then retrains the
+hand-picked and the best setting, with three seeds each, and compares them on test data that no
+trial saw.
 
     pip install ".[jax,tuner,visualization]" scikit-learn
 
@@ -136,7 +136,7 @@ for cost, error, *chosen in trials:
 ## The test
 
 The best trial was chosen by its validation error, which is therefore a little too good. Both
-settings are trained again, with other seeds, and tested on pixels that had no part in the search.
+settings are retrained with other seeds, and tested on pixels that had no part in the search.
 """
 
 best = search.get_best_hyperparameters()[0]
