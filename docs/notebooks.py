@@ -164,7 +164,8 @@ def _executed(notebook):
     code = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"] if notebook else []
     machine = []
     if code and "machine" in code[-1]["metadata"].get("tags", ()):
-        machine = ["The outputs are from a run with:", *_outputs(code.pop())]
+        said = "The outputs are from one run, which other programs slowed down, with:"
+        machine = [said, *_outputs(code.pop())]
     return (_outputs(cell) for cell in code[1:]), machine
 
 

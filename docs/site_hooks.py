@@ -13,6 +13,8 @@ sys.path.insert(0, str(pathlib.Path(__file__).parent))
 from notebooks import FOLDER, ROOT, outputs_of, page_of  # noqa: E402
 from reference_links import link_names  # noqa: E402
 
+# Examples whose pages are in docs/, and end with the program.
+TUTORIALS = ("text_classification", "translation", "tuning")
 OUTSIDE = re.compile(r"\[([^\]]+)\]\(\.\./((?!examples/)[\w./#-]+)\)")
 ALERT = re.compile(r"^> \[!(\w+)\]\n((?:>.*\n)+)", flags=re.MULTILINE)
 
@@ -27,7 +29,7 @@ def on_files(files, config):
     changes = changes.replace("](docs/", "](")
     files.append(File.generated(config, "changelog.md", content=changes))
     for example in (ROOT / "examples").glob("*.py"):
-        if _has_tutorial(example.stem):
+        if example.stem in TUTORIALS:
             continue
         source = subprocess.run(
             [
@@ -54,11 +56,6 @@ def _notebook(name):
     return json.loads((FOLDER / f"{name}.ipynb").read_text(encoding="utf-8"))
 
 
-def _has_tutorial(name):
-    """Whether a page in docs/ is about the example of that name, and ends with its program."""
-    return (ROOT / "docs" / f"{name}.md").exists()
-
-
 def _colab_link(name, repository):
     """The end of the page of an example, where the repository is on GitHub."""
     _, on_github, owner_and_name = repository.partition("https://github.com/")
@@ -74,9 +71,9 @@ def on_page_markdown(markdown, page, config, **_):
 
     In the repository alerts are written as GitHub shows them, `> [!WARNING]`.
     """
-    name = pathlib.Path(page.file.src_uri).stem
-    example = ROOT / "examples" / f"{name}.py"
-    if page.file.src_uri == f"{name}.md" and example.exists():
+    name = page.file.src_uri.removesuffix(".md")
+    if name in TUTORIALS:
+        example = ROOT / "examples" / f"{name}.py"
         program = textwrap.indent(example.read_text(encoding="utf-8"), "    ")
         markdown += f'\n\n??? example "The whole program"\n\n    ```python\n{program}    ```\n'
         outputs = textwrap.indent(outputs_of(_notebook(name)), "    ")
@@ -89,7 +86,7 @@ def on_page_markdown(markdown, page, config, **_):
 
 
 def _page_of_example(match):
-    return f"({match[1]}.md)" if _has_tutorial(match[1]) else f"(examples/{match[1]}.md)"
+    return f"({match[1]}.md)" if match[1] in TUTORIALS else f"(examples/{match[1]}.md)"
 
 
 def _repository_link(match, repository):

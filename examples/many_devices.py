@@ -1,11 +1,12 @@
 """Experts on many devices
 
 Splits the experts of a layer over all devices of a machine with JAX, trains, and loads the saved
-model on one device. It runs on any number of GPUs or TPU cores, and on one.
+model on one device. It is written for any number of GPUs or TPU cores, and was run on virtual
+devices of a CPU.
 
     pip install ".[jax]"
 
-In a clone of the repository of keras_moe. Without such devices, see it on four virtual ones:
+Run it in a clone of keras_moe. Without such devices, try four virtual ones:
 
     XLA_FLAGS=--xla_force_host_platform_device_count=4 python examples/many_devices.py
 
@@ -47,8 +48,8 @@ print(f"{num_devices} devices: a grid of {num_devices // columns} x {columns}")
 """
 ## Data
 
-Made up so that experts help: tokens lie around eight centres, and around each centre the target is
-another linear function of the token.
+The data are made up so that experts help: tokens lie around eight centres, and around each centre
+the target is a different linear function.
 """
 
 rng = np.random.default_rng(0)
@@ -83,8 +84,8 @@ for weight in model.weights:
 """
 ## Training
 
-Tokens travel to the devices of their experts, and what the experts make of them travels back.
-Compare the error with the variance of the targets, that of a model which knows nothing.
+Tokens travel to the devices of their experts, and the experts' outputs travel back. Compare the
+error with the variance of the targets, the error of predicting their mean.
 """
 
 history = model.fit(*train, batch_size=BATCH_SIZE, epochs=EPOCHS, verbose=0).history

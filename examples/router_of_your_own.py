@@ -1,14 +1,14 @@
 """A custom router
 
-Writes a router that this package does not have, trains it beside the usual one, and saves and loads
-the model: an expert has a centre, and a token goes to the experts whose centres are nearest.
+Writes a router that this package does not have, trains it beside the usual one, and saves and
+loads the model: an expert has a centre, and a token goes to the experts whose centres are nearest.
 
     pip install ".[jax]" scikit-learn
 
-In a clone of the repository of keras_moe; with `.[tensorflow]` or `.[torch]`, set `KERAS_BACKEND`
-to that name. The data, handwritten digits of 8 by 8 pixels, come with scikit-learn. A run on
-PyTorch, 17 seconds of CPU time, reached test accuracies of 95.8% with the usual router and
-95.3% with this one.
+Run it in a clone of keras_moe; with `.[tensorflow]` or `.[torch]`, set `KERAS_BACKEND` to that
+name. The data, handwritten digits of 8 by 8 pixels, come with scikit-learn. A run on PyTorch, 17
+seconds of CPU time, reached test accuracies of 95.8% with the usual router and 95.3% with this
+one.
 """
 
 import os
@@ -34,10 +34,10 @@ BATCH_SIZE = 64
 ## The router
 
 Where each token takes its best K experts, only the logits are new: `project` maps tokens (T, D) to
-logits (T, E). Scores, choice, weights, padding and noise are as in `TopKRouter`. A centre
-is as near as the negative squared distance is high.
+logits (T, E). Scores, choice, weights, padding and noise are as in `TopKRouter`. The nearer a
+centre, the higher its negative squared distance.
 
-`register_keras_serializable` and `get_config` let a saved model find the class again.
+`register_keras_serializable` and `get_config` let a saved model find the class when it is loaded.
 """
 
 
@@ -65,8 +65,8 @@ class NearestCentreRouter(routers.TopKRouter):
 """
 ## Two models that differ in the router
 
-The layer tells its router the number of experts, so the router needs only what is its own. Experts
-are small on purpose: none could tell all ten digits apart.
+The layer tells its router the number of experts, so the router needs only its own arguments.
+Experts are small on purpose: none could tell all ten digits apart.
 """
 
 digits = load_digits()
@@ -110,7 +110,7 @@ model = train(NearestCentreRouter(top_k=1, sharpness=0.1))
 """
 ## What the experts serve
 
-Each row is a digit, each column an expert: how many percent of the images of the digit it gets.
+Each row is a digit, each column an expert: what percentage of the digit's images it gets.
 """
 
 (routing,) = inspection.record_routings(model, [x])["experts"]

@@ -1,12 +1,12 @@
 """Sequence to sequence: dates in words become numbers
 
-A small encoder and decoder with a mixture of experts, `model.fit`, and greedy decoding: forty lines
-to copy for other pairs of texts.
+A small encoder and decoder with a mixture of experts, `model.fit`, and greedy decoding: forty
+lines to copy for other pairs of texts.
 
     pip install ".[jax]"
 
-In a clone of the repository of keras_moe; with `.[tensorflow]` or `.[torch]`, set `KERAS_BACKEND`
-to that name.
+Run it in a clone of keras_moe; with `.[tensorflow]` or `.[torch]`, set `KERAS_BACKEND` to that
+name.
 """
 
 import calendar
@@ -32,7 +32,7 @@ BATCH_SIZE = 64
 """
 ## Pairs of texts
 
-Each date of 1601 to 2099 may stand in one of three forms. Replace `pairs` by your own.
+Each date from 1601 to 2099 has one of three forms. Replace `pairs` with your own.
 """
 
 ones = "one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen"
@@ -138,8 +138,8 @@ model.fit(
 """
 ## Greedy decoding
 
-The model writes one character after another, each the likeliest. It reads the whole target again
-for each, which is quick for short texts; `examples/translation.py` keeps a cache for longer ones.
+The model writes one character after another, each the likeliest. It re-reads the whole target for
+each, which is quick for short texts; `examples/translation.py` keeps a cache for longer ones.
 """
 
 

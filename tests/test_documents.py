@@ -101,11 +101,10 @@ def test_files_that_documents_name_exist():
 def test_the_site_has_every_page_and_every_public_part():
     site = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
     pages = {path.relative_to(ROOT / "docs").as_posix() for path in (ROOT / "docs").rglob("*.md")}
-    pages |= {
-        f"examples/{path.stem}.md"
-        for path in (ROOT / "examples").glob("*.py")
-        if f"{path.stem}.md" not in pages  # a tutorial, which has the program
-    }
+    tutorials = re.findall(r'"Tutorial: [\w ]+": (\w+)\.md', site)  # have the programs
+    examples = {path.stem for path in (ROOT / "examples").glob("*.py")}
+    assert examples > set(tutorials)
+    pages |= {f"examples/{name}.md" for name in examples.difference(tutorials)}
     pages |= {"changelog.md"}  # of CHANGELOG.md
     assert pages == set(re.findall(r"[\w/]+\.md", site[site.index("\nnav:") :]))
     redirects = re.findall(r"^        ([\w/]+\.md): ([\w/]+\.md)", site, flags=re.MULTILINE)

@@ -46,7 +46,7 @@ class ExpertMonitor(ExpertCallback):
     as `EarlyStopping("val_load_imbalance", mode="min")` and `TensorBoard`, come after this one.
     `model.evaluate` prints the first three but does not return them.
 
-    `history`, a dict of lists by epoch as in `keras.callbacks.History`, has the numbers of each
+    `history`, a dict of lists by epoch as in `keras.callbacks.History`, holds the numbers of each
     layer, such as `moe_load_imbalance`, and `val_moe_load_imbalance` in validation. Besides those
     above they are `load_entropy`, `router_entropy`, each router loss before its weight, such as
     `load_balance_loss`, and each of `metrics` by the name of the function. The page "Watch

@@ -12,7 +12,7 @@ from keras_moe.losses import RouterLoss
 
 
 class RouterLossSchedule(keras.callbacks.Callback):
-    """Sets the weight of a router loss at the start of each epoch, without compiling again.
+    """Sets the weight of a router loss at the start of each epoch, without recompiling.
 
     Args:
         schedule: Function of the epoch, from 0, that returns the weight.

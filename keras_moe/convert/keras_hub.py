@@ -25,7 +25,7 @@ BLOCKS = {family.block.cls: family for family in FAMILIES.values() if family.blo
 def use_sparse_experts(model: keras.Model) -> keras.Model:
     """Make the MoE blocks of a KerasHub model compute only the chosen experts.
 
-    Returns the same model, with the same outputs and files of weights; an optimizer starts again.
+    Returns the same model, with the same outputs and weight files; its optimizer is reset.
     Each block has a `layers.MixtureOfExperts`, on which all tools of this package work. A saved
     model is sparse when it is loaded, in a process that has imported `keras_moe`.
 

@@ -265,11 +265,11 @@ class Gate(Recomputable):
         return list(self._initial_loss_weights)
 
     def set_router_loss_weight(self, index: int, weight: float) -> None:
-        """Set the weight of a router loss. Nothing is compiled again.
+        """Set the weight of a router loss. Nothing is recompiled.
 
         Args:
-            index: Integer, the place of the loss in `router_losses`.
-            weight: Float of at least 0. A ValueError is raised for another one, or another place.
+            index: Integer, the position of the loss in `router_losses`.
+            weight: Float of at least 0. Other weights and positions raise a ValueError.
         """
         weights = self.loss_weights_in_force
         check_choice("index", index, range(len(weights)))

@@ -61,7 +61,7 @@ class LowRankExperts(StackedExperts):
 
     Raises:
         ValueError: If a number is out of its range, or `base` has several experts, LoRA, or a
-            network of another form.
+            network of a different form.
         TypeError: If `base` is no bank of stacked kernels.
 
     Other arguments, call arguments and output shape: as for `ExpertBank`.

@@ -247,7 +247,7 @@ def pack_mixture(routing: Routing, expert_outputs: Tensor) -> Tensor:
 
 @register
 class _PackMixture(keras.layers.Layer):
-    """A concatenation through which the mask of the expert outputs goes on."""
+    """A concatenation that passes on the mask of the expert outputs."""
 
     def compute_mask(self, expert_outputs, previous_mask):
         return None if previous_mask is None else previous_mask[..., 0]  # the same for all experts

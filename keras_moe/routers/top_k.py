@@ -32,7 +32,7 @@ class TopKRouter(LogitRouter):
     (arXiv:2101.03961). With more, the chosen scores are divided by their sum, as in Mixtral
     (arXiv:2401.04088).
 
-    A subclass may override `project(tokens)` for other logits, or `select(scores)` for another
+    A subclass may override `project(tokens)` for other logits, or `select(scores)` for a different
     choice.
 
     Args:

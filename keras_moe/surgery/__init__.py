@@ -43,7 +43,7 @@ def prune_experts(
 ) -> Surgery:
     """Take the least important experts out of a model, in place.
 
-    A compiled model trains on with an optimizer that starts again. The layers of a converted
+    A compiled model stays compiled, but its optimizer is reset. The layers of a converted
     KerasHub model keep one number of experts.
 
     Args:
@@ -100,12 +100,12 @@ def add_experts(
     data: Sequence = (),
     seed: int | None = None,
 ) -> Surgery:
-    """Copy all experts of a model, in place, so that it has more of them to train on with.
+    """Copy all experts of a model, in place, so that training continues with more of them.
 
     Expert e becomes the experts `factor * e` to `factor * e + factor - 1`, with copies of its
     column of the router. A token still goes to K experts: if K is 1, outputs stay the same without
-    noise. A compiled model trains on with an optimizer that starts again, its learning rate
-    schedule included.
+    noise. A compiled model stays compiled, but its optimizer is reset, with its learning rate
+    schedule.
 
     Args:
         model: Keras model. A built model with MoE layers of stacked experts, or one such layer.

@@ -69,7 +69,7 @@ def upcycle(
 
     Returns:
         The model, with a `layers.MixtureOfExperts` for each of the layers, called
-        `"{name}_experts"`. If it was compiled it still is, with an optimizer that starts again.
+        `"{name}_experts"`. If it was compiled it still is, but its optimizer is reset.
 
     Raises:
         ValueError: If arguments do not go together, models differ or have no such layers, or a
@@ -145,7 +145,7 @@ def upcycle(
 
 
 def freeze_all_but(model: keras.Model, pattern: str = "_lora_|router") -> None:
-    """Freeze all weights of a model but some. The optimizer of a compiled model starts again.
+    """Freeze all weights of a model but some. The optimizer of a compiled model is reset.
 
     Keras does not save which parts are frozen: load with `compile=False`, and call it again.
 
