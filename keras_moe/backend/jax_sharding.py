@@ -64,11 +64,6 @@ class Shards:
 
 
 class JaxDevices(Devices):
-    def split_experts(self, experts, data, devices, layout_map, process_group):
-        if process_group is not None:
-            rule = "`devices` and `layout_map` are for JAX, `process_group` is for PyTorch"
-            raise ValueError(f"{rule}. Received: {process_group=} on JAX")
-
     def token_shards(self):
         distribution = keras.distribution.distribution()
         if distribution is None or distribution.device_mesh.devices.size == 1:

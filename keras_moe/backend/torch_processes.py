@@ -1,11 +1,8 @@
 """Processes of `torch.distributed`: replicas of a model, and experts that are split over them."""
 
-from typing import Any
-
 import keras
 import torch
 
-from keras_moe._internal.checks import shortened
 from keras_moe.backend.base import Devices, other_key
 
 
@@ -41,31 +38,20 @@ class TorchDevices(Devices):
         parts = self.sum(flat).split([value.numel() for value in values])
         return [part.reshape(each.shape).to(each.dtype) for part, each in zip(parts, values)]
 
-    def split_experts(self, experts, data, devices, layout_map, process_group):
-        if devices is not None or layout_map is not None:
-            rule = "`devices` and `layout_map` are for JAX, `process_group` is for PyTorch"
-            received = shortened((devices, layout_map))
-            raise ValueError(f"{rule}. Received: {received} on PyTorch")
+    def split_experts(self, experts, data):
         if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
             rule = "`expert_parallel` needs `torchrun` and `torch.distributed.init_process_group()`"
             raise ValueError(f"{rule}. Received: no process group")
         world = torch.distributed.get_world_size()
-        # All processes see all groups before one of them may find that its own does not fit.
-        rows = None if process_group is None else _rows_of(process_group)
-        size = world if rows is None else len(rows[0])
-        if rows is not None and experts not in (None, size):
-            rule = "`experts` must be the size of the process group"
-            raise ValueError(f"{rule}. Received: {experts=}, a process group of {size}")
-        experts = experts or size
+        experts = experts or max(1, world // (data or 1))
         if world % experts or data not in (None, world // experts):
             rule = "On PyTorch there must be `data * experts` processes"
             raise ValueError(f"{rule}. Received: {experts=}, {data=}, {world} processes")
-        if rows is None:
-            rows = [range(first, first + experts) for first in range(0, world, experts)]
+        rows = [list(range(first, first + experts)) for first in range(0, world, experts)]
         # Separate groups: `DistributedDataParallel` communicates at the same time.
         new_groups = torch.distributed.new_subgroups_by_enumeration
-        replicas, _ = new_groups([list(column) for column in zip(*rows)])
-        return ExpertParallel(process_group or new_groups(list(map(list, rows)))[0], replicas)
+        replicas, _ = new_groups(list(map(list, zip(*rows))))
+        return ExpertParallel(new_groups(rows)[0], replicas)
 
     def expert_processes(self):
         distribution = keras.distribution.distribution()
@@ -200,15 +186,3 @@ class _MeanGradient(torch.autograd.Function):
         mean = (gradient / torch.distributed.get_world_size()).contiguous()
         torch.distributed.all_reduce(mean, group=ctx.replicas)
         return mean, None
-
-
-def _rows_of(process_group):
-    """Return the ranks of the process groups of all processes."""
-    given: list[Any] = [None] * torch.distributed.get_world_size()
-    own = tuple(torch.distributed.get_process_group_ranks(process_group))
-    torch.distributed.all_gather_object(given, own)
-    rows = sorted(set(given))
-    if len(set(map(len, rows))) > 1 or sorted(sum(rows, ())) != list(range(len(given))):
-        rule = "Process groups must be of one size and have each process once: see `new_subgroups`"
-        raise ValueError(f"{rule}. Received: groups of the ranks {rows}")
-    return rows
