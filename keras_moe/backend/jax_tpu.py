@@ -7,6 +7,10 @@ from jax.experimental.pallas.ops.tpu.megablox.gmm import gmm, tgmm
 
 def product(rows, kernels, sizes, *, transposed, interpret=False):
     """See `jax_products`."""
+    # XLA keeps such kernels with their axes swapped, which needs less padding, and would copy them
+    # all for a program that reads them otherwise.
+    if kernels.shape[1] % 128 == 0 and kernels.shape[2] % 128:
+        kernels, transposed = kernels.mT, not transposed
     number, depth = rows.shape
     tile = _tile(number, depth, kernels.shape[1 if transposed else 2], sizes, rows.dtype)
     rows, kernels = _whole_tiles(rows, tile), kernels.astype(rows.dtype)
