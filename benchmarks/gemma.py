@@ -148,6 +148,7 @@ def build(block, distribution, layer_types, options):
         # There are none.
         mock.patch.object(conversion, "_give_weights"),
         keras.StatelessScope(initialize_variables=False),
+        distribution.scope(),
         recomputed if options.remat else contextlib.nullcontext(),
     ):
         backbone = keras_hub.models.Gemma4Backbone(

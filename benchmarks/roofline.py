@@ -22,8 +22,8 @@ class Work(NamedTuple):
     """What a program, or a part of it, does. Kernels are bound by their products or their traffic.
 
     `bytes` are read from and written to main memory, also by copies that run beside kernels.
-    `waits` is how often the host must see data of the device, `loops` how many loops have trips
-    that depend on data.
+    `waits` is how often the host must see data of the device, `loops` how many loops of
+    products have trips that depend on data.
     """
 
     seconds: float = 0.0
@@ -84,7 +84,7 @@ class _Reader:
         body = self.total(instruction.called("body")).times(trips)
         work = body + self.total(instruction.called("condition")).times(trips + 1)
         if instruction.trips is None:
-            work += self._host_waits(trips + 1) + Work(loops=1)
+            work += self._host_waits(trips + 1) + Work(loops=int(body.flops > 0))
         return work
 
     def _host_waits(self, times):

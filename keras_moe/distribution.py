@@ -15,15 +15,15 @@ def expert_parallel(
     data: int | None = None,
     devices: list[str] | None = None,
     layout_map: keras.distribution.LayoutMap | None = None,
-    process_group: Any = None,
 ) -> Any:
     """A distribution that splits tokens over all devices, and experts over some of them.
 
     On JAX the devices form a grid of `data` by `experts`. Each holds E / `experts` of the E experts
     of every bank, and its share of each batch, whose size must be a multiple of `data * experts`.
     Tokens are sent to the devices of their experts, within a row of the grid, and back. On PyTorch
-    the processes of `torch.distributed` take the place of devices, and each runs a custom training
-    loop. Set it before the model is made: `keras.distribution.set_distribution(...)`.
+    processes of `torch.distributed` take the place of devices, neighbours share experts, and each
+    runs a custom training loop. Set it before the model is made:
+    `keras.distribution.set_distribution(...)`.
 
     Args:
         experts: Integer. Devices that share a bank, a divisor of its number of experts. None: all
@@ -33,8 +33,6 @@ def expert_parallel(
         layout_map: On JAX, `keras.distribution.LayoutMap` for other weights, else whole on every
             device. Its mesh begins with the axes "data" and "expert", whose sizes take the place
             of `data` and `experts`.
-        process_group: On PyTorch, the `torch.distributed` group of the processes that share the
-            experts with this one, all of one size. None makes new ones, of neighbours.
 
     Returns:
         On JAX an `ExpertParallel`, which is a `keras.distribution.ModelParallel`. On PyTorch an
@@ -53,7 +51,10 @@ def expert_parallel(
     """
     experts = experts if experts is None else check_integer("experts", experts)
     data = data if data is None else check_integer("data", data)
-    processes = backend.devices.split_experts(experts, data, devices, layout_map, process_group)
+    if keras.backend.backend() == "torch" and (devices is not None or layout_map is not None):
+        received = shortened((devices, layout_map))
+        raise ValueError(f"`devices` and `layout_map` are for JAX. Received: {received} on PyTorch")
+    processes = backend.devices.split_experts(experts, data)
     if processes is not None:
         return processes
     given = (experts, data, devices)

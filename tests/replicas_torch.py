@@ -149,22 +149,10 @@ def draws_alike():
     return torch.equal(outputs[:, 0], outputs[:, 1])
 
 
-def groups_of_one_choice():
-    """Experts and gradients that process groups of ranks that are no neighbours share."""
-    group, _ = torch.distributed.new_subgroups_by_enumeration([[0, 2], [1, 3]])
-    distribution = expert_parallel(process_group=group)
-    kernel = torch.ones((), requires_grad=True)
-    (distribution.mean_gradient(kernel) * (torch.distributed.get_rank() + 1)).backward()
-    return {"own": list(distribution.own_experts(4)), "gradient": kernel.grad.item()}
-
-
 def errors():
     """Errors where numbers and processes do not fit."""
-    group, _ = torch.distributed.new_subgroups_by_enumeration([[0], [1, 2, 3]])
     yield error_of(lambda: expert_parallel(3))
     yield error_of(lambda: expert_parallel(2, data=4))
-    yield error_of(lambda: expert_parallel(2, process_group=torch.distributed.group.WORLD))
-    yield error_of(lambda: expert_parallel(process_group=group))
     yield error_of(lambda: layers.FeedForwardExperts(7, 8).build((None, 4)))
 
 
@@ -187,7 +175,6 @@ def main(folder):
         results["draws_alike"] = draws_alike()
     if size == 4:
         results["grid"] = expert_parallelism(rank, size, folder, experts=2)
-        results["groups"] = groups_of_one_choice()
         results["errors"] += errors()
     print(json.dumps(results), flush=True)
     if size > 1:

@@ -339,12 +339,11 @@ class Devices:
     def separate_losses(self, layer):
         """Give each replica its own list of the losses that a layer adds."""
 
-    def split_experts(self, experts, data, devices, layout_map, process_group):
+    def split_experts(self, experts, data):
         """Return the distribution of `keras_moe.distribution.expert_parallel`.
 
         None: one of Keras, which splits arrays over a mesh of devices.
         """
-        raise NotImplementedError
 
     def expert_processes(self):
         """Return the current `torch_processes.ExpertParallel`; None if experts are not split."""

@@ -31,6 +31,7 @@ class Shards:
 
     def axis_of(self, variable):
         """Return the mesh axis that shards the first axis of a variable, or None."""
+        # A traced value does not tell its sharding, and a distribution not that of an old variable.
         layout = getattr(variable, "_layout", None)
         if layout is None or layout.device_mesh.backend_mesh != self.mesh:
             rule = "The distribution must be set before a layer is built or loaded"
@@ -64,11 +65,6 @@ class Shards:
 
 
 class JaxDevices(Devices):
-    def split_experts(self, experts, data, devices, layout_map, process_group):
-        if process_group is not None:
-            rule = "`devices` and `layout_map` are for JAX, `process_group` is for PyTorch"
-            raise ValueError(f"{rule}. Received: {process_group=} on JAX")
-
     def token_shards(self):
         distribution = keras.distribution.distribution()
         if distribution is None or distribution.device_mesh.devices.size == 1:

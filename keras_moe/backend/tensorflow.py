@@ -32,6 +32,7 @@ class TensorFlowBackend(StaticBackend):
     sort = staticmethod(xla.sort)
 
     def needs_static_shapes(self):
+        # No public name tells whether XLA compiles what is traced.
         return tf.__internal__.get_enclosing_xla_context() is not None
 
     def on_its_platform(self, function, *operands):

@@ -37,7 +37,7 @@ class TensorFlowDevices(Devices):
                 "`strategy.run`. Put `tf.function` around `strategy.run`, or use `LoadBalance`."
             ) from error
 
-    def split_experts(self, experts, data, devices, layout_map, process_group):
+    def split_experts(self, experts, data):
         rule = "Keras splits no weights on TensorFlow: use `tf.distribute.MirroredStrategy`"
         raise ValueError(f"{rule}. Received: keras.backend.backend()='tensorflow'")
 

@@ -1,11 +1,8 @@
 """Processes of `torch.distributed`: replicas of a model, and experts that are split over them."""
 
-from typing import Any
-
 import keras
 import torch
 
-from keras_moe._internal.checks import shortened
 from keras_moe.backend.base import Devices, other_key
 
 
@@ -23,9 +20,15 @@ class TorchDevices(Devices):
     def gather(self, values):
         if self.num_replicas() == 1:
             return values
-        parts: list[Any] = [None] * self.num_replicas()  # of any sizes
-        torch.distributed.all_gather_object(parts, values.detach().cpu())
-        return torch.cat(parts).to(values.device)
+        sizes = values.new_zeros(self.num_replicas(), dtype=torch.int64)
+        sizes[torch.distributed.get_rank()] = len(values)
+        sizes = self.sum(sizes).tolist()
+        # Collective operations want equal sizes.
+        own = values.new_zeros((max(sizes), *values.shape[1:]))
+        own[: len(values)] = values
+        parts = [torch.empty_like(own) for _ in sizes]
+        torch.distributed.all_gather(parts, own)
+        return torch.cat([part[:size] for part, size in zip(parts, sizes)])
 
     def sum_counts(self, values):
         if self.num_replicas() == 1:
@@ -35,28 +38,20 @@ class TorchDevices(Devices):
         parts = self.sum(flat).split([value.numel() for value in values])
         return [part.reshape(each.shape).to(each.dtype) for part, each in zip(parts, values)]
 
-    def split_experts(self, experts, data, devices, layout_map, process_group):
-        if devices is not None or layout_map is not None:
-            rule = "`devices` and `layout_map` are for JAX, `process_group` is for PyTorch"
-            raise ValueError(f"{rule}. Received: {shortened((devices, layout_map))} on PyTorch")
+    def split_experts(self, experts, data):
         if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
             rule = "`expert_parallel` needs `torchrun` and `torch.distributed.init_process_group()`"
             raise ValueError(f"{rule}. Received: no process group")
         world = torch.distributed.get_world_size()
-        if process_group is None:
-            size = experts or world
-            rows = [range(first, first + size) for first in range(0, world, size)]
-        else:  # All processes see all groups before one may find that its own does not fit.
-            rows = _rows_of(process_group)
-            size = len(rows[0])
-        if world % size or experts not in (None, size) or data not in (None, world // size):
-            rule = "There must be `data * experts` processes, `experts` of them in a process group"
-            received = f"{experts=}, {data=}, {world} processes, a process group of {size}"
-            raise ValueError(f"{rule}. Received: {received}")
+        experts = experts or max(1, world // (data or 1))
+        if world % experts or data not in (None, world // experts):
+            rule = "On PyTorch there must be `data * experts` processes"
+            raise ValueError(f"{rule}. Received: {experts=}, {data=}, {world} processes")
+        rows = [list(range(first, first + experts)) for first in range(0, world, experts)]
         # Separate groups: `DistributedDataParallel` communicates at the same time.
         new_groups = torch.distributed.new_subgroups_by_enumeration
-        replicas, _ = new_groups([list(column) for column in zip(*rows)])
-        return ExpertParallel(process_group or new_groups(list(map(list, rows)))[0], replicas)
+        replicas, _ = new_groups(list(map(list, zip(*rows))))
+        return ExpertParallel(new_groups(rows)[0], replicas)
 
     def expert_processes(self):
         distribution = keras.distribution.distribution()
@@ -163,6 +158,7 @@ class ExpertParallel:
         for value in experts.values():
             torch.distributed.broadcast(value.detach(), group=self._replicas, group_src=0)
         names = [name for name, value in model.named_parameters() if id(value) in experts]
+        # It must neither average experts' gradients nor copy experts; no public argument says so.
         parallel = torch.nn.parallel.DistributedDataParallel
         parallel._set_params_and_buffers_to_ignore_for_model(model, names)
         return parallel(model, **kwargs)
@@ -181,15 +177,3 @@ class _Exchange(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gradient):
         return _Exchange.apply(gradient, *ctx.plan), None, None, None
-
-
-def _rows_of(process_group):
-    """Return the ranks of the process groups of all processes."""
-    given: list[Any] = [None] * torch.distributed.get_world_size()
-    own = tuple(torch.distributed.get_process_group_ranks(process_group))
-    torch.distributed.all_gather_object(given, own)
-    rows = sorted(set(given))
-    if len(set(map(len, rows))) > 1 or sorted(sum(rows, ())) != list(range(len(given))):
-        rule = "Process groups must be of one size and have each process once: see `new_subgroups`"
-        raise ValueError(f"{rule}. Received: groups of the ranks {rows}")
-    return rows

@@ -290,6 +290,7 @@ class CachedAttention(keras.layers.MultiHeadAttention):
         queries = self.query_dense(states)
         if positions is not None:
             queries = rotate(queries, positions)
+        # Keras's `call` would compute the keys and values of all tokens again.
         attended, _ = self._compute_attention(
             queries, keys, values, attention_mask=mask, training=training
         )

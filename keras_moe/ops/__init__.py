@@ -1,7 +1,7 @@
 """Pure functions on tensors: routing, plans and grouped products."""
 
 from keras_moe.backend.base import any_derivative, platform
-from keras_moe.ops.grouped_matmul import grouped_matmul, grouped_outer
+from keras_moe.ops.grouped_matmul import grouped_matmul
 from keras_moe.ops.plans import GroupedPlan
 from keras_moe.ops.routing import Routing, top_k_routing
 
@@ -10,7 +10,6 @@ __all__ = [
     "Routing",
     "any_derivative",
     "grouped_matmul",
-    "grouped_outer",
     "platform",
     "top_k_routing",
 ]

@@ -1,4 +1,4 @@
-"""Grouped matrix products: two bilinear functions, each the transpose of the other."""
+"""Grouped matrix products."""
 
 from keras import ops
 
@@ -8,7 +8,6 @@ from keras_moe.backend import backend
 from keras_moe.backend.padded import interval
 from keras_moe.ops.networks import Problem, network_of
 from keras_moe.ops.plans import GroupedPlan
-from keras_moe.ops.sorting import as_dtype
 
 
 def grouped_matmul(rows: Tensor, kernels: Tensor, group_sizes: Tensor) -> Tensor:
@@ -61,46 +60,6 @@ def grouped_matmul(rows: Tensor, kernels: Tensor, group_sizes: Tensor) -> Tensor
 
 def _product(rows, linear):
     return linear("up", rows)
-
-
-def grouped_outer(left: Tensor, right: Tensor, group_sizes: Tensor) -> Tensor:
-    """Multiply the transpose of each group of left rows by its right rows.
-
-    Group e gives `left[group].T @ right[group]`, zeros if it is empty. It is the gradient of
-    `grouped_matmul` for its kernels, and raises the same errors.
-
-    Args:
-        left: Float tensor (N, D).
-        right: Float tensor (N, H).
-        group_sizes: Integer tensor or list (E,), as for `grouped_matmul`.
-
-    Returns:
-        Tensor (E, D, H), in the dtype of `left`.
-
-    Example:
-
-    >>> left, right = keras.random.normal((6, 4)), keras.random.normal((6, 8))
-    >>> keras_moe.ops.grouped_outer(left, right, [2, 0, 4]).shape
-    (3, 4, 8)
-    """
-    left, right = map(ops.convert_to_tensor, (left, right))
-    check_tensors(left=(left, "ND", "float"), right=(right, "NH", "float"))
-    sizes = _check_sizes(group_sizes, left)
-
-    def outer(platform, left, right, sizes):
-        return backend.outer(left, right, sizes, left.dtype, platform)
-
-    def forward(inputs, sizes, save):
-        return backend.on_its_platform(outer, *inputs, sizes), ()
-
-    def backward(inputs, sizes, saved, gradient):
-        left, right = inputs
-        d_left = grouped_matmul(right, ops.swapaxes(gradient, 1, 2), sizes)
-        return as_dtype(d_left, left.dtype), grouped_matmul(
-            as_dtype(left, right.dtype), gradient, sizes
-        )
-
-    return backend.differentiable(forward, backward, (left, right), sizes)
 
 
 def _check_sizes(group_sizes, rows, num_experts=None):
