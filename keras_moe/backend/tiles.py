@@ -63,7 +63,7 @@ class ChunksAndTiles:
         plan = problem.plan
         self.backend, self.plan, self.sizes = backend, plan, plan.sizes
         self.num_rows, self.num_experts = plan.num_rows(), plan.sizes.shape[0]
-        # On TensorFlow, longer tiles of gated experts are slow if T, D and H are powers of 2.
+        # On TensorFlow, longer tiles of gated experts are slow for some T, D and H.
         longest = 128 if len(problem.maps) > 2 and keras.backend.backend() == "tensorflow" else 256
         self.length = min(tile_length(self.num_rows, self.num_experts, "cpu"), longest)
         self.dtype = computed_dtype(problem.tokens)
