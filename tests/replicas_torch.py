@@ -173,6 +173,7 @@ def main(folder):
     results["experts"] = expert_parallelism(rank, size, folder)
     if size == 2:
         results["draws_alike"] = draws_alike()
+        results["copies"] = expert_parallelism(rank, size, folder, experts=1)
     if size == 4:
         results["grid"] = expert_parallelism(rank, size, folder, experts=2)
         results["errors"] += errors()

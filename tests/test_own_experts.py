@@ -1,5 +1,6 @@
 """Networks of experts, also those that users write: equal to a formula, with all banks have."""
 
+import contextlib
 import itertools
 
 import keras
@@ -101,6 +102,37 @@ def test_all_experts_compute_all_tokens_in_a_network_that_changes_its_rows_first
         kernel, bias = bank.up_kernel[expert], bank.up_bias[expert]
         expected = ops.matmul(x * bank.scale[expert], kernel) + bias
         assert_close(to_numpy(outputs), to_numpy(expected))
+
+
+class GatedBySum(layers.StackedExperts):
+    """A bank whose products get an expanded gradient, of a sum."""
+
+    def widths(self, features):
+        return {"up": (features, 8)}
+
+    def network(self, rows, linear):
+        return rows * ops.sum(linear("up", rows), axis=1, keepdims=True)
+
+
+@pytest.mark.backends("torch")
+@pytest.mark.parametrize("use_bias", [False, True])
+def test_products_take_expanded_gradients(use_bias):
+    layer = layers.MixtureOfExperts(GatedBySum(E, use_bias=use_bias), router_losses=())
+    x = ops.convert_to_tensor(normal(T, 8)).requires_grad_()
+    found = []
+    for context in (contextlib.nullcontext(), any_derivative()):
+        with context:
+            outputs = layer(x, training=True)
+        weights = [weight.value for weight in layer.trainable_variables]
+        found.append(torch_gradients(ops.sum(outputs**2), [x, *weights]))
+    for ours, plain in zip(*found):
+        assert_close(to_numpy(ours), to_numpy(plain))
+
+
+def torch_gradients(value, inputs):
+    import torch
+
+    return torch.autograd.grad(value, inputs)
 
 
 def mixture_of(bank, router="top_k"):

@@ -122,7 +122,7 @@ def test_one_process_evaluates_alone():
         np.testing.assert_allclose(two["alone"][key], value, rtol=1e-5, atol=1e-6, err_msg=key)
 
 
-KINDS = [(1, "experts", 1), (2, "experts", 2), (4, "experts", 4), (4, "grid", 2)]
+KINDS = [(1, "experts", 1), (2, "experts", 2), (2, "copies", 1), (4, "experts", 4), (4, "grid", 2)]
 
 
 @on_torch

@@ -23,7 +23,7 @@ def product(rows, kernels, sizes, *, transposed, interpret=False):
 def outer(left, right, sizes, *, dtype, interpret=False):
     """See `jax_products`. Sums are in float32, and zero where a group is empty."""
     (number, depth), width = left.shape, right.shape[1]
-    tile = _tile(number, depth, width, sizes, dtype)
+    tile = _tile(number, depth, width, sizes, jnp.promote_types(left.dtype, dtype))
     left, right = _whole_tiles(left, tile), _whole_tiles(right, tile)
     return tgmm(left.mT, right, sizes, dtype, tile, interpret=interpret)
 

@@ -103,6 +103,8 @@ class _Groups:
             values = kernels.values.to(rows.dtype)
             values = values.mT if transposed else values
             products = torch.nn.functional.grouped_mm(rows, values, offs=self._ends)
+            if products.requires_grad:  # Its backward pass refuses expanded gradients.
+                products.register_hook(torch.Tensor.contiguous)
             if bias is None:
                 return products
             # Other rows get a bias of their own.

@@ -56,7 +56,8 @@ class TorchDevices(Devices):
     def expert_processes(self):
         distribution = keras.distribution.distribution()
         if isinstance(distribution, ExpertParallel):
-            return distribution
+            # One process for a bank holds whole copies, as without a distribution.
+            return distribution if distribution.num_processes > 1 else None
         if not isinstance(distribution, keras.distribution.DataParallel | None):
             rule = "On PyTorch experts need `expert_parallel`, or `DataParallel` to be copied"
             raise ValueError(f"{rule}. Received: a layer of experts under {distribution}")
@@ -129,15 +130,7 @@ class ExpertParallel:
 
     def mean_gradient(self, kernel):
         """Return the kernel. Its gradient is the mean over the processes that share the experts."""
-        kernel = kernel.view_as(kernel)
-        if kernel.requires_grad:
-            kernel.register_hook(self._mean)
-        return kernel
-
-    def _mean(self, gradient):
-        mean = (gradient / torch.distributed.get_world_size()).contiguous()
-        torch.distributed.all_reduce(mean, group=self._replicas)
-        return mean
+        return _MeanGradient.apply(kernel, self._replicas)
 
     def whole(self, kernel):
         """Return the kernels of all experts, (E, ...). All processes must call this."""
@@ -177,3 +170,17 @@ class _Exchange(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gradient):
         return _Exchange.apply(gradient, *ctx.plan), None, None, None
+
+
+class _MeanGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, kernel, replicas):
+        ctx.replicas = replicas
+        return kernel.view_as(kernel)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, gradient):
+        mean = (gradient / torch.distributed.get_world_size()).contiguous()
+        torch.distributed.all_reduce(mean, group=ctx.replicas)
+        return mean, None
