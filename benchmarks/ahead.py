@@ -20,9 +20,9 @@ runs. All numbers are read from the compiler's final program.
   the memory of its core is free.
 - traffic_gb, kernels: all traffic together, and the kernels that are started, those of loops at
   each trip; on a TPU, where one program holds them all, its instructions that do some work.
-- dynamic_loops: loops of products whose number of trips depends on data. Of these one trip is
-  counted, so with any of them there is no ratio; one trip also of short searches. Other loops count
-  with all their trips, and of a branch the most expensive side.
+- dynamic_loops: loops with products whose number of trips depends on data. One trip of each is
+  counted, so with any of them there is no ratio. Other loops count with all their trips, or with
+  one if the number is unknown, as in searches; of a branch the most expensive side counts.
 - scratch_mb, scratch_ratio: memory for what is neither an argument nor a result.
 - compile_s: tracing and compiling. On a GPU tiles are not tuned, which needs a device.
 - float32_products: products of rows with kernels, or of their gradients, in float32: 0 in half

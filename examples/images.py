@@ -50,8 +50,8 @@ x_test, y_test = patches[-num_test:], digits.target[order][-num_test:]
 """
 ## The model
 
-Two encoder blocks. The first has a dense feed-forward layer, the second a mixture of experts whose
-router is that of V-MoE: training noise makes similarly scored experts take turns, and two losses
+Two encoder blocks. The first has a dense feed-forward layer, the second a mixture of experts. Its
+router follows V-MoE: training noise makes similarly scored experts take turns, and two losses
 keep the importance and the load of the experts even. As in the paper, an expert has a capacity: at
 most 1.25 times its equal share of the patches of a batch, and the rest bypass it.
 """

@@ -40,9 +40,9 @@ NUM_WRITTEN = 24
 """
 ## Weights and tokenizer
 
-A GGUF file has all of a model: sizes, weights and the vocabulary. Its kernels are (outputs,
-inputs) and those of KerasHub (inputs, outputs); the rows of queries and keys interleave the two
-rotary halves, which KerasHub keeps one after the other.
+A GGUF file has all of a model: sizes, weights and the vocabulary. Its kernels have shape
+(outputs, inputs); in KerasHub it is (inputs, outputs). In a GGUF file the rows of queries and keys
+alternate between the two rotary halves; KerasHub stores one half after the other.
 """
 
 

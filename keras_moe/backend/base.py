@@ -367,6 +367,7 @@ class StaticBackend(Backend):
     activations = {keras.activations.gelu: _gelu}
 
     sort: Any  # of integers, compiled by XLA
+    longest_gated_tile = 256  # rows, of experts with more than two linear maps
 
     def top_k(self, scores, number):
         # K rounds of argmax agree on ties and NaN on every backend, where top_k does not, as fast.

@@ -31,7 +31,8 @@ class Shards:
 
     def axis_of(self, variable):
         """Return the mesh axis that shards the first axis of a variable, or None."""
-        # A traced value does not tell its sharding, and a distribution not that of an old variable.
+        # No public name has it: a traced value has no sharding, and the variable may have been made
+        # under another distribution.
         layout = getattr(variable, "_layout", None)
         if layout is None or layout.device_mesh.backend_mesh != self.mesh:
             rule = "The distribution must be set before a layer is built or loaded"

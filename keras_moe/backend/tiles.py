@@ -63,9 +63,9 @@ class ChunksAndTiles:
         plan = problem.plan
         self.backend, self.plan, self.sizes = backend, plan, plan.sizes
         self.num_rows, self.num_experts = plan.num_rows(), plan.sizes.shape[0]
-        # On TensorFlow, longer tiles of gated experts are slow for some T, D and H.
-        longest = 128 if len(problem.maps) > 2 and keras.backend.backend() == "tensorflow" else 256
-        self.length = min(tile_length(self.num_rows, self.num_experts, "cpu"), longest)
+        self.length = tile_length(self.num_rows, self.num_experts, "cpu")
+        if len(problem.maps) > 2:
+            self.length = min(self.length, backend.longest_gated_tile)
         self.dtype = computed_dtype(problem.tokens)
         self.starts = ops.cumsum(self.sizes) - self.sizes
         self.num_wide = num_wide_rows(problem)
@@ -191,7 +191,8 @@ class _Part(NamedTuple):
             return self._integer_product(
                 rows, kernels.apply(lambda stack: stack[0]), bias, transposed
             )
-        values = ops.transpose(kernels.values, (0, 2, 1)) if transposed else kernels.values
+        values = kernels.values
+        values = ops.transpose(values, (0, 2, 1)) if transposed else values
         products = ops.matmul(self._by_expert(rows), values)
         products = products if bias is None else products + ops.expand_dims(bias, 1)
         return ops.reshape(products, (-1, products.shape[2]))
@@ -243,7 +244,8 @@ class _Part(NamedTuple):
             added = ops.sum(ops.cast(right, "float32"), axis=1)
         else:
             added = backend.product_over_rows(self._by_expert(left), right)
-        entries = self.layout._slice(total, self.expert, self.number) + ops.cast(added, total.dtype)
+        entries = self.layout._slice(total, self.expert, self.number)
+        entries = entries + ops.cast(added, total.dtype)
         return backend.update_at(total, _start(total, self.expert), entries)
 
     def _by_expert(self, rows):

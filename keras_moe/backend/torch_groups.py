@@ -3,7 +3,6 @@
 import contextlib
 import functools
 import itertools
-import math
 import operator
 
 import torch
@@ -44,12 +43,17 @@ class Chunks(Parts):
     def __init__(self, problem):
         self.plan, self._token_of_row = problem.plan, problem.plan.token_of_row()
         *numbers, self._num_padding = sizes_on_host(self.plan.sizes, self.plan.num_rows())
-        limit, self.parts, first, start, rows = most_rows(problem), [], 0, 0, 0
-        for expert, number in enumerate([*numbers, math.inf]):
-            if rows and rows + number > limit or number == math.inf:
-                self.parts.append(_Chunk(self.plan.sizes, first, numbers[first:expert], start))
-                first, start, rows = expert, start + rows, 0
+        limit, first_experts, rows = most_rows(problem), [0], 0
+        for expert, number in enumerate(numbers):
+            if rows and rows + number > limit:
+                first_experts.append(expert)
+                rows = 0
             rows += number
+        starts = [*itertools.accumulate(numbers, initial=0)]
+        self.parts = [
+            _Chunk(self.plan.sizes, first, numbers[first:end], starts[first])
+            for first, end in itertools.pairwise([*first_experts, len(numbers)])
+        ]
 
     def gather(self, tokens):
         # Chunk by chunk they stay in the cache.

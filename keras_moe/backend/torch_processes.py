@@ -151,7 +151,7 @@ class ExpertParallel:
         for value in experts.values():
             torch.distributed.broadcast(value.detach(), group=self._replicas, group_src=0)
         names = [name for name, value in model.named_parameters() if id(value) in experts]
-        # It must neither average experts' gradients nor copy experts; no public argument says so.
+        # No public argument excludes weights from averaging and copying.
         parallel = torch.nn.parallel.DistributedDataParallel
         parallel._set_params_and_buffers_to_ignore_for_model(model, names)
         return parallel(model, **kwargs)

@@ -116,6 +116,9 @@ def test_gemma_is_compiled_for_several_tpus(monkeypatch, tmp_path):
     assert (row["name"], row["tokens"], row["longest_remat"]) == ("keras_moe", 128, 128)
     assert 0 < row["weights_gb"] < row["remat_gb"]
     assert row["weights_gb"] == pytest.approx(theirs["weights_gb"], rel=0.1)  # both split experts
+    (lora,) = gemma.main(["--smoke", "--tokens", "128", "--blocks", "keras_moe", "--lora-experts"])
+    keras.utils.clear_session()
+    assert row["weights_gb"] < lora["weights_gb"] < lora["remat_gb"]
 
 
 def test_the_longest_sequence_lies_between_compiled_lengths():
