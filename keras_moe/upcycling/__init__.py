@@ -183,6 +183,8 @@ def freeze_all_but(model: keras.Model, pattern: str = "_lora_|router") -> None:
 def merge_lora(model: keras.Model) -> None:
     """Merge low-rank corrections of experts into their kernels; the outputs stay.
 
+    Integer kernels are rounded to integers again, so their outputs change a little.
+
     Banks with `enable_lora` lose their factors. In `layers.LowRankExperts` each expert
     gets kernels of its own. The model changes in place, with a new optimizer. Merged kernels
     are frozen. Keras does not save that: after loading, a layer is frozen only if it was before
