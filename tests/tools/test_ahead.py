@@ -2,6 +2,7 @@
 
 import argparse
 import itertools
+import math
 import platform
 import sys
 
@@ -153,6 +154,37 @@ def test_products_on_a_tpu_do_not_read_what_is_no_row_of_the_group(dtype, sizes,
             np.array(outputs[group], "float64"), left[group] @ used, atol=tolerance, rtol=tolerance
         )
         np.testing.assert_allclose(sums[expert], left[group].T @ right[group], atol=1e-3, rtol=1e-4)
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_kernels_whose_axes_are_swapped_on_a_tpu(transposed):
+    from keras_moe.backend import jax_tpu
+
+    rng = np.random.default_rng(0)
+    kernels = rng.standard_normal((2, 128, 24)).astype("float32")
+    rows = rng.standard_normal((16, 24 if transposed else 128)).astype("float32")
+    sizes = np.array([5, 11], "int32")
+    outputs = jax_tpu.product(rows, kernels, sizes, transposed=transposed, interpret=True)
+    used = kernels.swapaxes(1, 2) if transposed else kernels
+    expected = np.concatenate([rows[:5] @ used[0], rows[5:] @ used[1]])
+    np.testing.assert_allclose(outputs, expected, rtol=1e-4, atol=1e-4)
+
+
+@needs_libtpu
+@pytest.mark.usefixtures("programs_not_kept")
+def test_no_kernel_is_copied_for_a_product():
+    import jax
+
+    from keras_moe.backend import jax_tpu
+
+    on_chip = chips.sharding("v5e")
+    shapes = (("bfloat16", (64, 256)), ("bfloat16", (4, 256, 72)), ("int32", (4,)))
+    arrays = [jax.ShapeDtypeStruct(shape, dtype, sharding=on_chip) for dtype, shape in shapes]
+    compiled = jax.jit(lambda *each: jax_tpu.product(*each, transposed=False)).lower(*arrays)
+    computations, entry = program.read(compiled.compile().as_text())
+    # Those to fast memory, "copy-start", keep the layout.
+    copied = [each for each in computations[entry].values() if each.opcode == "copy"]
+    assert not any(math.prod(array.shape) == 4 * 256 * 72 for e in copied for array in e.results)
 
 
 TPUS = [name for name, chip in chips.CHIPS.items() if chip.platform == "tpu"]
