@@ -49,7 +49,7 @@ SMOKE = {
     },
     **{"NUM_WORDS": 30, "NUM_WRITTEN": 8, "PATCH": 2, "RANK": 2, "UNKNOWN": 0, "WIDTH": 20},
 }
-ALLOWED = {"keras", "keras_moe", "numpy", "scipy", "sklearn", "keras_tuner", "matplotlib"}
+ALLOWED = {"keras", "keras_moe", "numpy", "sklearn", "keras_tuner", "matplotlib"}
 ALLOWED |= {"gguf", "keras_hub", "tokenizers"}  # of what was trained elsewhere
 ALLOWED |= sys.stdlib_module_names
 OF_KERAS = "ignore:__array__ implementation doesn't accept a copy keyword:DeprecationWarning"
