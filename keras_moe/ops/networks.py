@@ -77,18 +77,15 @@ class Network(NamedTuple):
         return backend.differentiable(forward, backward, problem[:3], problem[3:])
 
     def _forward(self, layout, problem, save=False):
-        """Return the weighted sums; if `save`, also buffers of the outputs and of `saved`."""
+        """Return the weighted sums; if `save`, also buffers of what the maps in `saved` return."""
         tokens, maps, key = problem.tokens, problem.maps, problem.key
 
         def compute(part, maps, rows):
             linear = Linear(part, maps, rows, key)
             outputs = as_dtype(self.function(rows, linear), rows.dtype)
-            saved = [outputs, *(linear.outputs[name] for name in self.saved)] if save else []
-            return [outputs, *saved], {}
+            return [outputs, *(linear.outputs[name] for name in self.saved if save)], {}
 
-        width = self.output_width
-        widths = [width, width, *(maps[name].kernel.shape[2] for name in self.saved)]
-        widths = widths if save else [width]
+        widths = [self.output_width, *(maps[name].kernel.shape[2] for name in self.saved if save)]
         sums, buffers, _ = layout.run(compute, maps, [tokens], [], widths, {}, problem.weights)
         return as_dtype(sums, tokens.dtype), buffers
 
@@ -96,24 +93,32 @@ class Network(NamedTuple):
         """Return the gradients of tokens, weights and trained tensors."""
         tokens, maps, key, trained = problem.tokens, problem.maps, problem.key, problem.trained
 
-        def compute(part, maps, rows, d_outputs, weights, outputs, *saved):
+        def compute(part, maps, rows, d_outputs, weights, *saved):
             values = dict(zip(self.saved, saved))
-            if self.last is not None:
-                values[self.last] = outputs
 
             def run(rows, *tensors):
                 linear = Linear(part, maps, rows, key, dict(zip(values, tensors)))
-                return as_dtype(self.function(rows, linear), rows.dtype), linear.inputs
+                outputs = as_dtype(self.function(rows, linear), rows.dtype)
+                return outputs, (outputs, linear.inputs)
 
-            inputs, pullback = backend.vjp(run, (rows, *values.values()))
-            d_rows, *d_values = pullback(d_outputs * weights)
+            (outputs, inputs), pullback = backend.vjp(run, (rows, *values.values()))
+            d_weighted = d_outputs * weights
+            if self.last is None:
+                d_weights, (d_rows, *d_values) = row_sums(d_outputs, outputs), pullback(d_weighted)
+            else:
+                # The outputs are `inputs W + b`. Their products with `d_outputs` are those of the
+                # inputs with `d_outputs W^T`, which is needed anyway, and below those of the bias.
+                d_inputs = maps[self.last].row_gradients(part, d_outputs)
+                d_weights = row_sums(d_inputs, outputs)
+                d_rows, *d_values = pullback(d_inputs * weights)
+                values[self.last], d_values = None, [*d_values, d_weighted]
             factors = {
                 (name, field): pair
                 for name, d_value in zip(values, d_values)
                 for field, pair in maps[name].factors(part, inputs[name], d_value).items()
                 if (name, field) in trained
             }
-            return [d_rows, row_sums(d_outputs, outputs)], factors
+            return [d_rows, d_weights], factors
 
         weights = layout.of_assignments(as_dtype(problem.weights, tokens.dtype))
         by_token, by_row, widths = [tokens, gradient], [weights, *buffers], [tokens.shape[1], None]
@@ -121,6 +126,10 @@ class Network(NamedTuple):
             compute, maps, by_token, by_row, widths, trained
         )
         d_weights = layout.at_assignments(d_weights)
+        if self.last is not None and maps[self.last].bias is not None:
+            bias = ops.transpose(as_dtype(maps[self.last].bias, "float32"))
+            of_experts = ops.matmul(as_dtype(gradient, "float32"), bias)
+            d_weights += backend.take_columns(of_experts, problem.plan.experts)
         return as_dtype(d_tokens, tokens.dtype), as_dtype(d_weights, problem.weights.dtype), d_maps
 
     def run_on_all(self, problem):
@@ -134,7 +143,8 @@ class Network(NamedTuple):
 class Linear:
     """The `linear` that is passed to a network: its linear maps and dropout, on rows of a part.
 
-    In the backward pass its maps return what the forward pass has `saved`, by their names.
+    In the backward pass its maps return what the forward pass has `saved`, by their names, and the
+    last one its rows, if its outputs are those of the network.
     """
 
     def __init__(self, part, maps, rows, key=None, saved=None):
@@ -146,7 +156,9 @@ class Linear:
         if rows is None:  # A vector of each expert is a map from one feature.
             rows = ops.ones((ops.shape(self._rows)[0], 1), self._rows.dtype)
         rows, linear_map = as_dtype(rows, self._rows.dtype), self._maps[name]
-        if self._saved is not None:
+        if self._saved is not None and name not in self._saved:
+            outputs = rows
+        elif self._saved is not None:
             transpose = functools.partial(linear_map.row_gradients, self._part)
             outputs = backend.attach_gradient(self._saved[name], rows, transpose)
         else:
