@@ -167,8 +167,7 @@ class ChunksAndTiles:
         few_rows = isinstance(self.num_rows, int) and self.num_rows <= MAX_BLOCK_ROWS
         linear_map = linear_map.apply(lambda stack: self._slice(stack, expert, number))
         # Products with int4 are faster without a conversion first, with int8 only for few rows.
-        bits = linear_map.kernel.bits
-        is_used_as_it_is = bits == 4 or (few_rows and bits == 8)
+        is_used_as_it_is = linear_map.kernel.bits in ((4, 8) if few_rows else (4,))
         return linear_map if is_used_as_it_is else linear_map.floats(self.dtype)
 
     def _slice(self, stack, expert, number):

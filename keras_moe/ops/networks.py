@@ -94,31 +94,26 @@ class Network(NamedTuple):
         tokens, maps, key, trained = problem.tokens, problem.maps, problem.key, problem.trained
 
         def compute(part, maps, rows, d_outputs, weights, *saved):
-            values = dict(zip(self.saved, saved))
-
-            def run(rows, *tensors):
-                linear = Linear(part, maps, rows, key, dict(zip(values, tensors)))
+            def run(rows, *saved):
+                linear = Linear(part, maps, rows, key, dict(zip(self.saved, saved)))
                 outputs = as_dtype(self.function(rows, linear), rows.dtype)
                 return outputs, (outputs, linear.inputs)
 
-            (outputs, inputs), pullback = backend.vjp(run, (rows, *values.values()))
-            d_weighted = d_outputs * weights
-            if self.last is None:
-                d_weights, (d_rows, *d_values) = row_sums(d_outputs, outputs), pullback(d_weighted)
-            else:
-                # The outputs are `inputs W + b`. Their products with `d_outputs` are those of the
-                # inputs with `d_outputs W^T`, which is needed anyway, and below those of the bias.
-                d_inputs = maps[self.last].row_gradients(part, d_outputs)
-                d_weights = row_sums(d_inputs, outputs)
-                d_rows, *d_values = pullback(d_inputs * weights)
-                values[self.last], d_values = None, [*d_values, d_weighted]
+            (outputs, inputs), pullback = backend.vjp(run, (rows, *saved))
+            d_returned = d_outputs
+            if self.last is not None:  # `run` returned its inputs, so its outputs are not needed
+                d_returned = maps[self.last].row_gradients(part, d_outputs)
+            d_rows, *d_values = pullback(d_returned * weights)
+            d_values = dict(zip(self.saved, d_values))
+            if self.last is not None:
+                d_values[self.last] = d_outputs * weights
             factors = {
                 (name, field): pair
-                for name, d_value in zip(values, d_values)
+                for name, d_value in d_values.items()
                 for field, pair in maps[name].factors(part, inputs[name], d_value).items()
                 if (name, field) in trained
             }
-            return [d_rows, d_weights], factors
+            return [d_rows, row_sums(d_returned, outputs)], factors
 
         weights = layout.of_assignments(as_dtype(problem.weights, tokens.dtype))
         by_token, by_row, widths = [tokens, gradient], [weights, *buffers], [tokens.shape[1], None]
@@ -128,8 +123,8 @@ class Network(NamedTuple):
         d_weights = layout.at_assignments(d_weights)
         if self.last is not None and maps[self.last].bias is not None:
             bias = ops.transpose(as_dtype(maps[self.last].bias, "float32"))
-            of_experts = ops.matmul(as_dtype(gradient, "float32"), bias)
-            d_weights += backend.take_columns(of_experts, problem.plan.experts)
+            of_bias = ops.matmul(as_dtype(gradient, "float32"), bias)
+            d_weights = ops.add(d_weights, backend.take_columns(of_bias, problem.plan.experts))
         return as_dtype(d_tokens, tokens.dtype), as_dtype(d_weights, problem.weights.dtype), d_maps
 
     def run_on_all(self, problem):
@@ -143,8 +138,8 @@ class Network(NamedTuple):
 class Linear:
     """The `linear` that is passed to a network: its linear maps and dropout, on rows of a part.
 
-    In the backward pass its maps return what the forward pass has `saved`, by their names, and the
-    last one its rows, if its outputs are those of the network.
+    In the backward pass its maps return what the forward pass has `saved`, by their names. A last
+    one, whose outputs would be those of the network, returns its rows.
     """
 
     def __init__(self, part, maps, rows, key=None, saved=None):
@@ -156,11 +151,10 @@ class Linear:
         if rows is None:  # A vector of each expert is a map from one feature.
             rows = ops.ones((ops.shape(self._rows)[0], 1), self._rows.dtype)
         rows, linear_map = as_dtype(rows, self._rows.dtype), self._maps[name]
-        if self._saved is not None and name not in self._saved:
-            outputs = rows
-        elif self._saved is not None:
-            transpose = functools.partial(linear_map.row_gradients, self._part)
-            outputs = backend.attach_gradient(self._saved[name], rows, transpose)
+        if self._saved is not None:
+            transpose, outputs = functools.partial(linear_map.row_gradients, self._part), rows
+            if name in self._saved:
+                outputs = backend.attach_gradient(self._saved[name], rows, transpose)
         else:
             outputs = self._part.product(rows, linear_map.kernel, linear_map.bias)
             if linear_map.lora_a is not None:
@@ -206,7 +200,9 @@ def _traced(function, features, widths):
             f"Received: calls of {sorted(names)} of {sorted(widths)}, outputs of shape {shape} "
             f"for rows of shape (8, {features})"
         )
-    saved, last = (names[:-1], names[-1]) if found["is_last"] else (names, None)
+    # A vector is a map of a constant: without its output no gradient reaches the rows.
+    is_last = found["is_last"] and widths[names[-1]][0] > 1
+    saved, last = (names[:-1], names[-1]) if is_last else (names, None)
     return Network(function, saved, last, shape[1], found["has_dropout"])
 
 
