@@ -143,6 +143,7 @@ def _chunk(plan, start, length):
     ends = jnp.cumsum(plan.sizes)
     sizes = jnp.clip(ends - start, 0, length) - jnp.clip(ends - plan.sizes - start, 0, length)
     rows = plan.row_of_assignment - start
+    inside = (rows >= 0) & (rows < length)
     # The last chunk may overrun the rows.
     assignments = jnp.pad(plan.assignment_of_row, (0, length))
     return plan._replace(
@@ -150,7 +151,9 @@ def _chunk(plan, start, length):
         assignment_of_row=lax.dynamic_slice(
             assignments, (start,), (length,), allow_negative_indices=False
         ),
-        row_of_assignment=jnp.where((rows >= 0) & (rows < length), rows, -1),
+        row_of_assignment=jnp.where(inside, rows, -1),
+        # Else each chunk would add the gradient of all weights that the last bias gives.
+        experts=jnp.where(inside, plan.experts, -1),
     )
 
 
