@@ -124,7 +124,7 @@ class Network(NamedTuple):
         if self.last is not None and maps[self.last].bias is not None:
             bias = ops.transpose(as_dtype(maps[self.last].bias, "float32"))
             of_bias = ops.matmul(as_dtype(gradient, "float32"), bias)
-            d_weights = ops.add(d_weights, backend.take_columns(of_bias, problem.plan.experts))
+            d_weights = d_weights + backend.take_columns(of_bias, problem.plan.experts)
         return as_dtype(d_tokens, tokens.dtype), as_dtype(d_weights, problem.weights.dtype), d_maps
 
     def run_on_all(self, problem):
