@@ -50,7 +50,7 @@ def balance_advice(layer: MixtureOfExperts) -> str:
             if is_large(loss, weight):
                 fix = ", a large weight: with more the router may learn balance, not the task."
             advice.append(f"The load is balanced by {type(loss).__name__}(weight={weight:g}){fix}")
-    bias = "A selection bias balances without a loss: see `balancer` of `TopKRouter`."
+    bias = "Or balance without a loss: see `balancer` of `TopKRouter`."
     loss = "Nothing balances the load: add `losses.LoadBalance()` to its `router_losses`."
     advice.append(layer.router.balance_advice() or (bias if advice else loss))
     return (

@@ -26,7 +26,7 @@ def record_routings(
         model: A Keras model with MoE layers.
         batches: List of inputs without targets, each as `model(...)` takes them.
         training: Boolean. Whether the model is called as in training: with the noise of routers,
-            and with counters and selection biases that change.
+            and with counters and expert biases that change.
 
     Example:
 

@@ -80,7 +80,7 @@ class LayerSummary(NamedTuple):
     """One MoE layer of a model.
 
     - `name`: its name in the model.
-    - `num_experts`, `top_k`: experts, and how many of them serve a token at most.
+    - `num_experts`, `top_k`: number of experts, and of experts per token at most.
     - `parameters`, `active_parameters`: all that are trained, and those that work on one token, on
       which `router.mean_top_k` experts work. Experts that differ in size count with their mean.
     - `shared_parameters`: those among `parameters` that other MoE layers of the model have as well.
