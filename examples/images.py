@@ -1,8 +1,7 @@
 """Images: a small vision mixture of experts
 
-Classifies handwritten digits with a Vision Transformer in which one block has a mixture of
-experts, as V-MoE does (Riquelme et al. 2021, arXiv:2106.05974), then shows which expert serves
-which digit.
+Classifies handwritten digits with a Vision Transformer in which one block has a mixture of experts,
+as V-MoE does (Riquelme et al. 2021, arXiv:2106.05974), then shows which expert gets which digit.
 
     pip install ".[jax]" scikit-learn
 
@@ -32,8 +31,8 @@ BATCH_SIZE = 64
 """
 ## Images to patches
 
-An image is cut into 4 by 4 patches of 2 by 2 pixels. A patch is to a Vision Transformer what a
-word is to a language model.
+An image is cut into 4 by 4 patches of 2 by 2 pixels. Patches are the tokens of a Vision
+Transformer, as words are of a language model.
 """
 
 digits = load_digits()
@@ -51,9 +50,9 @@ x_test, y_test = patches[-num_test:], digits.target[order][-num_test:]
 ## The model
 
 Two encoder blocks. The first has a dense feed-forward layer, the second a mixture of experts. Its
-router follows V-MoE: training noise makes similarly scored experts take turns, and two losses
-keep the importance and the load of the experts even. As in the paper, an expert has a capacity: at
-most 1.25 times its equal share of the patches of a batch, and the rest bypass it.
+router follows V-MoE: noise in training makes experts with similar scores take turns, and two losses
+balance the importance and the load of the experts. As in the paper, an expert has a capacity. It
+processes at most 1.25 times its equal share of the patches of a batch. Other patches bypass it.
 """
 
 
@@ -106,11 +105,11 @@ _, accuracy = model.evaluate(x_test, y_test, batch_size=num_test, verbose=0)
 print(f"test accuracy: {accuracy:.1%}")
 
 """
-## What each expert serves
+## Which digits go to which expert
 
-`record_routings` keeps what the routers decide. Each row is a digit, each column an expert: what
-percentage of the digit's patches the expert serves as first or second choice. An expert sees a
-patch after attention, so it may go by the digit as well as by the pixels.
+`record_routings` returns the routers' decisions. Each row of the table is a digit, each column an
+expert. The number is the percentage of the digit's patches that go to the expert as first or second
+choice. The router sees a patch after attention, so it may know the digit as well as the pixels.
 """
 
 (routing,) = inspection.record_routings(model, [x_test])["experts"]

@@ -38,8 +38,9 @@ UNKNOWN = 0
 """
 ## Text to rows of words
 
-All documents of a split become one long row of word ids, with an end mark after each, which is cut
-into rows of one length. Each row is an input; the same row shifted by one word is its target.
+All documents of a split become one long row of word ids, with an end mark after each document. It
+is cut into rows of one length. Each row is an input; the same row shifted by one word is its
+target.
 """
 
 
@@ -73,8 +74,9 @@ print(f"{x.size:,} words to learn from")
 """
 ## The model
 
-Decoder blocks are causal: no word sees a later one. Their rotary positions need no embedding of
-positions. Each of the two blocks has its own eight experts, and each word goes to two of them.
+Decoder blocks are causal: no word sees a later one. They have rotary positions, so no position
+embedding is needed. Each of the two blocks has its own eight experts, and each word goes to two of
+them.
 """
 
 
@@ -96,8 +98,8 @@ model.compile(keras.optimizers.Adam(rate), loss)
 """
 ## Training
 
-The perplexity, `exp(loss)`, is the effective number of candidate words. A model that knows only
-how frequent each word is gives the figure to beat.
+The perplexity, `exp(loss)`, is the effective number of candidate words. The baseline is a model
+that knows only how frequent each word is.
 """
 
 share = (np.bincount(y.reshape(-1), minlength=len(vocabulary)) + 1) / (y.size + len(vocabulary))
@@ -109,8 +111,9 @@ print(f"test perplexity: {math.exp(loss):.1f}")
 """
 ## Writing
 
-`generate` reads each prompt once and keeps what the blocks computed for it; then one word follows
-another in a loop that is compiled as a whole. Below temperature 1, likely words come more often.
+`generate` reads each prompt once and caches what the blocks computed for it. Then it writes one
+word after another, in a loop that is compiled as a whole. With a temperature below 1, likely words
+come more often.
 """
 
 for prompt in ("the space shuttle", "in this game", "i believe that"):

@@ -35,9 +35,9 @@ BATCH_SIZE = 256
 """
 ## The devices
 
-They form a grid: each row has all experts, split over its columns, and all devices share a batch.
-The number of columns must divide that of the experts. Set the distribution before the model is
-made; nothing else changes.
+They form a grid. Each row has all experts, split over its columns, and all devices share a batch.
+The number of experts must be a multiple of the number of columns. Set the distribution before you
+build the model. Nothing else changes.
 """
 
 num_devices = len(keras.distribution.list_devices())
@@ -48,7 +48,7 @@ print(f"{num_devices} devices: a grid of {num_devices // columns} x {columns}")
 """
 ## Data
 
-The data are made up so that experts help: tokens lie around eight centres, and around each centre
+The data are synthetic and favour experts: tokens lie around eight centres, and around each centre
 the target is a different linear function.
 """
 
@@ -84,8 +84,8 @@ for weight in model.weights:
 """
 ## Training
 
-Tokens travel to the devices of their experts, and the experts' outputs travel back. Compare the
-error with the variance of the targets, the error of predicting their mean.
+Tokens are sent to the devices of their experts, and the experts' outputs are sent back. Compare the
+error with the variance of the targets, which is the error of predicting their mean.
 """
 
 history = model.fit(*train, batch_size=BATCH_SIZE, epochs=EPOCHS, verbose=0).history
@@ -96,7 +96,7 @@ print(f"test error on {num_devices} devices: {many:.4f}, variance: {test[1].var(
 """
 ## The same model on one device
 
-A saved model holds whole weights: it loads on any number of devices.
+A saved model contains whole weights, so it can be loaded on any number of devices.
 """
 
 with tempfile.TemporaryDirectory() as folder:

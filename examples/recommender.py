@@ -1,16 +1,16 @@
-"""Recommending: two tasks, one bank of experts
+"""Recommending: two tasks that share experts
 
 Learns from MovieLens-100k whether a user likes a film, with a rating of 4 or 5, and the rating
-itself. Compares a model for each task, layers that both tasks share, MMoE (Ma et al. 2018), also
-with the sparse gate DSelect-k (Hazimeh et al. 2021), and PLE (Tang et al. 2020), all with about
-equally many parameters, over several seeds; then shows which task uses which expert.
+itself. Compares a model for each task, layers that both tasks share, MMoE (Ma et al. 2018), MMoE
+with the sparse gate DSelect-k (Hazimeh et al. 2021), and PLE (Tang et al. 2020). All have about
+equally many parameters and are trained with several seeds. Then shows which task uses which expert.
 
     pip install ".[jax,visualization]" && pip install --no-deps recbole==1.2.1
 
 Run it in a clone of keras_moe; with `tensorflow` or `torch` in place of `jax`, set `KERAS_BACKEND`
-to that name. Only recbole's data files are read. A run on JAX, four minutes of CPU time, found
-MMoE, PLE and shared layers level at an AUC of 0.80, because the two tasks are close. DSelect-k
-was slightly worse.
+to that name. Only recbole's data files are read. A run on JAX, four minutes of CPU time, found the
+same AUC of 0.80 for MMoE, PLE and shared layers, because the two tasks are similar. DSelect-k was
+slightly worse.
 """
 
 import csv
@@ -71,10 +71,10 @@ def select(rows, tasks=TASKS):
 """
 ## The models
 
-Each has a table of features, something in the middle, and a tower for each task. In MMoE each task
-has a gate over eight experts. PLE has two blocks, in which a task also has its own experts; the
-gates of the first block make an input for each task and one for the shared experts of the second.
-The hidden widths give all about equally many parameters.
+Each model has a table of features, a middle part, and a tower for each task. In MMoE each task has
+a gate over eight experts. PLE has two blocks, in which each task also has its own experts. The
+gates of the first block make an input for each task and one for the shared experts of the second
+block. The hidden widths are chosen so that all models have about equally many parameters.
 """
 
 
@@ -170,8 +170,8 @@ for name, (tasks, middle) in models.items():
 """
 ## Which task uses which expert
 
-Each expert's share of a task's gate weights over the test rows, in the last model of each kind. Of
-the six experts in the last block of PLE the first four are shared.
+The table shows each expert's share of a task's gate weights over the test rows, in the last model
+of each kind. Of the six experts in the last block of PLE, the first four are shared.
 """
 
 figure, panels = plt.subplots(1, 2, figsize=(9, 3), sharey=True, layout="constrained")

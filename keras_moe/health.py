@@ -50,7 +50,7 @@ def balance_advice(layer: MixtureOfExperts) -> str:
             if is_large(loss, weight):
                 fix = ", a large weight: with more the router may learn balance, not the task."
             advice.append(f"The load is balanced by {type(loss).__name__}(weight={weight:g}){fix}")
-    bias = "A selection bias balances without a loss: see `balancer` of `TopKRouter`."
+    bias = "Or balance without a loss: see `balancer` of `TopKRouter`."
     loss = "Nothing balances the load: add `losses.LoadBalance()` to its `router_losses`."
     advice.append(layer.router.balance_advice() or (bias if advice else loss))
     return (
@@ -83,8 +83,8 @@ def spread(counts, top_k):
 def judge_load(counts: Tensor, top_k: int, advice: str) -> list[Finding]:
     """Findings about the load of the experts.
 
-    A problem if experts are dead, see `metrics.dead_experts`, or in a collapse, where few more than
-    K do the work. A hint if one does twice the mean, or with fewer than 20 assignments per expert.
+    A problem if experts are dead (`metrics.dead_experts`), or in a collapse: few more than K get
+    nearly all tokens. A hint if one has twice the mean load, or below 20 assignments per expert.
 
     Args:
         counts: List or array, (E,). Assignments per expert.
@@ -130,7 +130,7 @@ def logit_sizes(logits, router):
 def judge_router(entropy: float, largest_logit: float) -> list[Finding]:
     """Findings about how the router decides.
 
-    Hints above 0.995 and below 0.05 of the largest entropy; a problem where a logit is above 30.
+    Hints if the entropy is above 0.995 or below 0.05; a problem if a logit is above 30.
 
     Args:
         entropy: Float from 0 to 1. Mean entropy of a token's probabilities over `log E`.

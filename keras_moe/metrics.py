@@ -31,7 +31,7 @@ __dir__ = __all__.copy
 
 
 def load_imbalance(counts: Tensor) -> Tensor:
-    """Load of the busiest expert above the mean of `counts` (E,), float32: `max / mean - 1`.
+    """Excess of the busiest expert over the mean of `counts` (E,), float32: `max / mean - 1`.
 
     Also known as MaxVio. 0 at balance or without assignments, E - 1 if one expert has everything.
 
@@ -44,7 +44,7 @@ def load_imbalance(counts: Tensor) -> Tensor:
 def load_entropy(counts: Tensor) -> Tensor:
     """Entropy of the shares of `counts` (E,), divided by `log E`, float32.
 
-    1 at balance, 0 if one of several has everything or without assignments.
+    1 at balance; 0 if one of several experts has everything, or without assignments.
     """
     share = expert_share(counts)
     return share[0] if share.shape[0] == 1 else entropy(share) / math.log(share.shape[0])
@@ -56,7 +56,7 @@ def dead_experts(counts: Tensor) -> Tensor:
 
 
 def is_dead(counts):
-    """Which experts `dead_experts` counts, (E,) bool; all if there is nothing."""
+    """Which experts `dead_experts` counts, (E,) bool; all without assignments."""
     counts = as_counts(counts)
     # Not zero: where all experts serve all tokens, counts are sums of weights.
     return counts <= 1e-3 * ops.mean(counts)
@@ -71,14 +71,14 @@ def expert_share(counts: Tensor) -> Tensor:
 def router_entropy(routing: Routing) -> Tensor:
     """Entropy of a token's scores in an `ops.Routing`, divided by `log E`: mean over real tokens.
 
-    Float32 scalar: 1 for a router without a preference, 0 for a certain one or padding alone.
+    Float32 scalar: 1 for a router without a preference, 0 for a certain one or for only padding.
     """
     check_is_routing(routing)
     return routing.entropy() / math.log(max(routing.counts.shape[0], 2))
 
 
 def coactivation(routing: Routing) -> Tensor:
-    """Share of the tokens of the row's expert that the column's expert serves too, (E, E) float32.
+    """Share of the row expert's tokens that also go to the column's expert, (E, E) float32.
 
     Of an `ops.Routing`; 0 without tokens.
 
@@ -97,8 +97,8 @@ def count_table(routing: Routing, groups: Tensor, num_groups: int) -> Tensor:
     Args:
         routing: An `ops.Routing`.
         groups: Integer tensor or list, (T,). The label, token id or other group of each token, from
-            0 to `num_groups` - 1, or -1 for none. Others raise a ValueError in a list or NumPy
-            array; in a tensor they count for no group.
+            0 to `num_groups` - 1, or -1 for none. Other numbers raise a ValueError in a list or
+            NumPy array; in a tensor they count as -1.
         num_groups: Integer. Number of groups, G.
     """
     check_is_routing(routing)
@@ -132,12 +132,12 @@ def typical_words(routing: Routing, texts: list[str], num_words: int = 10) -> li
     """The words that are most typical of each expert, a list of strings for each.
 
     They have the highest lift: the expert's share of a word's assignments, divided by its share of
-    all. Ten pseudo-assignments per word, distributed like all assignments, rank rare words low.
+    all. Ten pseudo-assignments per word, distributed as all assignments are, rank rare words low.
 
     Args:
         routing: An `ops.Routing`.
-        texts: List of T strings, one per token, padding included. Blanks separate words.
-        num_words: Integer. The most words of an expert; only those with a lift above 1.
+        texts: List of T strings, one per token, padding included. Spaces separate words.
+        num_words: Integer. Largest number of words per expert; all have a lift above 1.
     """
     check_is_routing(routing)
     if len(texts) != routing.mask.shape[0]:

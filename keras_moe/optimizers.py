@@ -15,7 +15,7 @@ class Muon(keras.optimizers.Muon):
 
     Keras's Muon updates variables of two axes by Muon, and all others by AdamW, but the stacked
     kernels (E, D, H) of a bank have three axes, and its biases (E, H) two. With this optimizer a
-    bank trains as E `Dense` layers would.
+    bank is trained as E `Dense` layers are.
 
     Args:
         learning_rate: Float, `keras.optimizers.schedules.LearningRateSchedule` or callable.

@@ -35,8 +35,8 @@ SET_TOP_K = ("balanced_assignment", "switch")
 class SearchSpace:
     """The values from which a search chooses each part of a MoE layer.
 
-    Values come as a list, tuple, range or array; a list of one fixes it. An expert is
-    `active_width / K` wide, so that neither `num_experts` nor `top_k` changes what experts cost.
+    Values are a list, tuple, range or array; a single one is fixed. An expert is `active_width / K`
+    wide, so that neither `num_experts` nor `top_k` changes the cost of the experts.
 
     Args:
         active_width: Integers. Widths K * H of the experts of a token, each divisible by each K.
@@ -184,7 +184,7 @@ class WithinBudget(keras_tuner.Objective):
     """Minimises a loss subject to a cost budget: trials above it rank below all within it.
 
     The score of a trial is from 0 to 1 within the budget, and above 1 over it. A warning is given
-    as long as no trial has kept to the budget.
+    as long as no trial is within the budget.
 
     Args:
         budget: Float, greater than 0, else a ValueError is raised. Highest cost.

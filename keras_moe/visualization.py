@@ -29,7 +29,7 @@ MAX_ROWS = 30
 
 
 def coactivation(routings: dict | Tensor, num_experts: int | None = None) -> Figure:
-    """Which experts serve the same tokens: share of the row's tokens that the column serves too.
+    """Which experts get the same tokens: share of the row's tokens that the column gets too.
 
     Args:
         routings: The result of `inspection.record_routings`, or integer indices (T, K) with -1 for
@@ -60,7 +60,7 @@ def specialization(
     names: Sequence[str] | None = None,
     num_experts: int | None = None,
 ) -> Figure:
-    """Which expert serves which kind of token: each row is a label, each column an expert.
+    """Which expert gets which kind of token: each row is a label, each column an expert.
 
     Colours are the share of the label's assignments. The title gives the mutual information of
     label and expert in bits, which is 0 if all labels have the same experts, and its upper bound.
@@ -141,9 +141,9 @@ def _draw_specialization(axes, table_and_rows):
 
 
 def shares_over_time(shares: dict | Tensor) -> Figure:
-    """How much of the work each expert does from epoch to epoch, in multiples of a fair share.
+    """The load of each expert from epoch to epoch, in multiples of the mean load.
 
-    Red is more than a fair share, blue less; the darkest blue is an eighth or nothing at all.
+    Red is more than the mean, blue less; the darkest blue is an eighth of it or less.
 
     Args:
         shares: Counts or shares (time, E), or a dict of these by layer, as `ExpertMonitor.shares`.

@@ -82,6 +82,23 @@ def test_names_used_elsewhere_are_refused_with_the_name_used_here():
         layer.enable_lora(4)
 
 
+def test_the_page_on_routers_has_the_default_losses_of_each():
+    page = (ROOT / "docs" / "routers.md").read_text(encoding="utf-8")
+    rows = page.partition("| router | default losses |")[2].split("\n\n")[0].splitlines()[2:]
+    named = {}
+    for row in rows:
+        names, said = (set(re.findall(r"`(\w+)`", cell)) for cell in row.split(" | "))
+        named |= dict.fromkeys(names, said - {"balancer"})
+    abstract = (routers.LogitRouter, routers.Router)
+    for name in routers.__all__:
+        cls = getattr(routers, name)
+        if inspect.isclass(cls) and issubclass(cls, routers.Router) and cls not in abstract:
+            default = {type(losses.get(loss)).__name__ for loss in cls.default_losses}
+            assert named.pop(name, set()) == default, name
+    assert not named
+    assert not routers.TopKRouter(4, balancer="loss_free").default_losses
+
+
 def test_the_example_of_the_home_page_trains():
     names = run("docs/index.md")
     model, monitor = names["model"], names["callbacks"].ExpertMonitor()

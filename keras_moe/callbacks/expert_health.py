@@ -25,19 +25,19 @@ class ExpertHealth(ExpertCallback):
 
     Checks every MoE layer for
 
-    - a collapse: nearly all work goes to the same few experts, and it does not get better;
-    - experts that are dead (`metrics.dead_experts`) in three times `patience` checks in a row;
+    - a collapse: nearly all tokens go to the same few experts, and this does not improve;
+    - experts that are dead (`metrics.dead_experts`) in `3 * patience` checks in a row;
     - a capacity that drops more than half of the assignments;
     - a router whose logits are NaN or so large that the softmax saturates;
-    - a balancing loss with a `usual_weight`, as `losses.LoadBalance`, far too weak or too heavy.
+    - a balancing loss such as `losses.LoadBalance` whose weight is far from its `usual_weight`.
 
     At the end of training, one check with 5 assignments per expert suffices to report a collapse,
-    and `patience` checks to report dead experts. Each layer gets a warning once, and again if more
-    experts die. `findings` keeps them, a list of `(step, layer name, health.Finding)`.
+    and `patience` checks to report dead experts. There is one warning per layer, and another if
+    more experts die. `findings` is a list of them: `(step, layer name, health.Finding)`.
 
     Args:
-        every: Integer. Training batches between checks. A check waits until experts average 20
-            assignments.
+        every: Integer. Training batches between checks. A check waits until experts have 20
+            assignments on average.
         patience: Integer. Checks that a problem must last before it is reported.
         stop: Boolean. Whether a problem ends the training, one batch after the check.
 

@@ -39,18 +39,18 @@ class ExpertCallback(keras.callbacks.Callback):
 class ExpertMonitor(ExpertCallback):
     """Logs the load of the experts after each epoch.
 
-    The logs get a few numbers over all `MixtureOfExperts` layers: `load_imbalance` and
-    `val_load_imbalance` of the least even layer; `dead_experts`, their total; `dropped_fraction`,
-    the largest, if a layer has a capacity; and `router_loss`, which the router losses of a call add
-    to `loss` on average, summed over layers, if a layer has any. Callbacks that read the logs, such
-    as `EarlyStopping("val_load_imbalance", mode="min")` and `TensorBoard`, come after this one.
+    The logs get a few metrics over all `MixtureOfExperts` layers: `load_imbalance` and
+    `val_load_imbalance` of the least even layer; the total of `dead_experts`; the largest
+    `dropped_fraction`, if a layer has a capacity; and, if a layer has router losses, `router_loss`:
+    their sum in `loss`, averaged over a layer's calls. Callbacks that read the logs, such as
+    `EarlyStopping("val_load_imbalance", mode="min")` and `TensorBoard`, come after this one.
     `model.evaluate` prints the first three but does not return them.
 
-    `history`, a dict of lists by epoch as in `keras.callbacks.History`, holds the numbers of each
-    layer, such as `moe_load_imbalance`, and `val_moe_load_imbalance` in validation. Besides those
-    above they are `load_entropy`, `router_entropy`, each router loss before its weight, such as
-    `load_balance_loss`, and each of `metrics` by the name of the function. The page "Watch
-    and debug" explains them.
+    `history`, a dict of lists by epoch as in `keras.callbacks.History`, contains the metrics of
+    each layer, such as `moe_load_imbalance`, and `val_moe_load_imbalance` in validation. Further
+    ones are `load_entropy`, `router_entropy`, each unweighted router loss, such as
+    `load_balance_loss`, and each of `metrics` by the name of the function. The page "Watch and
+    debug" explains them.
 
     `shares` and `validation_shares`, for `visualization.shares_over_time`, are dicts from layers to
     lists with the shares (E,) of each epoch of the last `fit`, NaN for epochs without validation.
@@ -58,7 +58,7 @@ class ExpertMonitor(ExpertCallback):
     Args:
         metrics: List of functions from the counts of a layer in the epoch, a NumPy array (E,), to a
             number. It is NaN without counts.
-        per_layer: Boolean. Whether the logs also get all numbers of each layer.
+        per_layer: Boolean. Whether the logs also get all metrics of each layer.
 
     Raises:
         ValueError: If `metrics` are not functions of different names, or the monitor is in `fit`

@@ -20,7 +20,7 @@ class RouterLossSchedule(keras.callbacks.Callback):
             and scope.
 
     Raises:
-        TypeError: If there is no such loss, or the schedule is no function.
+        TypeError: If there is no such loss, or the schedule is not a function.
         ValueError: If the model has no MoE layer with the loss, or a weight is out of its range.
 
     Example:

@@ -26,7 +26,7 @@ def record_routings(
         model: A Keras model with MoE layers.
         batches: List of inputs without targets, each as `model(...)` takes them.
         training: Boolean. Whether the model is called as in training: with the noise of routers,
-            and with counters and selection biases that change.
+            and with counters and expert biases that change.
 
     Example:
 
@@ -115,7 +115,7 @@ def _observing(observers, *traced_again):
 def replay_routings(model: keras.Model, routings: dict) -> contextlib.AbstractContextManager:
     """A context in which the MoE layers of a model use recorded choices of experts.
 
-    Weights come from the live scores, with their gradient. `fit`, `evaluate` and `predict` are
+    Weights come from the current scores, with a gradient. `fit`, `evaluate` and `predict` are
     traced again in it and after it, so no callback of `fit` can enter it. A function that you
     compile yourself keeps the choices it was compiled with.
 

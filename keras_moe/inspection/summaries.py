@@ -80,14 +80,14 @@ class LayerSummary(NamedTuple):
     """One MoE layer of a model.
 
     - `name`: its name in the model.
-    - `num_experts`, `top_k`: experts, and how many of them serve a token at most.
-    - `parameters`, `active_parameters`: all that are trained, and those that work on one token, on
-      which `router.mean_top_k` experts work. Experts that differ in size count with their mean.
+    - `num_experts`, `top_k`: number of experts, and of experts per token at most.
+    - `parameters`, `active_parameters`: all that are trained, and those used for one token, which
+      has `router.mean_top_k` experts. Experts that differ in size count with their mean.
     - `shared_parameters`: those among `parameters` that other MoE layers of the model have as well.
     - `flops`: of one token in a forward pass, two for each active parameter. Where whole samples
       are tokens, a parameter counts for each position that it is applied to, as in a convolution.
-    - `counts`: assignments per expert, or sums of their weights where all serve each token, over
-      the whole training; of a layer that was not trained, over counted evaluations.
+    - `counts`: assignments per expert over the whole training, or sums of their weights if each
+      token has all experts; of a layer that was not trained, over counted evaluations.
     - `router`, `experts`: names of their classes.
     - `dtype`: of the experts, "int8" or "int4" if any is quantized, else the compute dtype.
     """
@@ -155,7 +155,7 @@ def summary(model: keras.Model, print_fn: Callable = print) -> None:
     """Print the size and the use of each MoE layer of a model: `model.summary()` for experts.
 
     Each row has an `inspection.LayerSummary`. `busiest` is the load of the busiest expert, where 1
-    is an equal share, and `dead` the number of `metrics.dead_experts`, in all of the training.
+    is the mean, and `dead` the number of `metrics.dead_experts`, both over the whole training.
 
     Args:
         model: A built Keras model with MoE layers.
@@ -213,7 +213,7 @@ def table(rows):
 
 
 def count_parameters(model: keras.Model) -> tuple[int, int]:
-    """All parameters of a built model, and those that work on one token, two integers.
+    """All parameters of a built model, and those used for one token, two integers.
 
     Counters work on none. Of experts that layers share, as many work as these layers choose.
     """

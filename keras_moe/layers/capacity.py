@@ -25,10 +25,10 @@ MAX_CAPACITY = 2**30
 class Capacity(Configured):
     """Gives each expert `ceil(factor * T * K / E)` slots for a batch of T tokens.
 
-    First choices are served before second ones. An assignment without a slot contributes zero; the
-    weights of the others stay. Padding takes no slot, but counts in T. On a mesh T is the number of
-    tokens on one device. In a language model later tokens take slots from earlier ones, unless K is
-    1 and the priority "position".
+    First choices get slots before second ones. An assignment without a slot contributes zero; other
+    weights do not change. Padding takes no slot, but counts in T. On a mesh T is the number of
+    tokens on one device. In a language model, later tokens take slots from earlier ones, unless K
+    is 1 and `priority` is "position".
 
     Args:
         factor: Positive float, rounded to a fraction with a denominator of at most 1,000. 1.0 is
@@ -38,9 +38,9 @@ class Capacity(Configured):
         multiple_of: Integer. The number of slots is rounded up to a multiple of this.
         evaluation_factor: Positive float, the factor outside of training. None: no limit, so a
             token's output does not depend on the rest of the batch.
-        priority: String. Who is served first among equal choices: "position", earlier tokens;
-            "probability", tokens with a larger best probability (arXiv:2106.05974, section 4.2);
-            "random".
+        priority: String. Which of equal choices get slots first: "position", those of earlier
+            tokens; "probability", of tokens with a larger best probability (arXiv:2106.05974,
+            section 4.2); "random".
         per_sequence: Boolean. Whether T is the length of a sequence and its tokens compete among
             themselves only. False: T is the whole batch.
 
@@ -139,9 +139,9 @@ def drop_excess(
 ):
     """Experts (T, K), -1 for the assignments that find no slot.
 
-    An expert serves first choices before second ones, each in the order of the tokens, or the
-    tokens of higher priority (T,) first: GShard, Lepikhin et al. 2020 (arXiv:2006.16668), algorithm
-    1. The capacity is for each sequence, if a length is given, and only for the first
+    First choices get slots before second ones, in the order of the tokens or, if given, by priority
+    (T,), the highest first: GShard, Lepikhin et al. 2020 (arXiv:2006.16668), algorithm 1. If a
+    length is given, the capacity is that of each sequence. It limits only the first
     `num_capacity_limited` experts.
     """
     num_tokens, top_k = ops.shape(experts)

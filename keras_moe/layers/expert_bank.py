@@ -17,7 +17,7 @@ from keras_moe.ops.sorting import as_dtype
 
 
 class ExpertBank(BaseLayer):
-    """Abstract: E experts that serve the tokens a plan assigns to them.
+    """Abstract: E experts that process the tokens which a plan assigns to them.
 
     A subclass implements `call(tokens, plan)`, and `compute_output_shape(tokens_shape)` if D' is
     not D.
@@ -31,10 +31,10 @@ class ExpertBank(BaseLayer):
 
     Call arguments:
         tokens: (T, D) float tensor.
-        plan: `ops.GroupedPlan`. Which experts serve which token.
+        plan: `ops.GroupedPlan`. Which experts process which token.
 
     Output shape:
-        (T, D'): the weighted sum of each token's expert outputs, zero where no expert serves it.
+        (T, D'): the weighted sum of each token's expert outputs, zero for a token without experts.
     """
 
     def __init__(self, num_experts: int, **kwargs: Any):

@@ -107,8 +107,8 @@ class GatedExperts(FeedForwardExperts):
     Args:
         activation: As in `FeedForwardExperts`, of the gate.
         use_bias: Boolean. Whether the three projections have a bias.
-        clip: Positive float or None. The gate's projection is clipped from above, the up projection
-            on both sides.
+        clip: Positive float or None. Limit of the gate's projection from above, and of the up
+            projection from both sides.
         up_shift: Float of at least 0, added to the up projection; gpt-oss has 1.
 
     Other arguments, errors, call arguments, shapes and an example: as for `FeedForwardExperts`.
@@ -177,7 +177,7 @@ class LinearExperts(StackedExperts):
 class GatedFeedForward(BaseLayer):
     """`(activation(x Wg) * (x Wu)) Wd` for all tokens: one expert of `GatedExperts` as a layer.
 
-    It consists of three `Dense` layers, `gate`, `up` and `down`, and serves as a shared expert.
+    It consists of three `Dense` layers, `gate`, `up` and `down`. It can be a shared expert.
 
     Args:
         hidden_dim: Integer. Hidden width.

@@ -66,7 +66,7 @@ class Gate(Recomputable):
             raise ValueError(
                 "`router` and `experts` must have the same number of experts. Received: "
                 f"router.num_experts={self.router.num_experts}, experts.num_experts={num_experts}. "
-                "How many experts serve a token is the router's `top_k`."
+                "The number of experts per token is the router's `top_k`."
             )
         if router_losses is None:
             router_losses = self.router.default_losses
@@ -152,7 +152,7 @@ class Gate(Recomputable):
         token_ids: Tensor | None = None,
         indices: Tensor | None = None,
     ) -> tuple[Routing, Tensor]:
-        """Return the routing of `Tokens`, and the experts (T, K) that serve them, -1 for none.
+        """Return the routing of `Tokens`, and the experts (T, K) that process them, -1 for none.
 
         Losses are added and the call is counted.
         """
@@ -259,13 +259,13 @@ class Gate(Recomputable):
 
     @property
     def loss_weights_in_force(self) -> list[float]:
-        """The present weight of each router loss, a list of floats."""
+        """The current weight of each router loss, a list of floats."""
         if self.built:
             return ops.convert_to_numpy(self.router_loss_weights).tolist()
         return list(self._initial_loss_weights)
 
     def set_router_loss_weight(self, index: int, weight: float) -> None:
-        """Set the weight of a router loss. Nothing is recompiled.
+        """Set the weight of a router loss, without recompiling.
 
         Args:
             index: Integer, the position of the loss in `router_losses`.

@@ -30,19 +30,19 @@ MAX_UNROLLED = 64
 class LayerExperts(ExpertBank):
     """Experts that are Keras layers or models; they may differ from each other.
 
-    Each layer sees the rows (n, D) of its tokens and returns rows (n, D') with one D' for all; in a
-    mixture with `token_axes`, rows are whole samples (n, ...). Under XLA, rows are processed in
-    tiles padded with ones: in training `BatchNormalization` sees the padding, and an activity
-    regularizer is applied once per tile. A mixture in an expert receives a mask of the padding, if
-    the `call` of the expert has a `mask`. Banks with stacked kernels are faster, especially where
-    the layers differ in class or configuration or have state other than weights.
+    Each layer gets the rows (n, D) of its tokens and returns rows (n, D'), with the same D' for all
+    layers. In a mixture with `token_axes`, rows are whole samples (n, ...). Under XLA, rows are
+    processed in tiles padded with ones: in training `BatchNormalization` sees the padding, and an
+    activity regularizer is applied once per tile. A mixture in an expert receives a mask of the
+    padding, if the `call` of the expert has a `mask`. Banks with stacked kernels are faster,
+    especially where the layers differ in class or configuration or have state other than weights.
 
     Args:
         layers: List of Keras layers, `keras.Sequential` or functional models.
 
     Raises:
-        TypeError: If `layers` holds anything but Keras layers.
-        ValueError: If `layers` is empty or holds a layer twice, if the layers disagree on D', or
+        TypeError: If `layers` contains anything other than Keras layers.
+        ValueError: If `layers` is empty or contains a layer twice, if the layers disagree on D', or
             if one writes its trainable weights in a call, as `keras.layers.SpectralNormalization`.
 
     Other arguments, call arguments and output shape: as for `ExpertBank`, or (T, ...) for samples.

@@ -44,11 +44,11 @@ class _Factor(Projection):
 
 @register
 class LowRankExperts(StackedExperts):
-    """Experts that share one frozen network, and differ by corrections of low rank.
+    """Experts that share one frozen network and differ by low-rank corrections.
 
-    Expert k has `x W + (alpha / rank) (x A_k) B_k` for each linear map `x W` of the base, as copies
-    with LoRA have, but the base is computed once for each token. Only the factors train. They are
-    `{name}_lora_a` (E, D, r) and `{name}_lora_b` (E, r, H) for the base's `{name}_kernel`.
+    For each linear map `x W` of the base, expert k computes `x W + (alpha / rank) (x A_k) B_k`, as
+    a copy with LoRA would. The base is computed once for each token. Only the factors train. They
+    are `{name}_lora_a` (E, D, r) and `{name}_lora_b` (E, r, H) for the base's `{name}_kernel`.
     `quantize` stores the base as integers.
 
     Args:
@@ -57,12 +57,12 @@ class LowRankExperts(StackedExperts):
         rank: Integer. Rank of the corrections, r.
         alpha: Float. The corrections are multiplied by `alpha / rank`. None: `rank`.
         a_initializer: Initializer of each expert's `A`.
-        b_initializer: Initializer of each expert's `B`. With zeros every expert begins as the base.
+        b_initializer: Initializer of each expert's `B`. With zeros all experts start as the base.
 
     Raises:
         ValueError: If a number is out of its range, or `base` has several experts, LoRA, or a
             network of a different form.
-        TypeError: If `base` is no bank of stacked kernels.
+        TypeError: If `base` is not a bank with stacked kernels.
 
     Other arguments, call arguments and output shape: as for `ExpertBank`.
 

@@ -33,12 +33,12 @@ from keras_moe.routers.router import Router
 class MixtureOfExperts(Gate):
     """Routes each token to its top-K experts; the cost grows with K, not with E.
 
-    A drop-in for the feed-forward layer of a Transformer, or for any `Dense` layer; also available
-    as `layers.MoE`. By default no token is dropped: outputs do not depend on the rest of the batch.
+    It can replace the feed-forward layer of a Transformer, or any `Dense` layer. Alias:
+    `layers.MoE`. By default no token is dropped, so outputs do not depend on the rest of the batch.
 
     In training the layer adds its router losses and counts the assignments of each expert in the
     weight `expert_counts` (E,), which `callbacks.ExpertMonitor` reports after each epoch. Padding,
-    where the mask is False, is sent to no expert, not counted, changes no loss; its output is 0.
+    where the mask is False, is not routed, not counted and in no loss. Its output is 0.
 
     Args:
         experts: Bank of experts, such as `GatedExperts`; a list of Keras layers or models, for
@@ -52,9 +52,9 @@ class MixtureOfExperts(Gate):
             or None for no limit. Zero-computation experts are never limited.
         gated_shared_expert: Boolean. Whether the shared expert's output is multiplied by a gate of
             each token, `sigmoid(x g)` with a learned g (D, 1), as in Qwen1.5-MoE.
-        token_axes: Integer. Number of leading axes that count tokens; the others are the shape of
-            one. 1: each sample of a batch, such as an image (height, width, channels), is routed as
-            a whole, to experts in `LayerExperts`. None: all axes but the last.
+        token_axes: Integer. Number of leading axes that count tokens; the others are a token's
+            shape. 1: each sample of a batch, such as an image (height, width, channels), is routed
+            as a whole, to experts in `LayerExperts`. None: all axes but the last.
         top_k: Integer. Experts per token, if `router` is a name whose router has a `top_k`. With a
             router object, leave it out.
         num_experts: Integer. Number of `FeedForwardExperts`, which the layer then makes itself.
@@ -77,10 +77,10 @@ class MixtureOfExperts(Gate):
         return_routing: Boolean. Whether the routing is returned as well. In a functional model it
             has only the fields of tokens: without `counts`, `dropped` and `load`.
         token_ids: (batch, ...) integer tensor of vocabulary ids, for `routers.HashRouter`.
-        indices: (T, K) integer tensor of experts to replay instead of choosing, such as the
-            `indices` of a recorded routing, -1 for none. Weights come from the live scores. The
+        indices: (T, K) integer tensor of experts to use instead of new choices, such as the
+            `indices` of a recorded routing, -1 for none. Weights come from the current scores. The
             numbers in an array are checked; in a tensor, invalid ones count as -1.
-        router_inputs: (batch, ..., D'') float tensor that the router sees instead of `inputs`, such
+        router_inputs: (batch, ..., D'') float tensor that the router gets instead of `inputs`, such
             as wider features (LatentMoE), or a summary of a whole sample.
         return_expert_outputs: Boolean. Whether each expert's output is returned as well.
 

@@ -57,11 +57,11 @@ class TaskGate(Gate):
 class MultiGateMixtureOfExperts(Recomputable):
     """Experts that tasks share, each task with its own router (MMoE).
 
-    Each expert computes a token at most once, whatever the number of tasks. With `task_experts`
+    Each expert processes a token at most once, whatever the number of tasks. With `task_experts`
     this is a block of PLE: the router of a task chooses among the shared experts and its own.
 
     Each task has a gate in `tasks`: its router, losses and counters. `callbacks.ExpertMonitor`,
-    `inspection` and the report treat these as layers of the names `{layer name}_{task name}`.
+    `inspection` and the report treat these as layers named `{layer name}_{task name}`.
 
     Args:
         experts: Bank of experts that all tasks share.

@@ -23,24 +23,24 @@ from keras_moe.ops.plans import GroupedPlan
 class StackedExperts(ExpertBank):
     """Abstract: experts of one shape, each of their kernels stacked in one weight (E, D, H).
 
-    An expert is a small network of linear maps. A subclass says their widths and how they connect:
+    An expert is a small network of linear maps. A subclass declares their widths and connects them:
 
     - `widths(features)` returns {name: (D, H)} in the order of a forward pass. A tuple (H,)
-      declares a vector of each expert, initialized with ones.
+      declares a vector for each expert, initialized with ones.
     - `network(rows, linear)` returns the outputs (n, D') of rows (n, D) of one or several experts.
       `linear(name, rows)` is a linear map with its bias; it is called once for each name.
       `linear(name)` is the vector of each row's expert, (n, H). `linear.dropout(rows, rate)` is
-      dropout in training. Otherwise a network may use any differentiable `keras.ops` that treat
-      rows one by one, and no weights but its own.
+      dropout in training. It may also use any differentiable `keras.ops` that process each row
+      separately, but no other weights.
 
     The weights of a map are `{name}_kernel` (E, D, H) and, with `use_bias`, `{name}_bias` (E, H); a
     vector is `{name}` (E, H). Low-rank adaptation, quantization, expert parallelism, saving and
-    export need nothing of the subclass.
+    export work without further code.
 
     Args:
         activation: String, function of one tensor, Keras layer without weights, or None.
         use_bias: Boolean. Whether each linear map has a bias.
-        kernel_initializer: Initializer of each expert's kernels, drawn for each by itself.
+        kernel_initializer: Initializer of the kernels, called for each expert separately.
         bias_initializer: Initializer of the biases.
         kernel_regularizer: Regularizer of the stacked kernels, or None.
         bias_regularizer: Regularizer of the stacked biases, or None.
@@ -243,7 +243,7 @@ class StackedExperts(ExpertBank):
         self.lora_enabled = True
 
     def merge_factors(self) -> None:
-        """Remove the factors; the kernels, which stay frozen, get the corrections."""
+        """Add the corrections to the kernels, which stay frozen, and remove the factors."""
         store: dict = {}
         self.save_own_variables(store)  # with corrected kernels
         for projection in self._kernels():
@@ -274,8 +274,8 @@ class StackedExperts(ExpertBank):
     ) -> None:
         """Store the kernels as integers with scales; one expert at a time is cast to floats.
 
-        "int8" has a scale for each output of each expert. "int4" has two integers in a byte, and a
-        scale and a zero point for each `block_size` inputs of an output, or as in "int8".
+        "int8" has a scale for each output of each expert. "int4" packs two integers into a byte,
+        and has a scale and a zero point for each `block_size` inputs, else scales as in "int8".
 
         Args:
             mode: String. "int8" or "int4". None: the mode of `config`.

@@ -23,13 +23,13 @@ _of_thread = threading.local()  # Its `decoding` is the context that a thread is
 
 @register
 class TransformerDecoderBlock(TransformerBlock):
-    """Causal self-attention, attention to a context if wanted, then a feed-forward layer.
+    """Causal self-attention, cross-attention if wanted, then a feed-forward layer.
 
-    Each is a branch `x = x + dropout(branch(norm(x)))`. No token sees a later one, except through
-    the feed-forward layer: a warning names a router or a capacity that allows it.
+    Each is a branch `x = x + dropout(branch(norm(x)))`. A token can see later ones only through the
+    feed-forward layer. A warning names a router or a capacity that allows this.
 
-    To decode token by token, `make_cache` once and pass `cache` and `position`. The cache is a dict
-    of tensors (batch, ...) of fixed shapes, fit for `ops.while_loop`.
+    To decode token by token, call `make_cache` once and pass `cache` and `position`. The cache is a
+    dict of tensors (batch, ...) of fixed shapes, fit for `ops.while_loop`.
 
     Args:
         cross_attention: Boolean. Whether the block attends to a `context` as well, such as the
@@ -192,7 +192,7 @@ class TransformerDecoderBlock(TransformerBlock):
 
         Args:
             batch_size: Integer. Number of sequences, B.
-            max_length: Integer. Number of tokens that the cache has room for, M.
+            max_length: Integer. Largest number of tokens in the cache, M.
             context: (B, S, C) float tensor, with cross-attention; it is projected here, once.
             context_mask: (B, S) bool tensor, False for padding, or None.
 
@@ -261,7 +261,7 @@ def _reasons_not_to_be_causal(layer):
 
 
 class CachedAttention(keras.layers.MultiHeadAttention):
-    """Keras's attention, whose keys and values may be kept from one call to the next.
+    """Keras's attention, whose keys and values may be cached between calls.
 
     They are entries of a dict, whose names begin with `prefix`.
     """

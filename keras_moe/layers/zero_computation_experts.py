@@ -17,13 +17,13 @@ from keras_moe.ops.plans import ExpertChoicePlan, GroupedPlan
 
 @register
 class ZeroComputationExperts(ExpertBank):
-    """A bank of experts, followed by experts that compute next to nothing.
+    """A bank of experts, and further experts that compute almost nothing.
 
     The output of a zero expert is zero, of an identity expert the token, and of a constant expert
     `a x + b v` with a learned vector v and `a, b = softmax(x W)`. A capacity is computed for all
-    experts, and limits only those that compute. Use a router that does not divide weights by their
-    sum, such as `TopKRouter(num_experts, renormalize=False)`, or the weight of a zero expert counts
-    too.
+    experts, but does not limit these. Use a router that does not divide weights by their sum, such
+    as `TopKRouter(num_experts, renormalize=False)`. Otherwise the weight of a zero expert lowers
+    the others.
 
     Args:
         experts: Bank of experts that compute.
@@ -35,8 +35,8 @@ class ZeroComputationExperts(ExpertBank):
         ValueError: If a number is negative, the bank changes the number of features, or experts
             choose tokens.
 
-    Other arguments, call arguments and output shape: as for `ExpertBank`. The experts that compute
-    come first, then zero, identity and constant ones.
+    Other arguments, call arguments and output shape: as for `ExpertBank`. The bank's experts come
+    first, then zero, identity and constant ones.
 
     Example:
 

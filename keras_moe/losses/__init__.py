@@ -1,4 +1,4 @@
-"""Router losses, which training adds to its loss, and the likelihood of a mixture."""
+"""Router losses, which training adds to the loss of the task, and the likelihood of a mixture."""
 
 from functools import partial
 from typing import Any
@@ -31,14 +31,14 @@ __dir__ = __all__.copy
 class RouterLoss(Configured):
     """Abstract: a weighted scalar of a routing.
 
-    A subclass implements `compute(routing)`, which returns the loss before its weight, one float.
-    A loss with state implements `state_shapes` as well. Class attributes describe it:
+    A subclass implements `compute(routing)`, which returns the unweighted loss, one float. A loss
+    with state implements `state_shapes` as well. Class attributes describe it:
 
-    - `balances`: whether it evens out the load. If so, `ExpertHealth` may advise to raise it.
+    - `balances`: whether it balances the load. If so, `ExpertHealth` may advise a larger weight.
     - `needs_smooth_load`: whether it has a gradient only if the router `has_smooth_load`.
     - `scope`: "sequence" if `compute` has an argument `sequence_length` as well.
-    - `usual_weight`, `value_at_balance`: a weight that works or None, and the loss at an even load,
-      from which `callbacks.ExpertHealth` judges the present weight.
+    - `usual_weight`, `value_at_balance`: a weight that works well or None, and the loss at an even
+      load, from which `callbacks.ExpertHealth` judges the current weight.
 
     Args:
         weight: Float, at least 0. Factor of the loss. Each layer copies it into a variable, which
@@ -64,7 +64,7 @@ class RouterLoss(Configured):
 
     @property
     def weight(self) -> float:
-        """The weight from the constructor. `layer.set_router_loss_weight` changes a layer's own."""
+        """The weight from the constructor. `layer.set_router_loss_weight` changes a layer's."""
         return self._weight
 
     def __call__(self, routing, *args, **kwargs):
@@ -86,7 +86,7 @@ class RouterLoss(Configured):
         return {}
 
     def compute(self, routing: Any, *args: Any) -> Any:
-        """Return the loss before its weight.
+        """Return the unweighted loss.
 
         A loss with state gets `compute(routing, state)`, and returns the loss and the new state, in
         the order of `state_shapes`. In evaluation the state is None.
@@ -98,16 +98,16 @@ class RouterLoss(Configured):
 class LoadBalance(RouterLoss):
     """Spreads tokens over the experts: `E * sum_e f_e * P_e`, 1 if even, larger otherwise.
 
-    `f_e` is expert e's share of all assignments over all K choices, before any drop; `P_e` is its
-    mean probability, through which alone the gradient flows. The value does not grow with K.
+    `f_e` is expert e's share of the assignments of all K choices, before any are dropped. `P_e` is
+    its mean probability. Only `P_e` has a gradient. The value does not grow with K.
 
     - `scope="batch"`: over all tokens of a call (Fedus et al. 2021, arXiv:2101.03961, eq. 4 to 6).
-    - `scope="sequence"`: over each sequence, then averaged; balance the batch as well. In a layer,
-      a sequence is all axes of its inputs between the first and the last; elsewhere all tokens, or
-      `sequence_length` of them (DeepSeek-V3, arXiv:2412.19437, eq. 17 to 20).
+    - `scope="sequence"`: over each sequence, then averaged; use it together with the batch's. In a
+      layer, a sequence is all axes of its inputs between the first and the last; elsewhere all
+      tokens, or `sequence_length` of them (DeepSeek-V3, arXiv:2412.19437, eq. 17 to 20).
     - `scope="global"`: over the batch of an optimizer step. `f` counts all its micro-batches so
-      far, on all replicas; `P` comes from this one, as only that has a gradient. Only layers can
-      call it (Qiu et al. 2025, arXiv:2501.11873, section 3).
+      far, on all replicas; `P` is of this micro-batch, because only that has a gradient. Only
+      layers can call it (Qiu et al. 2025, arXiv:2501.11873, section 3).
 
     Args:
         weight: Float, at least 0. None: 1e-2, or 1e-4 for sequences.
@@ -159,7 +159,7 @@ class LoadBalance(RouterLoss):
 
 @register
 class ImportanceVariation(RouterLoss):
-    """Evens out the summed scores of the experts: their squared coefficient of variation.
+    """Balances the summed scores of the experts: their squared coefficient of variation.
 
     Arguments, errors and an example: as for `RouterLoss`.
     Reference: Shazeer et al. 2017 (arXiv:1701.06538), eq. 6 and 7, of the scores of all experts as
@@ -174,10 +174,10 @@ class ImportanceVariation(RouterLoss):
 
 @register
 class LoadVariation(RouterLoss):
-    """Evens out the load of the experts: its squared coefficient of variation.
+    """Balances the load of the experts: its squared coefficient of variation.
 
-    The load of a noisy router is the expected number of assignments, which has a gradient. The load
-    of any other router is a count without a gradient, and layers warn: use `LoadBalance` there.
+    The load of a noisy router is the expected number of assignments, which has a gradient. Any
+    other router's load is a count without a gradient, so layers warn: use `LoadBalance` there.
 
     Arguments, errors and an example: as for `RouterLoss`.
     Reference: Shazeer et al. 2017 (arXiv:1701.06538), eq. 8 to 11.

@@ -19,7 +19,7 @@ def report(
     """Write one self-contained HTML page about the experts of a model, and return its path.
 
     It shows verdicts with what to try, a table of the layers, the text coloured by the expert that
-    served each token, typical words, and plots. All data are shown: pass a few hundred documents.
+    got each token, typical words, and plots. All data are shown: pass a few hundred documents.
 
     Args:
         model: A Keras model.

@@ -1,4 +1,4 @@
-"""Routers: layers that decide which experts serve which token."""
+"""Routers: layers that choose the experts of each token."""
 
 from functools import partial
 from typing import Any

@@ -1,4 +1,4 @@
-"""Balance without a loss: biases of the scores by which tokens choose experts.
+"""Loss-free balancing: biases that are added to the scores to choose experts.
 
 Axes: T tokens, E experts, K experts per token.
 """
@@ -16,11 +16,11 @@ from keras_moe.ops.selection import take_scores, top_k_indices
 
 
 class SelectionBalancer(Configured):
-    """Abstract: from routings to a selection bias that evens out the load.
+    """Abstract: updates the bias of each expert's score, so that the load becomes even.
 
-    In training a router measures each batch on each replica, and updates its bias once an optimizer
-    step by the mean of the measurements. A subclass implements `measure` and `update`; `measure`
-    gathers what cannot be averaged over replicas.
+    In training a router measures each batch on each replica, and updates its biases once per
+    optimizer step by the mean of the measurements. A subclass implements `measure` and `update`. If
+    a measurement cannot be averaged over replicas, `measure` gathers their data.
 
     Args:
         accumulation_steps: Integer. Micro-batches of an optimizer step: the
@@ -40,7 +40,7 @@ class SelectionBalancer(Configured):
         self.accumulation_steps = check_integer("accumulation_steps", accumulation_steps)
 
     def measure(self, routing: Routing, scores: Tensor, bias: Tensor) -> Tensor:
-        """Return a measurement (E,) of a batch, by the scores (T, E) and the bias (E,) in force."""
+        """Return a measurement (E,) of a batch, from scores (T, E) and the current bias (E,)."""
         raise NotImplementedError
 
     def update(self, bias: Tensor, measured: Tensor) -> Tensor:
@@ -48,20 +48,20 @@ class SelectionBalancer(Configured):
         raise NotImplementedError
 
     def advice(self) -> str:
-        """Return what to try where the load is uneven in spite of the balancer."""
-        return f"The load is balanced by the selection bias of {type(self).__name__}."
+        """Return what to try if the load is uneven in spite of the balancer."""
+        return f"The load is balanced by the expert bias of {type(self).__name__}."
 
 
 @register
 class LossFreeBias(SelectionBalancer):
-    """Raises the bias of experts below the mean load, and lowers the others.
+    """Raises the bias of experts below the mean load, and lowers that of the others.
 
     `b_e <- b_e + rate * sign(mean(c) - c_e)`, then the mean of b is subtracted, which changes no
     selection. There is no loss, so no gradient works against the task.
 
     Args:
-        rate: Float. Step of the bias. Raise it, to 0.01 for example, if the load evens out too
-            slowly. Lower it if the load in evaluation swings from epoch to epoch.
+        rate: Float. Step of the bias. Raise it, to 0.01 for example, if the load becomes even too
+            slowly. Lower it if the load in evaluation changes a lot from epoch to epoch.
 
     Other arguments, errors and an example: as for `SelectionBalancer`.
 

@@ -14,7 +14,7 @@ from keras_moe.routers.router import Router
 
 @register
 class HashRouter(Router):
-    """Each word of the vocabulary has its experts, drawn at random and never changed.
+    """Each word of the vocabulary has fixed experts, which are drawn at random.
 
     The K experts of a token have the weight 1 / K. To choose experts by topic or by frequency, call
     `router.table.assign(table)`.

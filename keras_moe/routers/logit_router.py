@@ -17,9 +17,9 @@ class LogitRouter(Router):
     """Abstract: a router whose logits are learned; linear, unless a subclass overrides `project`.
 
     Args:
-        input_jitter: Float from 0 to below 1. In training the router, not the experts, sees its
-            inputs multiplied by noise uniform in `[1 - input_jitter, 1 + input_jitter]` (Switch
-            uses 0.01).
+        input_jitter: Float from 0 to below 1. In training the inputs of the router, not of the
+            experts, are multiplied by uniform noise in `[1 - input_jitter, 1 + input_jitter]`
+            (Switch uses 0.01).
         logit_noise: Float. In training, standard deviation of normal noise added to the logits.
         kernel_initializer: Initializer of the kernel (D, E). The default is normal with standard
             deviation 0.02; zeros would send every token to the same experts.

@@ -1,4 +1,4 @@
-"""Routers that match tokens and experts evenly: a plan, an assignment, or the experts choose.
+"""Routers that match tokens and experts evenly: Sinkhorn, balanced assignment, expert choice.
 
 Axes: T tokens, E experts.
 """
@@ -42,14 +42,14 @@ class MatchingRouter(LogitRouter):
 
 @register
 class SinkhornRouter(MatchingRouter):
-    """In training, tokens choose from a plan in which all experts have the same load.
+    """In training, tokens choose by a transport plan in which all experts have the same load.
 
     The weights are a sigmoid of the logits for `top_k=1`, else a softmax over all experts. In
     evaluation tokens choose by the logits. In training a token's experts depend on the whole batch.
 
     Args:
         top_k: Integer. Experts per token, K, at most E.
-        iterations: Integer. Rounds of the algorithm; fixed, so that it compiles.
+        iterations: Integer. Iterations of the algorithm, a fixed number, so that it compiles.
 
     Other arguments, errors, call arguments and returns: as for `LogitRouter`, without `indices`.
 
@@ -96,15 +96,15 @@ class BalancedAssignmentRouter(MatchingRouter):
 class ExpertChoiceRouter(LogitRouter):
     """Each expert takes the same number of best tokens of each sequence.
 
-    A token is served by any number of experts, perhaps by none, and its experts depend on later
-    tokens: not for language models. Inputs (batch, D) are one sequence, in `predict` too.
+    A token may have any number of experts, also none. Its experts depend on later tokens, so do not
+    use it in language models. Inputs (batch, D) are one sequence, also in `predict`.
 
     Args:
         capacity_factor: Float above 0. Experts per token on average. An expert takes
             `ceil(capacity_factor * S / E)` of the S real tokens of a sequence.
 
     Other arguments, errors, call arguments and returns: as for `LogitRouter`, without `indices`. K
-    is E: place e is expert e, or -1 if it did not choose the token.
+    is E: entry e of `indices` is e, or -1 if expert e did not choose the token.
 
     Reference: Zhou et al. 2022 (arXiv:2202.09368), section 3.2.
     """

@@ -37,7 +37,7 @@ def noisy_load(clean, noisy, deviation, top_k, mask):
 class NoisyRouter(LogitRouter):
     """Abstract: top-k of the softmax of logits that have normal noise in training.
 
-    The noise makes the load a smooth function, which `losses.LoadVariation` evens out. A subclass
+    The noise makes the load a smooth function, which `losses.LoadVariation` can balance. A subclass
     implements `deviation(tokens)`.
     """
 
@@ -124,13 +124,13 @@ class VMoERouter(NoisyRouter):
 
 @register
 class GShardRouter(LogitRouter):
-    """Two experts per token; in training the second serves only as often as its weight deserves.
+    """Two experts per token; in training the second is used at random, in proportion to its weight.
 
     The two best probabilities are divided by their sum. In training the second expert is kept with
-    probability `min(1, weight / threshold)`; in evaluation it always serves.
+    probability `min(1, weight / threshold)`, in evaluation always.
 
     Args:
-        threshold: Float above 0. Weight from which on the second expert always serves.
+        threshold: Float above 0. Weight above which the second expert is always kept.
 
     Other arguments, errors, call arguments and returns: as for `LogitRouter`, without `indices`.
 

@@ -15,10 +15,10 @@ from keras_moe.ops.routing import Routing, check_routing, complete, weighted_cou
 
 
 class Router(BaseLayer):
-    """Abstract: decides which experts serve which token.
+    """Abstract: chooses the experts of each token.
 
-    A router always computes in float32, whatever the policy of the model around it: rounded scores
-    select other experts. It can be used alone, without experts.
+    A router always computes in float32, whatever the policy of the model, because rounded scores
+    would select other experts. It can be used alone, without experts.
 
     A subclass implements `route(tokens, mask, training, **context)`, which returns an
     `ops.Routing`, and sets `top_k`, the number of experts per token. In `route` padding is zero,
@@ -31,7 +31,7 @@ class Router(BaseLayer):
     examples.
 
     Args:
-        num_experts: Integer. Number of experts, E. None: the number of the layer around the router.
+        num_experts: Integer. Number of experts, E. None: that of the layer around the router.
         **kwargs: `name` and `trainable`, as in any Keras layer.
 
     Raises:
@@ -41,12 +41,12 @@ class Router(BaseLayer):
         tokens: (T, D) float tensor.
         mask: (T,) bool tensor, False for padding, or None.
         training: Boolean. Whether noise is added and state is updated.
-        sequence_length: Integer. Length of each sequence in `tokens`, for routers that treat each
-            alone. None: all tokens are one sequence.
+        sequence_length: Integer. Length of each sequence in `tokens`, for routers that process each
+            separately. None: all tokens are one sequence.
         token_ids: Integer tensor with T entries. Ids of the tokens in the vocabulary.
-        indices: (T, K) integer tensor of experts to replay: the router weighs them by its own
-            scores, with their gradient, instead of choosing. -1 stands for no expert. Other
-            numbers that name none count as -1 in a tensor, and are refused in an array.
+        indices: (T, K) integer tensor of experts to use instead of new choices, -1 for none. Their
+            weights come from the router's scores, with a gradient. Other numbers out of range count
+            as -1 in a tensor, and raise an error in an array.
         is_padding_zero: Boolean. Whether padding is zero in `tokens`, as in a layer.
 
     Returns:
@@ -172,7 +172,7 @@ class Router(BaseLayer):
         raise NotImplementedError(f"`{type(self).__name__}` must implement `route`, not `call`")
 
     def plan(self, routing: Routing, experts: Tensor) -> Any:
-        """Return the plan of a routing, of whose assignments `experts` (T, K) serve some.
+        """Return the plan of a routing, with the `experts` (T, K) that process its tokens.
 
         They are the `indices` of the routing, with -1 also where an expert has no slot.
         """
@@ -181,25 +181,25 @@ class Router(BaseLayer):
         return GroupedPlan.of(experts, routing.weights, self.num_experts, sizes)
 
     def update(self, routing: Routing) -> None:
-        """Update the state of the router, in training, by a routing that was not replayed."""
+        """Update the state of the router, in training, from a routing that was not replayed."""
 
     @property
     def max_top_k(self) -> int:
-        """Most experts that serve a token, the K of a routing; `top_k`, unless overridden."""
+        """Largest number of experts of a token, the K of a routing; `top_k`, unless overridden."""
         return self.top_k
 
     @property
     def mean_top_k(self) -> float:
-        """Experts that serve a token on average; K, unless a subclass aims at fewer."""
+        """Mean number of experts of a token; K, unless a subclass aims at fewer."""
         return self.top_k
 
     @property
     def min_top_k(self) -> int:
-        """Minimum number of experts that serve a token; K, or 1 where the weights of all decide."""
+        """Smallest number of experts of a token; K, or 1 where all serve with different weights."""
         return 1 if self.serves_all else self.top_k
 
     def balance_advice(self) -> str | None:
-        """Return what to try if the load is uneven, None if the router does not balance it."""
+        """Return what to try if the load is uneven, or None if the router does not balance it."""
         return None
 
     def quantize(self, mode: str, type_check: bool = True, config: Any = None) -> None:

@@ -1,4 +1,4 @@
-"""Routers without a discrete choice: all experts serve, slots mix tokens, or selectors learn."""
+"""Routers without a discrete choice: dense gates, soft slots and learned selectors."""
 
 from typing import Any
 
@@ -18,10 +18,10 @@ from keras_moe.routers.router import Router
 
 @register
 class DenseRouter(LogitRouter):
-    """All experts serve each token, weighted by a softmax: `y = sum_e p_e f_e(x)`.
+    """All experts process each token, weighted by a softmax: `y = sum_e p_e f_e(x)`.
 
-    The best choice for a handful of small experts. Arguments, errors, call arguments and returns:
-    as for `LogitRouter`, without `indices`.
+    The best choice for a few small experts. Arguments, errors, call arguments and returns: as for
+    `LogitRouter`, without `indices`.
 
     References: Jacobs et al. 1991, "Adaptive mixtures of local experts"; Jordan and Jacobs 1994,
     "Hierarchical mixtures of experts and the EM algorithm".
@@ -46,16 +46,16 @@ class DenseRouter(LogitRouter):
 
 @register
 class SoftRouter(LogitRouter):
-    """Each expert serves a few slots of each sequence, each a weighted mean of its tokens.
+    """Each expert processes a few slots of each sequence, each a weighted mean of its tokens.
 
     The experts process `num_experts * slots` rows per sequence. Each output depends on the whole
-    sequence: not for language models. Inputs (batch, D) are one sequence, in `predict` too.
+    sequence, so do not use it in language models. Inputs (batch, D) are a sequence.
 
     Args:
         slots: Integer. Slots of each expert for each sequence, P.
 
     Other arguments, errors, call arguments and returns: as for `LogitRouter`, without `indices`.
-    `indices` holds the expert with the largest weight for each token, although all serve it.
+    `indices` contains the expert with the largest weight for each token, although all are used.
 
     Reference: Puigcerver et al. 2023 (arXiv:2308.00951), eq. 1 to 3 and, for the unit norms and the
     scale, section 2.3.
@@ -94,15 +94,15 @@ class SoftRouter(LogitRouter):
 class DSelectKRouter(Router):
     """Up to `top_k` experts, chosen by selectors whose choice becomes exact in training.
 
-    A selector encodes the number of its expert in bits. Each is a smooth step of a learned number:
-    between 0 and 1 at first, so that all experts serve, and exactly 0 or 1 in the end;
-    `losses.SelectorEntropy`, the loss by default, makes the selectors choose. Experts of weight 0
-    are not computed, which changes no output and no gradient.
+    A selector encodes the number of its expert in bits. Each bit is a smooth step of a learned
+    number: between 0 and 1 at first, so that all experts are used, and exactly 0 or 1 in the end.
+    `losses.SelectorEntropy`, the default loss, makes the selectors choose. Experts of weight 0 are
+    not computed, which changes no output and no gradient.
 
     Args:
         top_k: Integer. Number of selectors, K, at most E. Two may select the same expert.
-        per_example: Boolean. Whether a token has a choice of its own. False: all tokens have the
-            same experts and weights, as for the tasks of a `layers.MultiGateMixtureOfExperts`.
+        per_example: Boolean. Whether experts depend on the token. False: all tokens have the same
+            experts and weights, as for the tasks of a `layers.MultiGateMixtureOfExperts`.
         gamma: Float above 0. Width of the smooth step, from `-gamma / 2` to `gamma / 2`.
         seed: Integer seed of the initial weights, or None.
 

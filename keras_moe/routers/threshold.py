@@ -1,4 +1,4 @@
-"""Routers whose tokens go to all experts above a threshold, so to different numbers of them."""
+"""Routers that send each token to all experts above a threshold, so to a varying number."""
 
 from typing import Any
 
@@ -18,12 +18,12 @@ from keras_moe.routers.logit_router import LogitRouter
 class TopPRouter(LogitRouter):
     """A token goes to its best experts until their probabilities add up to `threshold`.
 
-    Weights are the probabilities themselves. An undecided router uses many experts;
-    `losses.RouterEntropy` penalizes indecision. Unused positions of the K cost no computation.
+    Weights are the probabilities themselves. An uncertain router uses many experts;
+    `losses.RouterEntropy` penalizes this. Unused positions of the K cost no computation.
 
     Args:
-        threshold: Float from 0 to below 1. Sum of probabilities that is enough. At least one expert
-            serves each token.
+        threshold: Float from 0 to below 1. Sum of probabilities that is enough. Each token has at
+            least one expert.
         max_top_k: Integer. Most experts per token, K, at most E. None: 4, or E if that is less.
 
     Other arguments, errors, call arguments and returns: as for `LogitRouter`, without `indices`.
@@ -64,18 +64,18 @@ class TopPRouter(LogitRouter):
 
 @register
 class ReLURouter(LogitRouter):
-    """The weights are `relu(logits)`: continuous, and zero for experts that do not serve.
+    """The weights are `relu(logits)`: continuous, and zero for experts that are not used.
 
-    In training the router adds an L1 loss of its weights to its `losses`, whose strength grows by
-    `growth` while more than `top_k` experts serve a token on average and shrinks while there are
-    fewer. The loss weights each expert by its load, so no other balance loss is needed.
+    In training the router adds an L1 loss of its weights. Its strength grows by `growth` while
+    tokens have more than `top_k` experts on average, and shrinks while they have fewer. The loss
+    weights each expert by its load, so no other balance loss is needed.
 
     Args:
         top_k: Integer. Experts per token on average that the loss aims at.
         max_top_k: Integer. Most experts per token, K, the best of those above zero. None: twice
-            `top_k`. The cost of moving rows grows with it, used or not.
+            `top_k`. The cost of moving rows grows with it, even if fewer are used.
         growth: Float above 1. Factor by which the strength of the loss changes in a step.
-        initial_strength: Float above 0. Strength of the loss at first, and the least.
+        initial_strength: Float above 0. Strength of the loss at first, and its minimum.
         accumulation_steps: Integer. Micro-batches of an optimizer step, n, as for a
             `SelectionBalancer`. Each multiplies or divides the strength by `growth ** (1 / n)`.
 

@@ -39,14 +39,13 @@ class TopKRouter(LogitRouter):
         top_k: Integer. Experts per token, K, at most E. With a single expert it becomes 1.
         score: "softmax", "sigmoid" or "sqrt_softplus".
         renormalize: Boolean. Whether the weights of a token are divided by their sum. None: if K >
-            1. With softmax, K = 1 and True every weight is 1, and the router learns from its losses
-            only.
+            1. With softmax, K = 1 and True, all weights are 1: only router losses train the router.
         scaling_factor: Float. All weights are multiplied by it.
         balancer: "loss_free", "quantile", or a `LossFreeBias` or `QuantileBias`, which balance the
-            load by a selection bias instead of a loss: it is added to the scores to choose experts,
-            never to their weights. None: no selection bias.
+            load without a loss: their `selection_bias` (E,) is added to the scores to choose
+            experts, never to their weights. None: no such bias.
         use_bias: Boolean. Whether a learned bias (E,) is added to the logits, as in gpt-oss.
-        updates_selection_bias: Boolean. Whether training moves the selection bias.
+        updates_selection_bias: Boolean. Whether training changes `selection_bias`.
 
     Other arguments, errors, call arguments and returns: as for `LogitRouter`.
 
@@ -185,14 +184,14 @@ class CosineRouter(TopKRouter):
 
 @register
 class GroupLimitedRouter(TopKRouter):
-    """Each token goes to its best experts out of its best groups of experts.
+    """Each token goes to the best experts in its best groups of experts.
 
-    If each group of neighbouring experts lives on one device, a token visits few devices. The score
+    If each group of neighbouring experts is on one device, a token goes to few devices. The score
     of a group is the sum of its two best scores, bias included.
 
     Args:
         num_groups: Integer. Number of groups; divides E.
-        top_groups: Integer. Groups a token may choose from, with at least `top_k` experts together.
+        top_groups: Integer. Groups from which a token may choose, of at least `top_k` experts.
 
     Other arguments, errors, call arguments and returns: as for `TopKRouter`.
 
@@ -239,7 +238,7 @@ def _group_limited_scores(scores, num_groups, top_groups):
     """Scores (T, E), minus infinity for the experts outside a token's best groups.
 
     A group is as good as the sum of its two best experts. DeepSeek-V3 (arXiv:2412.19437),
-    section 2.1.2, there called nodes. Not zero: a selection bias makes scores negative, and an
+    section 2.1.2, there called nodes. Not zero: an expert bias makes scores negative, and an
     excluded expert would beat one of the best groups.
     """
     size = scores.shape[-1] // num_groups

@@ -48,7 +48,7 @@ def prune_experts(
 
     Args:
         model: Keras model. A built model with MoE layers, or one such layer.
-        by: String, array or dict. `"usage"`: how many tokens of the data an expert serves;
+        by: String, array or dict. `"usage"`: how many tokens of the data an expert gets;
             `"saliency"`: its weight times the norm of its output, on average over these (REAP);
             `"contribution"`: the same, summed; or scores (E,), the best stay; or a dict of these.
         keep: Number or dict. Experts that stay in each layer: a share from above 0 to 1.0, rounded
