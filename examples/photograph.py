@@ -184,7 +184,7 @@ pictures = {
     "photograph": photo,
     f"dense, same training time: {title(names[1])}": by_dense.reshape(photo.shape),
     f"mixture of {NUM_EXPERTS} experts: {title(names[2])}": by_mixture.reshape(photo.shape),
-    "which expert serves which pixel": 0.6 * parts + 0.4 * photo,
+    "the expert of each pixel": 0.6 * parts + 0.4 * photo,
 }
 # Left, top and size, in parts of the photograph: all of it, the sky, a roof.
 details = [(0, 0, 1), (0.6, 0.1, 0.22), (0.15, 0.13, 0.22)]

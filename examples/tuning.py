@@ -189,8 +189,7 @@ for name, scores in errors.items():
 """
 ## The picture
 
-Each dot is a trial, with its number of experts and its experts per token; grey dots are over the
-budget.
+Each dot is a trial. Its label is the number of experts and the experts per token.
 """
 
 figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
@@ -200,8 +199,10 @@ for cost, error, num_experts, top_k, *_ in trials:
     place, side = ((-6, -3), "right") if top_k == 1 else ((0, 6), "center")
     label = f"{num_experts}, {top_k}"
     axes.annotate(label, (cost, error), place, textcoords="offset points", ha=side, size=8)
+axes.plot([], [], "o", color="tab:blue", label="trial within the budget: experts, per token")
+axes.plot([], [], "o", color="silver", label="trial over the budget")
 axes.axvline(objective.budget, color="tab:red", linestyle="--", label="budget")
-axes.legend(loc="upper left")
+axes.legend(loc="upper left", fontsize=8)
 axes.xaxis.set_major_formatter("{x:,.0f}")
 axes.set(xlabel="operations per token", ylabel="validation error, times 1,000")
 figure.savefig("tuning.png", dpi=100)

@@ -249,7 +249,7 @@ def _plots(layers):
             if layer.labels is not None:
                 name = layer.summary.name
                 plot = visualization.specialization({name: layer.routing}, layer.labels)
-                yield _figure(f"Which expert serves which label: {name}", plot)
+                yield _figure(f"Experts of each label: {name}", plot)
         if several:
             plot = visualization.coactivation(several)
             yield _figure("Which experts serve the same tokens", plot)
