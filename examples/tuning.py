@@ -199,10 +199,10 @@ for cost, error, num_experts, top_k, *_ in trials:
     place, side = ((-6, -3), "right") if top_k == 1 else ((0, 6), "center")
     label = f"{num_experts}, {top_k}"
     axes.annotate(label, (cost, error), place, textcoords="offset points", ha=side, size=8)
-axes.plot([], [], "o", color="tab:blue", label="trial within the budget: experts, per token")
+axes.plot([], [], "o", color="tab:blue", label="trial within the budget")
 axes.plot([], [], "o", color="silver", label="trial over the budget")
 axes.axvline(objective.budget, color="tab:red", linestyle="--", label="budget")
-axes.legend(loc="upper left", fontsize=8)
+axes.legend(loc="upper left", bbox_to_anchor=(0.4, 1), title="labels: experts, experts per token")
 axes.xaxis.set_major_formatter("{x:,.0f}")
 axes.set(xlabel="operations per token", ylabel="validation error, times 1,000")
 figure.savefig("tuning.png", dpi=100)
