@@ -115,15 +115,11 @@ class TorchBackend(Backend):
     def sum_chosen_rows(self, rows, places, weights=None):
         # One operation, which has no second derivatives, forward mode or `vmap`.
         is_plain = rows.is_cpu and rows.dtype == torch.float32 and not torch.is_grad_enabled()
-        has_row_for_each = 0 < places.numel() <= rows.shape[0]
+        has_row_for_each = self.is_complete(places) and places.numel() > 0
         if not (is_plain and has_row_for_each) or is_traced() or is_any_derivative():
             return super().sum_chosen_rows(rows, places, weights)
-        last, padding = rows.shape[0] - 1, None
-        if not self.is_complete(places) and places.amin() < 0:  # the last row is no assignment's
-            places, padding = torch.where(places < 0, last, places), last
-        return torch.nn.functional.embedding_bag(
-            places, rows, per_sample_weights=weights, mode="sum", padding_idx=padding
-        )
+        sum_bags = torch.nn.functional.embedding_bag
+        return sum_bags(places, rows, per_sample_weights=weights, mode="sum")
 
     def softmax(self, logits, axis=-1):
         return torch.softmax(ops.convert_to_tensor(logits), axis)

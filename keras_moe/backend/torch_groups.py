@@ -63,9 +63,16 @@ class Chunks(Parts):
         return rows.split([*(chunk.num_rows for chunk in self.parts), self._num_padding])[:-1]
 
     def to_rows(self, buffer):
-        if len(buffer) == 1 and not self._num_padding:
-            return buffer[0]
         return torch.cat([*buffer, buffer[0].new_zeros((self._num_padding, buffer[0].shape[1]))])
+
+    def sum_rows(self, rows_of_parts, width, weights):
+        # Each chunk's rows are added while they are in the cache, and then freed.
+        sums = torch.zeros((self.plan.num_tokens, width))
+        weights = itertools.repeat(None) if weights is None else self.of_assignments(weights)
+        tokens = self.to_buffer(self._token_of_row.long())  # Sums by shorter integers are slow.
+        for rows, token, weight in zip(rows_of_parts, tokens, weights):
+            sums.index_add_(0, token, rows.float() if weight is None else rows.float() * weight)
+        return sums
 
     def empty(self, trained):
         return torch.empty_like(trained) if trained.requires_grad else None

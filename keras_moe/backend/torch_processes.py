@@ -107,7 +107,9 @@ class ExpertParallel:
         """`network.run`: tokens go to the processes of their experts, and outputs come back."""
         plan = problem.plan
         own = plan.num_experts // self.num_processes
-        trained = {key: self.mean_gradient(each) for key, each in problem.trained.items()}
+        trained = {
+            key: _MeanGradient.apply(each, self._replicas) for key, each in problem.trained.items()
+        }
         rows = plan.dispatch(problem.tokens)
 
         to_each = plan.sizes.to(torch.int64).reshape(self.num_processes, own)
@@ -127,10 +129,6 @@ class ExpertParallel:
         outputs = _Exchange.apply(network.run(platform, problem), back, there, self.process_group)
         # Rows past the last group are padding.
         return plan.combine(torch.nn.functional.pad(outputs, (0, 0, 0, len(rows) - len(outputs))))
-
-    def mean_gradient(self, kernel):
-        """Return the kernel. Its gradient is the mean over the processes that share the experts."""
-        return _MeanGradient.apply(kernel, self._replicas)
 
     def whole(self, kernel):
         """Return the kernels of all experts, (E, ...). All processes must call this."""
@@ -173,6 +171,8 @@ class _Exchange(torch.autograd.Function):
 
 
 class _MeanGradient(torch.autograd.Function):
+    """A kernel. Its gradient is the mean over the processes that share the experts."""
+
     @staticmethod
     def forward(ctx, kernel, replicas):
         ctx.replicas = replicas
