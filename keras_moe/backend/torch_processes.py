@@ -179,8 +179,18 @@ class _MeanGradient(torch.autograd.Function):
         return kernel.view_as(kernel)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, gradient):
+        return _Mean.apply(gradient, ctx.replicas), None
+
+
+class _Mean(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, gradient, replicas):
+        ctx.replicas = replicas
         mean = (gradient / torch.distributed.get_world_size()).contiguous()
-        torch.distributed.all_reduce(mean, group=ctx.replicas)
-        return mean, None
+        torch.distributed.all_reduce(mean, group=replicas)
+        return mean
+
+    @staticmethod
+    def backward(ctx, gradient):  # It is its own transpose.
+        return _Mean.apply(gradient, ctx.replicas), None
