@@ -69,10 +69,7 @@ class Parts:
                 yield outputs
 
         sums = self.sum_rows(summed(), widths[0], weights)
-        gradients = {
-            key: ops.stack(total) if isinstance(total, list) else total
-            for key, total in totals.items()
-        }
+        gradients = {k: ops.stack(v) if isinstance(v, list) else v for k, v in totals.items()}
         return sums, [list(rows) for rows in zip(*all_saved)], gradients
 
     def sum_rows(self, rows_of_parts, width, weights):

@@ -78,7 +78,6 @@ class TorchBackend(Backend):
         with torch.enable_grad():
             inputs = [tensor.detach().requires_grad_() for tensor in inputs]
             output, others = function(*inputs)
-        others = optree.tree_map(torch.Tensor.detach, others)
 
         def pullback(cotangent):
             if not output.requires_grad:  # a network of vectors and constants
@@ -107,8 +106,6 @@ class TorchBackend(Backend):
         return super().differentiable_layout(problem, platform)
 
     def gather_rows(self, tensor, indices):
-        if indices.ndim == 1:
-            return torch.index_select(tensor, 0, indices)
         rows = torch.index_select(tensor, 0, indices.reshape(-1))
         return rows.reshape(*indices.shape, *tensor.shape[1:])
 
