@@ -112,8 +112,7 @@ class TorchBackend(Backend):
     def sum_chosen_rows(self, rows, places, weights=None):
         # One operation, which has no second derivatives, forward mode or `vmap`.
         is_plain = rows.is_cpu and rows.dtype == torch.float32 and not torch.is_grad_enabled()
-        has_row_for_each = self.is_complete(places) and places.numel() > 0
-        if not (is_plain and has_row_for_each) or is_traced() or is_any_derivative():
+        if not (is_plain and self.is_complete(places)) or is_traced() or is_any_derivative():
             return super().sum_chosen_rows(rows, places, weights)
         sum_bags = torch.nn.functional.embedding_bag
         return sum_bags(places, rows, per_sample_weights=weights, mode="sum")
