@@ -20,6 +20,7 @@ from replicas_models import EXPERTS, X, every_layer, global_layers, model_of  # 
 
 from keras_moe import callbacks, layers, losses, routers  # noqa: E402
 from keras_moe.distribution import expert_parallel  # noqa: E402
+from keras_moe.ops import any_derivative  # noqa: E402
 
 
 def idle_layers():
@@ -137,7 +138,17 @@ def expert_parallelism(rank, size, folder, experts=None):
         "outputs": keras.ops.convert_to_numpy(model(x)).tolist(),
         "loaded": keras.ops.convert_to_numpy(loaded(x)).tolist(),
         "num_parameters": sum(bank.count_params() for bank in banks),
+        "second": second_derivative(model.get_layer("plain"), x).tolist(),
     }
+
+
+def second_derivative(layer, x):
+    """The gradient, by the kernels of this process, of the squares of their own gradient."""
+    kernel = layer.experts.up_kernel.value
+    with any_derivative():
+        loss = (layer(torch.tensor(x)) ** 2).mean()
+    (gradient,) = torch.autograd.grad(loss, kernel, create_graph=True)
+    return torch.autograd.grad((gradient**2).sum(), kernel)[0]
 
 
 def draws_alike():

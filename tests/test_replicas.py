@@ -138,6 +138,17 @@ def test_experts_in_several_processes_are_those_of_one_and_saved_whole(processes
 
 
 @on_torch
+@pytest.mark.parametrize(("processes", "kind"), [(2, "experts"), (4, "grid")])
+def test_second_derivatives_of_shared_experts_are_those_of_one_process(processes, kind):
+    (one,) = trained_on(1)
+    # The mean of what two processes sum, each for its own half of the kernels.
+    halves = [2 * np.asarray(each[kind]["second"]) for each in trained_on(processes)]
+    expected = np.split(np.asarray(one["experts"]["second"]), 2)
+    for half, own in zip(halves, expected * (processes // 2)):
+        np.testing.assert_allclose(half, own, rtol=1e-3, atol=1e-4 * np.abs(own).max())
+
+
+@on_torch
 def test_processes_of_one_seed_draw_different_dropout():
     assert [each["draws_alike"] for each in trained_on(2)] == [False, False]
 

@@ -56,20 +56,26 @@ class Parts:
             weights: (T, K), of the rows in the sums; None: 1.
         """
         totals = {key: self.empty(tensor) for key, tensor in trained.items()}
-        results = []
-        # Each part's gradients are in place before the next part's are computed.
         of_parts = self.maps_of_parts(maps), *map(self.gather, by_token), *by_row
-        for part, own_maps, *rows in zip(self.parts, *of_parts):
-            outputs, factors = function(part, own_maps, *rows)
-            results.append(outputs)
-            for (name, field), total in totals.items():
-                totals[name, field] = part.gradient(field, *factors[name, field], total)
-        gradients = {
-            key: ops.stack(total) if isinstance(total, list) else total
-            for key, total in totals.items()
-        }
-        summed, *buffers = (list(rows) for rows in zip(*results))
-        return self.plan.sum_rows(self.to_rows(summed), weights), buffers, gradients
+        all_saved = []
+
+        def summed():
+            # Each part's gradients are in place before the next part's are computed.
+            for part, own_maps, *rows in zip(self.parts, *of_parts):
+                (outputs, *saved), factors = function(part, own_maps, *rows)
+                all_saved.append(saved)
+                for (name, field), total in totals.items():
+                    totals[name, field] = part.gradient(field, *factors[name, field], total)
+                del factors, rows  # Freed memory serves the next part.
+                yield outputs
+
+        sums = self.sum_rows(summed(), widths[0], weights)
+        gradients = {k: ops.stack(v) if isinstance(v, list) else v for k, v in totals.items()}
+        return sums, [list(rows) for rows in zip(*all_saved)], gradients
+
+    def sum_rows(self, rows_of_parts, width, weights):
+        """Return float32 sums (T, width) of the rows of each token, weighted by (T, K) or by 1."""
+        return self.plan.sum_rows(self.to_rows(list(rows_of_parts)), weights)
 
 
 class AllRows(Parts):

@@ -78,7 +78,6 @@ class TorchBackend(Backend):
         with torch.enable_grad():
             inputs = [tensor.detach().requires_grad_() for tensor in inputs]
             output, others = function(*inputs)
-        others = optree.tree_map(torch.Tensor.detach, others)
 
         def pullback(cotangent):
             if not output.requires_grad:  # a network of vectors and constants
@@ -107,23 +106,16 @@ class TorchBackend(Backend):
         return super().differentiable_layout(problem, platform)
 
     def gather_rows(self, tensor, indices):
-        if indices.ndim == 1:
-            return torch.index_select(tensor, 0, indices)
         rows = torch.index_select(tensor, 0, indices.reshape(-1))
         return rows.reshape(*indices.shape, *tensor.shape[1:])
 
     def sum_chosen_rows(self, rows, places, weights=None):
         # One operation, which has no second derivatives, forward mode or `vmap`.
         is_plain = rows.is_cpu and rows.dtype == torch.float32 and not torch.is_grad_enabled()
-        has_row_for_each = 0 < places.numel() <= rows.shape[0]
-        if not (is_plain and has_row_for_each) or is_traced() or is_any_derivative():
+        if not (is_plain and self.is_complete(places)) or is_traced() or is_any_derivative():
             return super().sum_chosen_rows(rows, places, weights)
-        last, padding = rows.shape[0] - 1, None
-        if not self.is_complete(places) and places.amin() < 0:  # the last row is no assignment's
-            places, padding = torch.where(places < 0, last, places), last
-        return torch.nn.functional.embedding_bag(
-            places, rows, per_sample_weights=weights, mode="sum", padding_idx=padding
-        )
+        sum_bags = torch.nn.functional.embedding_bag
+        return sum_bags(places, rows, per_sample_weights=weights, mode="sum")
 
     def softmax(self, logits, axis=-1):
         return torch.softmax(ops.convert_to_tensor(logits), axis)

@@ -41,7 +41,7 @@ class Chunks(Parts):
     """
 
     def __init__(self, problem):
-        self.plan, self._token_of_row = problem.plan, problem.plan.token_of_row()
+        self.plan = problem.plan
         *numbers, self._num_padding = sizes_on_host(self.plan.sizes, self.plan.num_rows())
         limit, first_experts, rows = most_rows(problem), [0], 0
         for expert, number in enumerate(numbers):
@@ -54,18 +54,25 @@ class Chunks(Parts):
             _Chunk(self.plan.sizes, first, numbers[first:end], starts[first])
             for first, end in itertools.pairwise([*first_experts, len(numbers)])
         ]
+        self._tokens = self.to_buffer(self.plan.token_of_row().long())  # Sums by int32 are slow.
 
     def gather(self, tokens):
         # Chunk by chunk they stay in the cache.
-        return (tokens.index_select(0, part) for part in self.to_buffer(self._token_of_row))
+        return (tokens.index_select(0, part) for part in self._tokens)
 
     def to_buffer(self, rows):
         return rows.split([*(chunk.num_rows for chunk in self.parts), self._num_padding])[:-1]
 
     def to_rows(self, buffer):
-        if len(buffer) == 1 and not self._num_padding:
-            return buffer[0]
         return torch.cat([*buffer, buffer[0].new_zeros((self._num_padding, buffer[0].shape[1]))])
+
+    def sum_rows(self, rows_of_parts, width, weights):
+        # Each chunk's rows are added while they are in the cache, and then freed.
+        sums = torch.zeros((self.plan.num_tokens, width))
+        weights = itertools.repeat(None) if weights is None else self.of_assignments(weights)
+        for rows, token, weight in zip(rows_of_parts, self._tokens, weights):
+            sums.index_add_(0, token, rows.float() if weight is None else rows.float() * weight)
+        return sums
 
     def empty(self, trained):
         return torch.empty_like(trained) if trained.requires_grad else None
@@ -131,12 +138,8 @@ class _Groups:
         if not self.is_one_product(left, right):
             groups = left.split(self.numbers), right.split(self.numbers), total[self.experts]
             for rows, d_outputs, own in zip(*groups):
-                if field == "bias":
-                    torch.sum(d_outputs, 0, dtype=own.dtype, out=own)
-                elif own.dtype == rows.dtype:
-                    torch.mm(rows.T, d_outputs, out=own)
-                else:  # `out` must have the dtype of the factors.
-                    own.copy_(torch.mm(rows.T, d_outputs))
+                is_bias = field == "bias"
+                own.copy_(d_outputs.sum(0, dtype=own.dtype) if is_bias else rows.T @ d_outputs)
             return total
         if field == "bias":
             # Other rows are summed into an expert of their own.

@@ -107,7 +107,7 @@ class ExpertParallel:
         """`network.run`: tokens go to the processes of their experts, and outputs come back."""
         plan = problem.plan
         own = plan.num_experts // self.num_processes
-        trained = {key: self.mean_gradient(each) for key, each in problem.trained.items()}
+        trained = {key: self._shared(each) for key, each in problem.trained.items()}
         rows = plan.dispatch(problem.tokens)
 
         to_each = plan.sizes.to(torch.int64).reshape(self.num_processes, own)
@@ -117,20 +117,35 @@ class ExpertParallel:
         # Received rows are sorted by the process they came from, and only then by expert.
         experts = torch.arange(from_each.numel(), dtype=torch.int32, device=rows.device) % own
         experts = experts.repeat_interleave(from_each.reshape(-1)).unsqueeze(1)
-        received = _Exchange.apply(rows[: sum(there)], there, back, self.process_group)
+        received = _LinearFunction.apply(rows[: sum(there)], self._exchange, there, back)
         weights = torch.ones_like(experts, dtype=torch.float32)
         key = other_key(problem.key, 7919 * torch.distributed.get_rank())
         plan_here = plan.of(experts, weights, own)
         problem = problem._replace(
             tokens=received, weights=weights, trained=trained, plan=plan_here, key=key
         )
-        outputs = _Exchange.apply(network.run(platform, problem), back, there, self.process_group)
+        outputs = _LinearFunction.apply(network.run(platform, problem), self._exchange, back, there)
         # Rows past the last group are padding.
         return plan.combine(torch.nn.functional.pad(outputs, (0, 0, 0, len(rows) - len(outputs))))
 
-    def mean_gradient(self, kernel):
+    def _exchange(self, rows, there, back):
+        """Send `there[p]` rows to each process p and receive `back[p]` from it."""
+        received = rows.new_empty((sum(back), *rows.shape[1:]))
+        group = self.process_group
+        torch.distributed.all_to_all_single(received, rows.contiguous(), back, there, group=group)
+        return received
+
+    def _shared(self, kernel):
         """Return the kernel. Its gradient is the mean over the processes that share the experts."""
-        return _MeanGradient.apply(kernel, self._replicas)
+        kernel = kernel.view_as(kernel)
+        if kernel.requires_grad:
+            kernel.register_hook(lambda each: _LinearFunction.apply(each, self._mean))
+        return kernel
+
+    def _mean(self, gradient):
+        mean = (gradient / torch.distributed.get_world_size()).contiguous()
+        torch.distributed.all_reduce(mean, group=self._replicas)
+        return mean
 
     def whole(self, kernel):
         """Return the kernels of all experts, (E, ...). All processes must call this."""
@@ -157,30 +172,14 @@ class ExpertParallel:
         return parallel(model, **kwargs)
 
 
-class _Exchange(torch.autograd.Function):
-    """Exchange rows: send `there[p]` to each process p and receive `back[p]` from it."""
+class _LinearFunction(torch.autograd.Function):
+    """A linear function of a tensor. Its transpose takes the other arguments in reverse order."""
 
     @staticmethod
-    def forward(ctx, rows, there, back, group):
-        ctx.plan = back, there, group
-        received = rows.new_empty((sum(back), *rows.shape[1:]))
-        torch.distributed.all_to_all_single(received, rows.contiguous(), back, there, group=group)
-        return received
+    def forward(ctx, tensor, function, *others):
+        ctx.transpose = function, *reversed(others)
+        return function(tensor, *others)
 
     @staticmethod
     def backward(ctx, gradient):
-        return _Exchange.apply(gradient, *ctx.plan), None, None, None
-
-
-class _MeanGradient(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, kernel, replicas):
-        ctx.replicas = replicas
-        return kernel.view_as(kernel)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, gradient):
-        mean = (gradient / torch.distributed.get_world_size()).contiguous()
-        torch.distributed.all_reduce(mean, group=ctx.replicas)
-        return mean, None
+        return _LinearFunction.apply(gradient, *ctx.transpose), *(None for _ in ctx.transpose)
