@@ -66,7 +66,6 @@ class Parts:
                 all_saved.append(saved)
                 for (name, field), total in totals.items():
                     totals[name, field] = part.gradient(field, *factors[name, field], total)
-                del factors, rows  # Freed memory serves the next part.
                 yield outputs
 
         sums = self.sum_rows(summed(), widths[0], weights)
