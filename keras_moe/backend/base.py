@@ -28,9 +28,9 @@ def platform(name: str) -> Iterator[None]:
     """Trace for a platform that this process does not run on.
 
     TensorFlow traces for the devices of the process, so a SavedModel with XLA functions that is
-    exported on a CPU for a GPU is exported inside this context. JAX and PyTorch do not need it. A
-    function that was traced before is not traced again. What is traced must be compiled for that
-    platform, or for a CPU, which interprets it slowly.
+    exported on a CPU for a GPU is exported inside this context. On JAX, a program of a known batch
+    size that is exported for TPUs and other platforms at once is traced for `"gpu"`. A function
+    that was traced before is not traced again. What is traced for a TPU also runs on a CPU, slowly.
 
     Args:
         name: String. `"cpu"`, `"gpu"` or `"tpu"`.
