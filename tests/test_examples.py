@@ -39,7 +39,7 @@ SMOKE = {
     **{"NUM_DOCUMENTS": 64, "NUM_EXPERTS": 4, "NUM_IMAGES": 100, "NUM_OUTPUTS": 4, "NUM_PAIRS": 80},
     **{
         "NUM_ROWS": 256,
-        "NUM_SEEDS": 1,
+        "NUM_SEEDS": 2,
         "NUM_SPEAKERS": 9,
         "NUM_STEPS": 3,
         "NUM_TEXTS": 16,

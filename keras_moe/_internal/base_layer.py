@@ -31,7 +31,7 @@ _IS = {
     "`num_experts` here": "n_experts num_local_experts n_routed_experts",
     "`output_dim` here, the width of the outputs, or `hidden_dim`, the width of an expert": "units",
     "`hidden_dim` here": "d_ff ffn_dim mlp_dim expert_dim intermediate_size intermediate_dim",
-    "the width of the inputs, which the layer reads from them": "hidden_size d_model input_dim",
+    "the width of the inputs, inferred at build time": "hidden_size d_model input_dim",
     "`top_k` here": "k topk num_selected_experts num_experts_per_tok experts_per_token",
     "`experts` here, a bank or a list of layers": "expert expert_layers",
     "`feedforward` here": "feed_forward ffn",
@@ -41,8 +41,8 @@ _IS = {
     "router_aux_loss_coef",
     "a loss here, `router_losses=[losses.LoadBalance(0.01), losses.RouterZ(0.001)]`": "z_loss "
     "z_loss_weight z_loss_coef router_z_loss_coef",
-    "`shared_expert` here, one layer as wide as all of them": "num_shared_experts n_shared_experts "
-    "shared_experts",
+    "`shared_expert` here, one layer with their combined width": "num_shared_experts "
+    "n_shared_experts shared_experts",
     'a router here, `router="noisy_top_k"`': "noisy_gating noisy",
     "`input_jitter` of a `router` here, such as `TopKRouter(input_jitter=0.01)`": "jitter "
     "jitter_noise router_jitter_noise",
