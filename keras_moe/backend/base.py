@@ -12,7 +12,7 @@ import numpy as np
 from keras import ops
 
 from keras_moe._internal.checks import check_choice
-from keras_moe.backend import padded
+from keras_moe.backend import padded, tiles
 from keras_moe.backend.layouts import AllRows
 
 # The second lowest float: below all other scores and above minus infinity. TensorFlow's argmax
@@ -398,6 +398,12 @@ class StaticBackend(Backend):
         rank = ops.scatter_update(ops.zeros_like(order), ops.expand_dims(order, 1), numbers)
         return order, rank
 
+    def layout(self, problem, platform):
+        # On a GPU a loop over few rows takes longer than copies of the kernels of their experts.
+        if platform == "cpu" or (platform == "gpu" and tiles.num_wide_rows(problem, platform)):
+            return tiles.ChunksAndTiles(self, problem, platform)
+        return AllRows(self, problem, platform)
+
     def slice_at(self, tensor, start, shape):
         """Return the slice of a tensor at indices `start`, of a static shape."""
         raise NotImplementedError
@@ -411,7 +417,7 @@ class StaticBackend(Backend):
         raise NotImplementedError
 
     def product_over_rows(self, left, right):
-        """Return `left^T right` (..., D, H), for (..., n, D) and (..., n, H)."""
+        """Return `left^T right` (..., D, H), for (..., n, D) and (..., n, H), perhaps as float32."""
         return ops.matmul(ops.swapaxes(left, -1, -2), right)
 
     def scan(self, step, carry, xs):

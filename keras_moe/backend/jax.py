@@ -7,8 +7,6 @@ import jax.numpy as jnp
 
 from keras_moe.backend import jax_derivatives, jax_mesh, jax_products, jax_sharding
 from keras_moe.backend.base import StaticBackend, is_any_derivative, named_platform
-from keras_moe.backend.layouts import AllRows
-from keras_moe.backend.tiles import ChunksAndTiles
 
 PLAIN_VALUES = (bool, int, float, str)
 
@@ -74,10 +72,6 @@ class JaxBackend(StaticBackend):
     product = staticmethod(jax_products.product)
     outer = staticmethod(jax_products.outer)
 
-    def layout(self, problem, platform):
-        on_cpu = platform == "cpu"
-        return ChunksAndTiles(self, problem) if on_cpu else AllRows(self, problem, platform)
-
     def gather_rows(self, tensor, indices):
         if tensor.shape[0] == 0:
             # There is no valid index, but a loop that never runs is traced all the same.
@@ -97,7 +91,8 @@ class JaxBackend(StaticBackend):
 
     def product_over_rows(self, left, right):
         # XLA on CPUs would multiply a matrix that is not transposed in memory, which is slower.
-        return jax.lax.optimization_barrier(jnp.swapaxes(left, -1, -2)) @ right
+        left = jax.lax.optimization_barrier(jnp.swapaxes(left, -1, -2))
+        return jnp.matmul(left, right, preferred_element_type="float32")
 
     def scan(self, step, carry, xs):
         return jax.lax.scan(step, carry, xs)

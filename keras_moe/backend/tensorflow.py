@@ -16,7 +16,7 @@ from keras_moe.backend.base import (
     refuse_second_derivative,
     split_rows,
 )
-from keras_moe.backend.layouts import AllRows, Parts
+from keras_moe.backend.layouts import Parts
 from keras_moe.backend.tiles import ChunksAndTiles
 
 # With more rows for an expert, on average, it is faster to compute experts side by side.
@@ -102,8 +102,7 @@ class TensorFlowBackend(StaticBackend):
 
     def layout(self, problem, platform):
         if self.needs_static_shapes():
-            on_cpu = platform == "cpu"
-            return ChunksAndTiles(self, problem) if on_cpu else AllRows(self, problem, platform)
+            return super().layout(problem, platform)
         num_rows, sizes = problem.plan.num_rows(), problem.plan.sizes
         # Not by the mode: `GradientTape.jacobian` traces the backward pass of an eager call.
         if platform == "cpu" and tf.is_symbolic_tensor(sizes) and isinstance(num_rows, int):
@@ -112,7 +111,7 @@ class TensorFlowBackend(StaticBackend):
             # As in decoding, where most experts have no rows: in a graph even they cost operations.
             most_rows = MAX_CONVERTED_ROWS if converts else MAX_LOOP_ROWS
             if num_rows <= problem.plan.num_experts * most_rows:
-                return ChunksAndTiles(self, problem)
+                return ChunksAndTiles(self, problem, platform)
         return _Groups(problem.plan)
 
     def split_groups(self, rows, sizes):
