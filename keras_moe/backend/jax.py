@@ -5,10 +5,11 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from keras_moe.backend import jax_derivatives, jax_mesh, jax_products, jax_sharding
+from keras_moe.backend import jax_derivatives, jax_mesh, jax_sharding
 from keras_moe.backend.base import StaticBackend, is_any_derivative, named_platform
 
 PLAIN_VALUES = (bool, int, float, str)
+TPU_DTYPES = ("bfloat16", "float32")  # of kernels
 
 
 def _of_platforms(function):
@@ -69,8 +70,15 @@ class JaxBackend(StaticBackend):
         _, pullback, others = jax.vjp(function, *inputs, has_aux=True)
         return others, pullback
 
-    product = staticmethod(jax_products.product)
-    outer = staticmethod(jax_products.outer)
+    def product(self, rows, kernels, sizes, transposed=False, platform="cpu"):
+        if _has_tpu_kernels(platform, rows) and kernels.bits is None:
+            return _on_tpu("product", rows, kernels.values, sizes, transposed=transposed)
+        return super().product(rows, kernels, sizes, transposed, platform)
+
+    def outer(self, left, right, sizes, dtype, platform="cpu"):
+        if _has_tpu_kernels(platform, left):
+            return _on_tpu("outer", left, right, sizes, dtype=dtype)
+        return super().outer(left, right, sizes, dtype, platform)
 
     def gather_rows(self, tensor, indices):
         if tensor.shape[0] == 0:
@@ -103,3 +111,23 @@ class JaxBackend(StaticBackend):
 def run_compiled(network, platform, any_derivative, problem):
     """`network.run` as a program, one for each platform that is named, and for `any_derivative`."""
     return jax.lax.platform_dependent(problem, **_of_platforms(network.run))
+
+
+def _has_tpu_kernels(platform, rows):
+    """Return True if kernels for TPUs multiply this dtype and number of rows."""
+    # The number of rows is a symbol in a program that is exported for batches of any size.
+    is_known = isinstance(rows.shape[0], int) and rows.shape[0] > 0
+    # Kernels have no derivatives.
+    is_called = platform == "tpu" and is_known and not is_any_derivative()
+    return is_called and rows.dtype.name in TPU_DTYPES
+
+
+def _on_tpu(name, *operands, **options):
+    """Call a function of `jax_tpu`."""
+    from keras_moe.backend import jax_tpu
+
+    function = functools.partial(getattr(jax_tpu, name), **options)
+    if named_platform() == "tpu":  # A CPU may run what is traced for a TPU.
+        interpreted = functools.partial(function, interpret=True)
+        return jax.lax.platform_dependent(*operands, tpu=function, cpu=interpreted)
+    return function(*operands)
