@@ -29,8 +29,9 @@ def platform(name: str) -> Iterator[None]:
 
     TensorFlow traces for the devices of the process, so a SavedModel with XLA functions that is
     exported on a CPU for a GPU is exported inside this context. On JAX, a program of a known batch
-    size that is exported for TPUs and other platforms at once is traced for `"gpu"`. A function
-    that was traced before is not traced again. What is traced for a TPU also runs on a CPU, slowly.
+    size that is exported for TPUs and other platforms at once is traced for `"gpu"`; PyTorch does
+    not need the context. A function that was traced before is not traced again. What is traced for
+    a TPU is compiled for a TPU, or for a CPU, where it is slow.
 
     Args:
         name: String. `"cpu"`, `"gpu"` or `"tpu"`.

@@ -6,7 +6,12 @@ import jax
 import jax.numpy as jnp
 
 from keras_moe.backend import jax_derivatives, jax_mesh, jax_sharding
-from keras_moe.backend.base import StaticBackend, is_any_derivative, named_platform
+from keras_moe.backend.base import (
+    StaticBackend,
+    is_any_derivative,
+    named_platform,
+    refuse_second_derivative,
+)
 
 PLAIN_VALUES = (bool, int, float, str)
 TPU_DTYPES = ("bfloat16", "float32")  # of kernels
@@ -128,6 +133,8 @@ def _on_tpu(name, *operands, **options):
 
     function = functools.partial(getattr(jax_tpu, name), **options)
     if named_platform() == "tpu":  # A CPU may run what is traced for a TPU.
-        interpreted = functools.partial(function, interpret=True)
-        return jax.lax.platform_dependent(*operands, tpu=function, cpu=interpreted)
+        by_platform = {"tpu": function, "cpu": functools.partial(function, interpret=True)}
+        function = functools.partial(jax.lax.platform_dependent, **by_platform)
+    function = jax.custom_jvp(function)
+    function.defjvp(refuse_second_derivative)
     return function(*operands)
