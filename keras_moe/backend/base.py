@@ -418,7 +418,7 @@ class StaticBackend(Backend):
         raise NotImplementedError
 
     def product_over_rows(self, left, right):
-        """Return `left^T right` (..., D, H), for (..., n, D) and (..., n, H), perhaps as float32."""
+        """Return `left^T right` (..., D, H), for (..., n, D) and (..., n, H)."""
         return ops.matmul(ops.swapaxes(left, -1, -2), right)
 
     def scan(self, step, carry, xs):
