@@ -96,9 +96,6 @@ class JaxBackend(StaticBackend):
         # By default a program would check each index for being negative.
         return jax.lax.dynamic_slice(tensor, start, shape, allow_negative_indices=False)
 
-    def update_at(self, tensor, start, part):
-        return jax.lax.dynamic_update_slice(tensor, part, start, allow_negative_indices=False)
-
     def add_at(self, tensor, indices, rows):
         return tensor.at[indices].add(rows, mode="promise_in_bounds", wrap_negative_indices=False)
 

@@ -17,9 +17,9 @@ class Parts:
     """Abstract: a list of one or more `parts`, run one after the other; a buffer lists their rows.
 
     `to_buffer` makes one from rows (R, W), and `to_rows` is the inverse. `gather(tokens)` returns a
-    buffer with the token of each row, and `maps_of_parts(maps)` the maps of each part's experts.
-    The gradient of a trained tensor (E, ...) starts as `empty(tensor)`, perhaps a list of E. Each
-    part's `gradient(field, left, right, total)` adds its share to the total and returns it.
+    buffer with the token of each row. The gradient of a trained tensor (E, ...) starts as
+    `empty(tensor)`. Each part's `gradient(field, left, right, total)` adds its share to the total
+    and returns it.
     """
 
     plan: Any
@@ -34,9 +34,6 @@ class Parts:
 
     def at_assignments(self, buffer):
         return self.plan.at_assignments(self.to_rows(buffer)[:, 0])
-
-    def maps_of_parts(self, maps):
-        return [maps] * len(self.parts)
 
     def run(self, function, maps, by_token, by_row, widths, trained, weights=None):
         """Run a function on each part.
@@ -58,18 +55,13 @@ class Parts:
         totals = {key: self.empty(tensor) for key, tensor in trained.items()}
         results = []
         # Each part's gradients are in place before the next part's are computed.
-        of_parts = self.maps_of_parts(maps), *map(self.gather, by_token), *by_row
-        for part, own_maps, *rows in zip(self.parts, *of_parts):
-            outputs, factors = function(part, own_maps, *rows)
+        for part, *rows in zip(self.parts, *map(self.gather, by_token), *by_row):
+            outputs, factors = function(part, maps, *rows)
             results.append(outputs)
             for (name, field), total in totals.items():
                 totals[name, field] = part.gradient(field, *factors[name, field], total)
-        gradients = {
-            key: ops.stack(total) if isinstance(total, list) else total
-            for key, total in totals.items()
-        }
         summed, *buffers = (list(rows) for rows in zip(*results))
-        return self.plan.sum_rows(self.to_rows(summed), weights), buffers, gradients
+        return self.plan.sum_rows(self.to_rows(summed), weights), buffers, totals
 
 
 class AllRows(Parts):

@@ -17,10 +17,8 @@ from keras_moe.backend.base import (
 from keras_moe.backend.layouts import AllRows
 from keras_moe.backend.tiles import ChunksAndTiles
 
-# With more rows for an expert, on average, it is faster to compute experts side by side.
-MAX_LOOP_ROWS = 0.5
-
-# The same where kernels are converted: a loop skips the kernels of experts without rows.
+# Where kernels are converted, a loop skips those of experts without rows. With more rows for an
+# expert, on average, it is faster to compute experts side by side.
 MAX_CONVERTED_ROWS = 16
 
 
@@ -105,10 +103,8 @@ class TensorFlowBackend(StaticBackend):
         # Not by the mode: `GradientTape.jacobian` traces the backward pass of an eager call.
         if platform == "cpu" and tf.is_symbolic_tensor(sizes) and isinstance(num_rows, int):
             dtypes = {linear.kernel.values.dtype for linear in problem.maps.values()}
-            converts = dtypes != {problem.tokens.dtype}
-            # As in decoding, where most experts have no rows: in a graph even they cost operations.
-            most_rows = MAX_CONVERTED_ROWS if converts else MAX_LOOP_ROWS
-            if num_rows <= problem.plan.num_experts * most_rows:
+            has_few_rows = num_rows <= problem.plan.num_experts * MAX_CONVERTED_ROWS
+            if dtypes != {problem.tokens.dtype} and has_few_rows:  # as in decoding
                 return ChunksAndTiles(self, problem, platform)
         return AllRows(self, problem, platform)
 
@@ -119,11 +115,8 @@ class TensorFlowBackend(StaticBackend):
         stacks, structure = optree.tree_flatten(kernels)
         of_experts = map(structure.unflatten, zip(*map(tf.unstack, stacks)))
         (*groups, others), _ = self.split_groups(rows, sizes)
-        products = [
-            _multiply(*each, transposed)
-            for each in zip(groups, of_experts)
-            if each[0].shape[0] != 0
-        ]
+        pairs = zip(groups, of_experts)
+        products = [_multiply(*each, transposed) for each in pairs if each[0].shape[0] != 0]
         padding = tf.zeros((tf.shape(others)[0], kernels.shape[1 if transposed else 2]), rows.dtype)
         return tf.concat([*products, padding], 0)
 
@@ -168,12 +161,6 @@ class TensorFlowBackend(StaticBackend):
             lambda i, *_: i < length, body, (0, carry, outputs), maximum_iterations=length
         )
         return carry, outputs.stack()
-
-    def _argmax(self, scores):
-        # As in the base class; Keras's reductions ask for empty axes, in further operations.
-        best = tf.reduce_max(scores, axis=-1, keepdims=True)
-        number = scores.shape[-1]
-        return tf.reduce_min(tf.where(scores >= best, tf.range(number), number), axis=-1)
 
 
 def _platform():
