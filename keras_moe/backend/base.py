@@ -407,7 +407,7 @@ class StaticBackend(Backend):
 
     def slice_at(self, tensor, start, shape):
         """Return the slice of a tensor at indices `start`, of a static shape."""
-        raise NotImplementedError
+        return ops.slice(tensor, start, shape)
 
     def update_at(self, tensor, start, part):
         """Return the tensor with `part` written at indices `start`."""

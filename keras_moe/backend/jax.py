@@ -92,10 +92,6 @@ class JaxBackend(StaticBackend):
         # By default a program would check each index, and each row for existing.
         return tensor.at[indices].get(mode="promise_in_bounds", wrap_negative_indices=False)
 
-    def slice_at(self, tensor, start, shape):
-        # By default a program would check each index for being negative.
-        return jax.lax.dynamic_slice(tensor, start, shape, allow_negative_indices=False)
-
     def add_at(self, tensor, indices, rows):
         return tensor.at[indices].add(rows, mode="promise_in_bounds", wrap_negative_indices=False)
 

@@ -91,10 +91,8 @@ class TensorFlowBackend(StaticBackend):
     def matmul(self, left, right, transposed=False):
         # Without a transposed copy.
         products = tf.matmul(left, tf.cast(right, left.dtype), transpose_b=transposed)
-        # Vectorized, as in `GradientTape.jacobian`, a product of no rows would have no columns
-        # either. No function tells that; the second scope is "loop_body_1".
-        is_vectorized = "/loop_body" in f"/{tf.get_current_name_scope()}"
-        return tf.reshape(products, (-1, products.shape[1])) if is_vectorized else products
+        # Vectorized, as in `GradientTape.jacobian`, a product of no rows has no columns either.
+        return tf.reshape(products, (-1, products.shape[1]))
 
     def layout(self, problem, platform):
         if self.needs_static_shapes():
