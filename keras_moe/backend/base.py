@@ -27,11 +27,10 @@ _of_thread = threading.local()
 def platform(name: str) -> Iterator[None]:
     """Trace for a platform that this process does not run on.
 
-    TensorFlow traces for the devices of the process, so a SavedModel with XLA functions that is
-    exported on a CPU for a GPU is exported inside this context. On JAX, a program of a known batch
-    size that is exported for TPUs and other platforms at once is traced for `"gpu"`; PyTorch does
-    not need the context. A function that was traced before is not traced again. What is traced for
-    a TPU is compiled for a TPU, or for a CPU, where it is slow.
+    TensorFlow and JAX trace for the devices of the process, so a program that is exported on a CPU
+    for a GPU or TPU is exported inside this context; PyTorch does not need it. A function that was
+    traced before is not traced again. What is traced for a TPU is compiled for a TPU, or for a CPU,
+    where it is slow; what is traced for a CPU or GPU may be compiled for any platform.
 
     Args:
         name: String. `"cpu"`, `"gpu"` or `"tpu"`.
@@ -117,8 +116,7 @@ class Backend:
     def on_its_platform(self, function, *operands):
         """Call `function(platform, *operands)` for "cpu", "gpu" or "tpu".
 
-        That is the platform that `platform` names, or that of the operands or the process. JAX may
-        trace the function for all of them.
+        That is the platform that `platform` names, or that of the operands or the process.
         """
         raise NotImplementedError
 

@@ -17,14 +17,6 @@ PLAIN_VALUES = (bool, int, float, str)
 TPU_DTYPES = ("bfloat16", "float32")  # of kernels
 
 
-def _of_platforms(function):
-    """`function(platform, ...)` for each platform, by JAX's names, or for the one that is named."""
-    if named_platform() is not None:
-        return {"default": functools.partial(function, named_platform())}
-    cpu, gpu, tpu = (functools.partial(function, name) for name in ("cpu", "gpu", "tpu"))
-    return {"tpu": tpu, "cuda": gpu, "rocm": gpu, "default": cpu}
-
-
 class JaxBackend(StaticBackend):
     devices = jax_sharding.JaxDevices()
     sort = staticmethod(jax.lax.sort)
@@ -33,13 +25,13 @@ class JaxBackend(StaticBackend):
         return True
 
     def on_its_platform(self, function, *operands):
-        return jax.lax.platform_dependent(*operands, **_of_platforms(function))
+        return function(_platform(), *operands)
 
     def run(self, network, problem, kernel=None):
         shards = self.devices.token_shards()
         if shards is not None and kernel is not None:
             return jax_mesh.run(network, problem, shards, kernel)
-        return run_compiled(network, named_platform(), is_any_derivative(), problem)
+        return run_compiled(network, _platform(), is_any_derivative(), problem)
 
     def jit_when_eager(self, function):
         # JAX would compile each operation alone, for each shape: some hundred programs at the first
@@ -107,8 +99,13 @@ class JaxBackend(StaticBackend):
 # Outside `jit` JAX would compile each loop again at every call.
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def run_compiled(network, platform, any_derivative, problem):
-    """`network.run` as a program, one for each platform that is named, and for `any_derivative`."""
-    return jax.lax.platform_dependent(problem, **_of_platforms(network.run))
+    """`network.run` as a program, one for each platform, and for `any_derivative`."""
+    return network.run(platform, problem)
+
+
+def _platform():
+    # Not that of each program: JAX would trace all of them for each platform.
+    return named_platform() or jax.default_backend()
 
 
 def _has_tpu_kernels(platform, rows):
@@ -125,9 +122,8 @@ def _on_tpu(name, *operands, **options):
     from keras_moe.backend import jax_tpu
 
     function = functools.partial(getattr(jax_tpu, name), **options)
-    if named_platform() == "tpu":  # A CPU may run what is traced for a TPU.
-        by_platform = {"tpu": function, "cpu": functools.partial(function, interpret=True)}
-        function = functools.partial(jax.lax.platform_dependent, **by_platform)
-    function = jax.custom_jvp(function)
+    # A CPU may run what is traced for a TPU.
+    by_platform = {"tpu": function, "cpu": functools.partial(function, interpret=True)}
+    function = jax.custom_jvp(functools.partial(jax.lax.platform_dependent, **by_platform))
     function.defjvp(refuse_second_derivative)
     return function(*operands)
