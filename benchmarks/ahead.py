@@ -20,9 +20,10 @@ runs. All numbers are read from the compiler's final program.
   the memory of its core is free.
 - traffic_gb, kernels: all traffic together, and the kernels that are started, those of loops at
   each trip; on a TPU, where one program holds them all, its instructions that do some work.
-- dynamic_loops: loops with products whose number of trips depends on data. One trip of each is
-  counted, so with any of them there is no ratio. Other loops count with all their trips, or with
-  one if the number is unknown, as in searches; of a branch the most expensive side counts.
+- dynamic_loops: loops with products whose number of trips depends on data. On a GPU they multiply
+  the rows of groups that are longer than 5/4 of their mean, and groups are taken for even: no trip
+  is counted. Other loops count with all their trips, or with one if the number is unknown, as in
+  searches; of a branch the most expensive side counts.
 - scratch_mb, scratch_ratio: memory for what is neither an argument nor a result.
 - compile_s: tracing and compiling. On a GPU tiles are not tuned, which needs a device.
 - float32_products: products of rows with kernels, or of their gradients, in float32: 0 in half
@@ -67,9 +68,7 @@ def run(chip, options):
     for name, build in contestants.contest(options).items():
         row = {"name": name, **examine(build, chip, sharding, options)}
         rows.append(row)
-        # Work that loops hide would make a layer look cheap.
-        known = not row["dynamic_loops"]
-        row["ratio"] = row["bound_ms"] / rows[0]["bound_ms"] if known else None
+        row["ratio"] = row["bound_ms"] / rows[0]["bound_ms"]
         scratch = rows[0]["scratch_mb"]
         row["scratch_ratio"] = row["scratch_mb"] / scratch if scratch else None
     title = f"{chip}, {describe(options)} T={options.tokens[0]}, forward+backward"

@@ -15,6 +15,7 @@ import keras
 
 from benchmarks.measure import say
 from benchmarks.steps import jax_pass
+from keras_moe import ops
 
 TARGETS = pathlib.Path(__file__).parent / "targets"
 
@@ -111,7 +112,9 @@ def lowered_step(layer, num_tokens, options, sharding_of, data_sharding):
     )
     shape = (num_tokens, options.features)
     x = jax.ShapeDtypeStruct(shape, layer.compute_dtype, sharding=data_sharding)
-    return jax_pass(layer).lower(trainable, x, fixed, x)
+    platform = next(iter(data_sharding.device_set)).platform
+    with ops.platform("tpu" if platform == "tpu" else "gpu"):
+        return jax_pass(layer).lower(trainable, x, fixed, x)
 
 
 def _on_device_of(sharding):

@@ -33,6 +33,7 @@ import numpy as np
 
 from benchmarks import chips
 from benchmarks.measure import parse, parser, publish, say
+from keras_moe import ops
 
 NUM_LAYERS, CHIP_GB = 30, 16
 SIZES = {
@@ -195,7 +196,7 @@ def compile_step(block, distribution, layer_types, length, options):
     step = jax.jit(jax.value_and_grad(loss, has_aux=True), donate_argnums=1)
     # KerasHub's attention is another one where no TPU is.
     on_tpu = mock.patch.object(gemma4_attention, "running_on_tpu", return_value=True)
-    with on_tpu, distribution.scope():
+    with on_tpu, ops.platform("tpu"), distribution.scope():
         lowered = step.lower(trainable, fixed, inputs)
     return temporaries(lowered)
 

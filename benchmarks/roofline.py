@@ -80,12 +80,13 @@ class _Reader:
         return self._kernel(instruction, computation)
 
     def _loop(self, instruction):
-        trips = 1 if instruction.trips is None else instruction.trips
-        body = self.total(instruction.called("body")).times(trips)
-        work = body + self.total(instruction.called("condition")).times(trips + 1)
-        if instruction.trips is None:
-            work += self._host_waits(trips + 1) + Work(loops=int(body.flops > 0))
-        return work
+        body, trips, is_dynamic = self.total(instruction.called("body")), instruction.trips, False
+        condition = self.total(instruction.called("condition"))
+        if trips is None:
+            is_dynamic = body.flops > 0 or body.loops > 0
+            trips = 0 if is_dynamic else 1
+            condition += self._host_waits(1)
+        return body.times(trips) + condition.times(trips + 1) + Work(loops=int(is_dynamic))
 
     def _host_waits(self, times):
         """Only where the host starts each kernel does it look at conditions."""

@@ -111,7 +111,7 @@ def small_tiles(monkeypatch):
     for place in ("tiles", "padded"):
         monkeypatch.setattr(f"keras_moe.backend.{place}.tile_length", lambda *_: 4)
     num_wide_rows = tiles.num_wide_rows
-    monkeypatch.setattr(tiles, "num_wide_rows", lambda problem: min(num_wide_rows(problem), 2))
+    monkeypatch.setattr(tiles, "num_wide_rows", lambda *each: min(num_wide_rows(*each), 2))
     for name, value in (("MIN_WIDE_ROWS", 1), ("CHUNK_ENTRIES", 1), ("MAX_REST", 0.7)):
         monkeypatch.setattr(tiles, name, value)
     if BACKEND == "torch":

@@ -577,15 +577,3 @@ def test_a_platform_is_that_of_the_devices(monkeypatch):
         tensor = named(device=named(type="cuda"))
         found = backend.on_its_platform(lambda platform, _: platform, tensor)
     assert found == "gpu"
-
-
-@pytest.mark.backends("jax")
-def test_products_of_float32_are_not_rounded_to_tensor_cores():
-    import jax
-
-    from keras_moe.backend.jax_gpu import _dot
-
-    for dtype, precision in (("float32", "HIGHEST"), ("bfloat16", "DEFAULT")):
-        tile = jax.ShapeDtypeStruct((16, 16), dtype)
-        (equation,) = jax.make_jaxpr(lambda a, b: _dot(a, b, (1, 0)))(tile, tile).eqns
-        assert {each.name for each in equation.params["precision"]} == {precision}

@@ -96,7 +96,7 @@ def test_a_part_imports_from_lower_parts_and_no_framework():
     for path in FILES:
         names = path.relative_to(PACKAGE).with_suffix("").parts
         here, imported = part(names), list(imports(path))
-        # The framework of `backend/jax.py` and of `backend/jax_gpu.py`.
+        # The framework of `backend/jax.py` and of `backend/jax_tpu.py`.
         allowed = {names[1].partition("_")[0]} if here == "backend" else set()
         assert {name.partition(".")[0] for name in imported} & FRAMEWORKS <= allowed, path
         private = "keras.src" in path.read_text()

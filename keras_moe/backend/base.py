@@ -12,7 +12,7 @@ import numpy as np
 from keras import ops
 
 from keras_moe._internal.checks import check_choice
-from keras_moe.backend import padded
+from keras_moe.backend import padded, tiles
 from keras_moe.backend.layouts import AllRows
 
 # The second lowest float: below all other scores and above minus infinity. TensorFlow's argmax
@@ -27,10 +27,10 @@ _of_thread = threading.local()
 def platform(name: str) -> Iterator[None]:
     """Trace for a platform that this process does not run on.
 
-    TensorFlow traces for the devices of the process, so a SavedModel with XLA functions that is
-    exported on a CPU for a GPU is exported inside this context. JAX and PyTorch do not need it. A
-    function that was traced before is not traced again. What is traced must be compiled for that
-    platform, or for a CPU, which interprets it slowly.
+    TensorFlow and JAX trace for the devices of the process, so a program that is exported on a CPU
+    for a GPU or TPU is exported inside this context; PyTorch does not need it. A function that was
+    traced before is not traced again. What is traced for a TPU is compiled for a TPU, or for a CPU,
+    where it is slow; what is traced for a CPU or GPU may be compiled for any platform.
 
     Args:
         name: String. `"cpu"`, `"gpu"` or `"tpu"`.
@@ -116,8 +116,7 @@ class Backend:
     def on_its_platform(self, function, *operands):
         """Call `function(platform, *operands)` for "cpu", "gpu" or "tpu".
 
-        That is the platform that `platform` names, or that of the operands or the process. JAX may
-        trace the function for all of them.
+        That is the platform that `platform` names, or that of the operands or the process.
         """
         raise NotImplementedError
 
@@ -398,9 +397,15 @@ class StaticBackend(Backend):
         rank = ops.scatter_update(ops.zeros_like(order), ops.expand_dims(order, 1), numbers)
         return order, rank
 
+    def layout(self, problem, platform):
+        # On a GPU a loop over few rows takes longer than copies of the kernels of their experts.
+        if platform == "cpu" or (platform == "gpu" and tiles.num_wide_rows(problem, platform)):
+            return tiles.ChunksAndTiles(self, problem, platform)
+        return AllRows(self, problem, platform)
+
     def slice_at(self, tensor, start, shape):
         """Return the slice of a tensor at indices `start`, of a static shape."""
-        raise NotImplementedError
+        return ops.slice(tensor, start, shape)
 
     def update_at(self, tensor, start, part):
         """Return the tensor with `part` written at indices `start`."""

@@ -5,20 +5,16 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from keras_moe.backend import jax_derivatives, jax_mesh, jax_products, jax_sharding
-from keras_moe.backend.base import StaticBackend, is_any_derivative, named_platform
-from keras_moe.backend.layouts import AllRows
-from keras_moe.backend.tiles import ChunksAndTiles
+from keras_moe.backend import jax_derivatives, jax_mesh, jax_sharding
+from keras_moe.backend.base import (
+    StaticBackend,
+    is_any_derivative,
+    named_platform,
+    refuse_second_derivative,
+)
 
 PLAIN_VALUES = (bool, int, float, str)
-
-
-def _of_platforms(function):
-    """`function(platform, ...)` for each platform, by JAX's names, or for the one that is named."""
-    if named_platform() is not None:
-        return {"default": functools.partial(function, named_platform())}
-    cpu, gpu, tpu = (functools.partial(function, name) for name in ("cpu", "gpu", "tpu"))
-    return {"tpu": tpu, "cuda": gpu, "rocm": gpu, "default": cpu}
+TPU_DTYPES = ("bfloat16", "float32")  # of kernels
 
 
 class JaxBackend(StaticBackend):
@@ -29,13 +25,13 @@ class JaxBackend(StaticBackend):
         return True
 
     def on_its_platform(self, function, *operands):
-        return jax.lax.platform_dependent(*operands, **_of_platforms(function))
+        return function(_platform(), *operands)
 
     def run(self, network, problem, kernel=None):
         shards = self.devices.token_shards()
         if shards is not None and kernel is not None:
             return jax_mesh.run(network, problem, shards, kernel)
-        return run_compiled(network, named_platform(), is_any_derivative(), problem)
+        return run_compiled(network, _platform(), is_any_derivative(), problem)
 
     def jit_when_eager(self, function):
         # JAX would compile each operation alone, for each shape: some hundred programs at the first
@@ -71,12 +67,15 @@ class JaxBackend(StaticBackend):
         _, pullback, others = jax.vjp(function, *inputs, has_aux=True)
         return others, pullback
 
-    product = staticmethod(jax_products.product)
-    outer = staticmethod(jax_products.outer)
+    def product(self, rows, kernels, sizes, transposed=False, platform="cpu"):
+        if _has_tpu_kernels(platform, rows) and kernels.bits is None:
+            return _on_tpu("product", rows, kernels.values, sizes, transposed=transposed)
+        return super().product(rows, kernels, sizes, transposed, platform)
 
-    def layout(self, problem, platform):
-        on_cpu = platform == "cpu"
-        return ChunksAndTiles(self, problem) if on_cpu else AllRows(self, problem, platform)
+    def outer(self, left, right, sizes, dtype, platform="cpu"):
+        if _has_tpu_kernels(platform, left):
+            return _on_tpu("outer", left, right, sizes, dtype=dtype)
+        return super().outer(left, right, sizes, dtype, platform)
 
     def gather_rows(self, tensor, indices):
         if tensor.shape[0] == 0:
@@ -85,19 +84,13 @@ class JaxBackend(StaticBackend):
         # By default a program would check each index, and each row for existing.
         return tensor.at[indices].get(mode="promise_in_bounds", wrap_negative_indices=False)
 
-    def slice_at(self, tensor, start, shape):
-        # By default a program would check each index for being negative.
-        return jax.lax.dynamic_slice(tensor, start, shape, allow_negative_indices=False)
-
-    def update_at(self, tensor, start, part):
-        return jax.lax.dynamic_update_slice(tensor, part, start, allow_negative_indices=False)
-
     def add_at(self, tensor, indices, rows):
         return tensor.at[indices].add(rows, mode="promise_in_bounds", wrap_negative_indices=False)
 
     def product_over_rows(self, left, right):
         # XLA on CPUs would multiply a matrix that is not transposed in memory, which is slower.
-        return jax.lax.optimization_barrier(jnp.swapaxes(left, -1, -2)) @ right
+        left = jax.lax.optimization_barrier(jnp.swapaxes(left, -1, -2))
+        return jnp.matmul(left, right, preferred_element_type="float32")
 
     def scan(self, step, carry, xs):
         return jax.lax.scan(step, carry, xs)
@@ -106,5 +99,31 @@ class JaxBackend(StaticBackend):
 # Outside `jit` JAX would compile each loop again at every call.
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def run_compiled(network, platform, any_derivative, problem):
-    """`network.run` as a program, one for each platform that is named, and for `any_derivative`."""
-    return jax.lax.platform_dependent(problem, **_of_platforms(network.run))
+    """`network.run` as a program, one for each platform, and for `any_derivative`."""
+    return network.run(platform, problem)
+
+
+def _platform():
+    # Not that of each program: JAX would trace all of them for each platform.
+    return named_platform() or jax.default_backend()
+
+
+def _has_tpu_kernels(platform, rows):
+    """Return True if kernels for TPUs multiply this dtype and number of rows."""
+    # The number of rows is a symbol in a program that is exported for batches of any size.
+    is_known = isinstance(rows.shape[0], int) and rows.shape[0] > 0
+    # Kernels have no derivatives.
+    is_called = platform == "tpu" and is_known and not is_any_derivative()
+    return is_called and rows.dtype.name in TPU_DTYPES
+
+
+def _on_tpu(name, *operands, **options):
+    """Call a function of `jax_tpu`."""
+    from keras_moe.backend import jax_tpu
+
+    function = functools.partial(getattr(jax_tpu, name), **options)
+    # A CPU may run what is traced for a TPU.
+    by_platform = {"tpu": function, "cpu": functools.partial(function, interpret=True)}
+    function = jax.custom_jvp(functools.partial(jax.lax.platform_dependent, **by_platform))
+    function.defjvp(refuse_second_derivative)
+    return function(*operands)

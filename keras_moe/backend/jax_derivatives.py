@@ -9,8 +9,6 @@ def differentiable(forward, backward, inputs, context):
     """See `Backend.differentiable`."""
     if is_any_derivative():
         return forward(inputs, context, save=False)[0]
-    # JAX traces the backward pass of a conditional's branch twice.
-    backward = jax.jit(backward, inline=True)
 
     # The context is an argument: the rules may run in another trace than this one.
     @jax.custom_vjp

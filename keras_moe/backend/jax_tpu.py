@@ -6,7 +6,7 @@ from jax.experimental.pallas.ops.tpu.megablox.gmm import gmm, tgmm
 
 
 def product(rows, kernels, sizes, *, transposed, interpret=False):
-    """See `jax_products`."""
+    """See `Backend`."""
     # XLA keeps such kernels with their axes swapped, which needs less padding, and would copy them
     # all for a program that reads them otherwise.
     if kernels.shape[1] % 128 == 0 and kernels.shape[2] % 128:
@@ -21,7 +21,7 @@ def product(rows, kernels, sizes, *, transposed, interpret=False):
 
 
 def outer(left, right, sizes, *, dtype, interpret=False):
-    """See `jax_products`. Sums are in float32, and zero where a group is empty."""
+    """See `Backend`. Sums are in float32, and zero where a group is empty."""
     (number, depth), width = left.shape, right.shape[1]
     tile = _tile(number, depth, width, sizes, jnp.promote_types(left.dtype, dtype))
     left, right = _whole_tiles(left, tile), _whole_tiles(right, tile)

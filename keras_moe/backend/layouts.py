@@ -17,9 +17,9 @@ class Parts:
     """Abstract: a list of one or more `parts`, run one after the other; a buffer lists their rows.
 
     `to_buffer` makes one from rows (R, W), and `to_rows` is the inverse. `gather(tokens)` returns a
-    buffer with the token of each row, and `maps_of_parts(maps)` the maps of each part's experts.
-    The gradient of a trained tensor (E, ...) starts as `empty(tensor)`, perhaps a list of E. Each
-    part's `gradient(field, left, right, total)` adds its share to the total and returns it.
+    buffer with the token of each row. The gradient of a trained tensor (E, ...) starts as
+    `empty(tensor)`. Each part's `gradient(field, left, right, total)` adds its share to the total
+    and returns it.
     """
 
     plan: Any
@@ -34,9 +34,6 @@ class Parts:
 
     def at_assignments(self, buffer):
         return self.plan.at_assignments(self.to_rows(buffer)[:, 0])
-
-    def maps_of_parts(self, maps):
-        return [maps] * len(self.parts)
 
     def run(self, function, maps, by_token, by_row, widths, trained, weights=None):
         """Run a function on each part.
@@ -56,21 +53,19 @@ class Parts:
             weights: (T, K), of the rows in the sums; None: 1.
         """
         totals = {key: self.empty(tensor) for key, tensor in trained.items()}
-        of_parts = self.maps_of_parts(maps), *map(self.gather, by_token), *by_row
         all_saved = []
 
         def summed():
             # Each part's gradients are in place before the next part's are computed.
-            for part, own_maps, *rows in zip(self.parts, *of_parts):
-                (outputs, *saved), factors = function(part, own_maps, *rows)
+            for part, *rows in zip(self.parts, *map(self.gather, by_token), *by_row):
+                (outputs, *saved), factors = function(part, maps, *rows)
                 all_saved.append(saved)
                 for (name, field), total in totals.items():
                     totals[name, field] = part.gradient(field, *factors[name, field], total)
                 yield outputs
 
         sums = self.sum_rows(summed(), widths[0], weights)
-        gradients = {k: ops.stack(v) if isinstance(v, list) else v for k, v in totals.items()}
-        return sums, [list(rows) for rows in zip(*all_saved)], gradients
+        return sums, [list(rows) for rows in zip(*all_saved)], totals
 
     def sum_rows(self, rows_of_parts, width, weights):
         """Return float32 sums (T, width) of the rows of each token, weighted by (T, K) or by 1."""

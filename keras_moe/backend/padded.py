@@ -11,21 +11,11 @@ from keras import ops
 
 def product(rows, kernels, sizes, transposed=False, platform=None):
     """Multiply each group of rows (R, D) by its kernel (E, D, H), or its transpose: (R, H)."""
-
-    def kernels_of_tiles(gather):
-        return kernels.apply(gather).floats(rows.dtype)
-
-    return product_of_tiles(rows, kernels_of_tiles, sizes, transposed, platform)
-
-
-def product_of_tiles(rows, kernels_of_tiles, sizes, transposed=False, platform=None):
-    """`product`, where `kernels_of_tiles(gather)` gathers the kernels (N, D, H) from (E, ...)."""
     tiles = _pad_tiles(rows, sizes, platform)
     expert = ops.minimum(tiles.expert, sizes.shape[0] - 1)
-    kernels = kernels_of_tiles(lambda stack: ops.take(stack, expert, axis=0))
-    if transposed:
-        kernels = ops.transpose(kernels, (0, 2, 1))
-    return tiles.join(ops.matmul(tiles.cut(rows), kernels))
+    values = kernels.apply(lambda stack: ops.take(stack, expert, axis=0)).floats(rows.dtype)
+    values = ops.transpose(values, (0, 2, 1)) if transposed else values
+    return tiles.join(ops.matmul(tiles.cut(rows), values))
 
 
 def outer(left, right, sizes, dtype, platform=None):

@@ -1,7 +1,5 @@
 """TensorFlow primitives."""
 
-import itertools
-
 import optree
 import tensorflow as tf
 
@@ -16,13 +14,11 @@ from keras_moe.backend.base import (
     refuse_second_derivative,
     split_rows,
 )
-from keras_moe.backend.layouts import AllRows, Parts
+from keras_moe.backend.layouts import AllRows
 from keras_moe.backend.tiles import ChunksAndTiles
 
-# With more rows for an expert, on average, it is faster to compute experts side by side.
-MAX_LOOP_ROWS = 0.5
-
-# The same where kernels are converted: a loop skips the kernels of experts without rows.
+# Where kernels are converted, a loop skips those of experts without rows. With more rows for an
+# expert, on average, it is faster to compute experts side by side.
 MAX_CONVERTED_ROWS = 16
 
 
@@ -95,28 +91,43 @@ class TensorFlowBackend(StaticBackend):
     def matmul(self, left, right, transposed=False):
         # Without a transposed copy.
         products = tf.matmul(left, tf.cast(right, left.dtype), transpose_b=transposed)
-        # Vectorized, as in `GradientTape.jacobian`, a product of no rows would have no columns
-        # either. No function tells that; the second scope is "loop_body_1".
-        is_vectorized = "/loop_body" in f"/{tf.get_current_name_scope()}"
-        return tf.reshape(products, (-1, products.shape[1])) if is_vectorized else products
+        # Vectorized, as in `GradientTape.jacobian`, a product of no rows has no columns either.
+        return tf.reshape(products, (-1, products.shape[1]))
 
     def layout(self, problem, platform):
         if self.needs_static_shapes():
-            on_cpu = platform == "cpu"
-            return ChunksAndTiles(self, problem) if on_cpu else AllRows(self, problem, platform)
+            return super().layout(problem, platform)
         num_rows, sizes = problem.plan.num_rows(), problem.plan.sizes
         # Not by the mode: `GradientTape.jacobian` traces the backward pass of an eager call.
         if platform == "cpu" and tf.is_symbolic_tensor(sizes) and isinstance(num_rows, int):
             dtypes = {linear.kernel.values.dtype for linear in problem.maps.values()}
-            converts = dtypes != {problem.tokens.dtype}
-            # As in decoding, where most experts have no rows: in a graph even they cost operations.
-            most_rows = MAX_CONVERTED_ROWS if converts else MAX_LOOP_ROWS
-            if num_rows <= problem.plan.num_experts * most_rows:
-                return ChunksAndTiles(self, problem)
-        return _Groups(problem.plan)
+            has_few_rows = num_rows <= problem.plan.num_experts * MAX_CONVERTED_ROWS
+            if dtypes != {problem.tokens.dtype} and has_few_rows:  # as in decoding
+                return ChunksAndTiles(self, problem, platform)
+        return AllRows(self, problem, platform)
+
+    def product(self, rows, kernels, sizes, transposed=False, platform=None):
+        if self.needs_static_shapes() or is_any_derivative():
+            return super().product(rows, kernels, sizes, transposed, platform)
+        # One operation for all experts, which copies nothing. A slice for each takes five to trace.
+        stacks, structure = optree.tree_flatten(kernels)
+        of_experts = map(structure.unflatten, zip(*map(tf.unstack, stacks)))
+        (*groups, others), _ = self.split_groups(rows, sizes)
+        pairs = zip(groups, of_experts)
+        products = [_multiply(*each, transposed) for each in pairs if each[0].shape[0] != 0]
+        padding = tf.zeros((tf.shape(others)[0], kernels.shape[1 if transposed else 2]), rows.dtype)
+        return tf.concat([*products, padding], 0)
+
+    def outer(self, left, right, sizes, dtype, platform=None):
+        if self.needs_static_shapes() or is_any_derivative():
+            return super().outer(left, right, sizes, dtype, platform)
+        groups = zip(*(self.split_groups(rows, sizes)[0][:-1] for rows in (left, right)))
+        return tf.cast(tf.stack([tf.matmul(*each, transpose_a=True) for each in groups]), dtype)
 
     def split_groups(self, rows, sizes):
-        numbers = [*tf.unstack(sizes), tf.shape(rows)[0] - tf.reduce_sum(sizes)]
+        is_known = not tf.is_symbolic_tensor(sizes)
+        numbers = sizes.numpy().tolist() if is_known else tf.unstack(sizes)
+        numbers = [*numbers, tf.shape(rows)[0] - tf.reduce_sum(sizes)]
         return split_rows(rows, numbers), numbers
 
     def gather_rows(self, tensor, indices):
@@ -149,12 +160,6 @@ class TensorFlowBackend(StaticBackend):
         )
         return carry, outputs.stack()
 
-    def _argmax(self, scores):
-        # As in the base class; Keras's reductions ask for empty axes, in further operations.
-        best = tf.reduce_max(scores, axis=-1, keepdims=True)
-        number = scores.shape[-1]
-        return tf.reduce_min(tf.where(scores >= best, tf.range(number), number), axis=-1)
-
 
 def _platform():
     # TensorFlow does not tell for which device a function is traced.
@@ -163,70 +168,13 @@ def _platform():
     return named_platform() or found
 
 
-class _Groups(Parts):
-    """Each group by itself; none without rows where the sizes are known."""
-
-    def __init__(self, plan):
-        sizes, num_rows, self.token_of_row = plan.sizes, plan.num_rows(), plan.token_of_row()
-        self.plan, self.num_experts = plan, sizes.shape[0]
-        if not tf.is_symbolic_tensor(sizes):
-            numbers = sizes.numpy().tolist()
-            starts = itertools.accumulate(numbers, initial=0)
-            self.num_padding = num_rows - sum(numbers)
-        else:
-            numbers, starts = tf.unstack(sizes), tf.unstack(tf.cumsum(sizes, exclusive=True))
-            self.num_padding = num_rows - tf.reduce_sum(sizes)
-        self.parts = [
-            _Group(expert, size, start)
-            for expert, (size, start) in enumerate(zip(numbers, starts))
-            if tf.is_tensor(size) or size
-        ] or [_Group(0, 0, 0)]
-
-    def maps_of_parts(self, maps):
-        # One operation for all experts, which copies nothing. A slice for each takes five to trace.
-        stacks, structure = optree.tree_flatten(maps)
-        of_experts = list(map(structure.unflatten, zip(*map(tf.unstack, stacks))))
-        return [of_experts[part.expert] for part in self.parts]
-
-    def gather(self, tokens):
-        return self.to_buffer(tf.gather(tokens, self.token_of_row))
-
-    def to_buffer(self, rows):
-        return split_rows(rows, [*(part.size for part in self.parts), self.num_padding])[:-1]
-
-    def to_rows(self, buffer):
-        padding = tf.zeros((self.num_padding, buffer[0].shape[1]), buffer[0].dtype)
-        return tf.concat([*buffer, padding], 0)
-
-    def empty(self, trained):
-        return [tf.zeros(trained.shape[1:], trained.dtype)] * self.num_experts
-
-
-class _Group:
-    """A part with the rows of one group."""
-
-    def __init__(self, expert, size, start):
-        self.expert, self.size, self.start = expert, size, start
-
-    def row_numbers(self):
-        return tf.range(self.size) + self.start
-
-    def product(self, rows, kernels, bias=None, transposed=False):
-        bias = None if bias is None else tf.cast(bias, rows.dtype)
-        is_known = isinstance(self.size, int)
-        if is_known or transposed or kernels.bits == 4 or kernels.values.dtype == rows.dtype:
-            return kernels.multiply(rows, bias, transposed)
-        # Converting a kernel takes too long for an expert without rows: there only its first row is
-        # converted. LiteRT fails to multiply no rows by it, so there is one of zeros.
-        number = tf.where(self.size > 0, rows.shape[1], 1)
-        some = tf.pad(rows[:, :number], ((0, tf.maximum(1 - self.size, 0)), (0, 0)))
-        kernels = kernels._replace(values=kernels.values[:number])
-        return kernels.multiply(some, bias)[: self.size]
-
-    def gradient(self, field, left, right, total):
-        if field == "bias":
-            gradient = tf.reduce_sum(tf.cast(right, "float32"), axis=0)
-        else:
-            gradient = tf.matmul(left, right, transpose_a=True)
-        total[self.expert] = tf.cast(gradient, total[self.expert].dtype)
-        return total
+def _multiply(rows, kernel, transposed):
+    is_known = rows.shape[0] is not None
+    if is_known or transposed or kernel.bits == 4 or kernel.values.dtype == rows.dtype:
+        return kernel.multiply(rows, transposed=transposed)
+    # Converting a kernel takes too long for an expert without rows: there only its first row is
+    # converted. LiteRT fails to multiply no rows by it, so there is one of zeros.
+    size = tf.shape(rows)[0]
+    number = tf.where(size > 0, rows.shape[1], 1)
+    some = tf.pad(rows[:, :number], ((0, tf.maximum(1 - size, 0)), (0, 0)))
+    return kernel._replace(values=kernel.values[:number]).multiply(some)[:size]

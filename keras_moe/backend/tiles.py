@@ -1,9 +1,9 @@
-"""Chunks of experts and tiles of rows, for XLA on CPUs, and for few rows in TensorFlow's graphs.
+"""Chunks of experts and tiles of rows, for XLA, and for integer kernels in TensorFlow's graphs.
 
 The first rows of all experts are batched products, some experts at a time: a chunk, in which each
 has as many rows. Then there is one loop over the experts that have more rows, and in it one over
-the tiles of such a group; their trips depend on the data. Few rows are only in the loop, and so are
-all if groups are very uneven.
+the tiles of such a group; their trips depend on the data. On CPUs few rows are only in the loop,
+and so are all if groups are very uneven. On GPUs one chunk has all experts.
 
 A buffer has the wide rows of all experts, then the rest of each group. The last tile of a group may
 overrun it: reads are masked, with zeros, or ones for buffers; writes are overwritten by the next
@@ -33,23 +33,27 @@ CHUNK_ENTRIES = 2**19
 # With more numbers for an expert, on average, the loop is as fast, and takes less memory.
 MAX_WIDE_ENTRIES = 2**19
 
+# Rows of each expert in the chunk of a GPU, in mean groups: for each trip of a loop the host waits.
+GPU_WIDE = 1.25
+
 # The largest part of all rows that is computed in the loop if the others are in chunks.
 MAX_REST = 1 / 4
 
 
-def num_wide_rows(problem):
+def num_wide_rows(problem, platform):
     """Return how many rows of each expert are computed in a chunk; 0 for none."""
     num_rows, num_experts = problem.plan.num_rows(), problem.plan.sizes.shape[0]
     if any(linear.kernel.bits is not None for linear in problem.maps.values()):
         return 0
     if not isinstance(num_rows, int) or num_rows < MIN_WIDE_ROWS * num_experts:
         return 0
-    # A router that has learned nothing gives groups of about this spread.
     mean = num_rows / num_experts
-    if mean * widest(problem) > MAX_WIDE_ENTRIES:
+    if platform == "cpu" and mean * widest(problem) > MAX_WIDE_ENTRIES:
         return 0
+    # A router that has learned nothing gives groups of about this spread.
+    number = mean + mean**0.5 if platform == "cpu" else GPU_WIDE * mean
     # No expert serves more rows than there are tokens.
-    return min(int(mean + mean**0.5) // 8 * 8 + 8, problem.plan.num_tokens)
+    return min(int(number) // 8 * 8 + 8, problem.plan.num_tokens)
 
 
 def widest(problem):
@@ -59,16 +63,16 @@ def widest(problem):
 class ChunksAndTiles:
     """See `layouts`."""
 
-    def __init__(self, backend, problem):
+    def __init__(self, backend, problem, platform):
         plan = problem.plan
         self.backend, self.plan, self.sizes = backend, plan, plan.sizes
         self.num_rows, self.num_experts = plan.num_rows(), plan.sizes.shape[0]
-        self.length = tile_length(self.num_rows, self.num_experts, "cpu")
+        self.length = tile_length(self.num_rows, self.num_experts, platform)
         if len(problem.maps) > 2:
             self.length = min(self.length, backend.longest_gated_tile)
-        self.dtype = computed_dtype(problem.tokens)
+        self.dtype = computed_dtype(problem.tokens, platform)
         self.starts = ops.cumsum(self.sizes) - self.sizes
-        self.num_wide = num_wide_rows(problem)
+        self.num_wide = num_wide_rows(problem, platform)
         self.rest, self.num_skipped, first, self.num_places = self.sizes, 0, 0, self.num_rows
         if self.num_wide:
             # A row of few numbers costs something, too.
@@ -76,9 +80,10 @@ class ChunksAndTiles:
             # In pairs, so that the products of a chunk keep more than one core busy.
             number = min(number // 2 * 2 + 2, self.num_experts)
             self.chunk_size = next(n for n in range(number, 0, -1) if self.num_experts % n == 0)
-            most = int(MAX_REST * self.num_rows)
-            rest = ops.maximum(self.sizes - self.num_wide, 0)
+            rest, most = ops.maximum(self.sizes - self.num_wide, 0), int(MAX_REST * self.num_rows)
             self.is_even = ops.sum(rest) <= most
+            if platform == "gpu":
+                self.chunk_size, most, self.is_even = self.num_experts, self.num_rows, True
             self.rest = ops.where(self.is_even, rest, self.sizes)
             self.num_skipped = ops.where(self.is_even, self.num_wide, 0)  # rows of a group
             num_wide = self.num_wide * self.num_experts
@@ -134,17 +139,20 @@ class ChunksAndTiles:
 
             return ops.fori_loop(0, entry(num_tiles, expert), nth_tile, carry)
 
-        # The last tile may overrun the buffers' rows.
-        shapes = [
-            (self.num_places + length, width) if width else (ops.size(self.plan.experts),)
-            for width in widths[1:]
-        ]
+        def buffer(width):
+            if width is None:
+                return ops.zeros((ops.size(self.plan.experts),), "float32")
+            # The last tile may overrun the rows.
+            return ops.zeros((self.num_places + length, width), self.dtype)
+
         carry = (
             ops.zeros((ops.shape(by_token[0])[0], widths[0]), "float32"),
-            [ops.zeros(shape, self.dtype) for shape in shapes],
+            list(map(buffer, widths[1:])),
             {key: ops.zeros(each.shape, "float32") for key, each in trained.items()},
         )
-        if self.num_wide:
+        if self.num_wide and self.is_even is True:
+            carry = nth_chunk(0, carry)
+        elif self.num_wide:
             num_chunks = ops.where(self.is_even, self.num_experts // self.chunk_size, 0)
             carry = ops.fori_loop(0, num_chunks, nth_chunk, carry)
         num_busy = ops.sum(ops.cast(has_rows, "int32"))
@@ -226,7 +234,8 @@ class _Part(NamedTuple):
     def write(self, buffer, rows):
         backend, rows = self.layout.backend, ops.cast(rows, buffer.dtype)
         if len(buffer.shape) == 1:
-            return backend.add_at(buffer, self.assignment, self._mask(rows, 0.0)[:, 0])
+            rows = ops.where(self.inside, rows[:, 0], 0.0)
+            return backend.add_at(buffer, self.assignment, rows)
         return backend.update_at(buffer, (self.place, 0), rows)
 
     def add_to_tokens(self, sums, rows, weights):
@@ -286,11 +295,11 @@ def _multiply_in_blocks(backend, rows, kernel):
     return add_product(num_blocks * length, rest, total) if rest else total
 
 
-def computed_dtype(tokens):
+def computed_dtype(tokens, platform):
     """The dtype that tiles are computed in."""
     # For products of narrow floats XLA on CPUs would convert each operand, and round each result.
     dtype = keras.backend.standardize_dtype(tokens.dtype)
-    return "float32" if dtype in ("bfloat16", "float16") else dtype
+    return "float32" if platform == "cpu" and dtype in ("bfloat16", "float16") else dtype
 
 
 def _start(stacked, expert):

@@ -246,8 +246,6 @@ def _map_groups(functions, alike, has_samples, width, rows, sizes, state):
             return _map_alike(alike, length, rows, sizes, state)
         return _scan_tiles(functions, width, rows, sizes, state)
 
-    if alike is None:  # The same on all platforms.
-        return run_on("cpu", rows, sizes, state)
     return backend.on_its_platform(run_on, rows, sizes, state)
 
 
