@@ -128,7 +128,7 @@ def test_a_model_that_holds_it_is_saved_and_loaded(cls, tmp_path):
 def documentation(cls):
     """A docstring, and those of the classes that it refers to."""
     text = inspect.getdoc(cls)
-    for referred in re.findall(r"as (?:for|in) `(\w+)`", text):
+    for referred in re.findall(r"as (?:for|in)\s+`(\w+)`", text):
         text += documentation(next(c for c in [*CASES, *ABSTRACT] if c.__name__ == referred))
     return text
 
