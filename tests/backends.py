@@ -44,15 +44,12 @@ PLACES = {
     "jax": [("cpu", "jit"), ("tpu", "jit"), ("gpu", "jit")],
     "torch": [("cpu", "eager"), ("gpu", "eager")],
 }[BACKEND]
-found: list = []
 if BACKEND == "jax":
     import jax
 
-    found.append(jax.default_backend())
-else:
-    backend.on_its_platform(lambda platform, _: found.append(platform), ops.zeros(()))
-if found != ["cpu"]:
-    PLACES = [(found[0], mode) for mode in KERNEL_MODES]
+own_platform = backend.platform_of(ops.zeros(()))
+if own_platform != "cpu":
+    PLACES = [(own_platform, mode) for mode in KERNEL_MODES]
 
 if BACKEND == "tensorflow":
     import tensorflow as tf

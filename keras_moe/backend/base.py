@@ -113,11 +113,8 @@ class Backend:
         """Return True while tracing a program that has no gradients and changes no state."""
         return False
 
-    def on_its_platform(self, function, *operands):
-        """Call `function(platform, *operands)` for "cpu", "gpu" or "tpu".
-
-        That is the platform that `platform` names, or that of the operands or the process.
-        """
+    def platform_of(self, tensor):
+        """Return "cpu", "gpu" or "tpu": what `platform` names, or that of the tensor or process."""
         raise NotImplementedError
 
     def scope_of_call(self, layer, tensor):
@@ -135,7 +132,7 @@ class Backend:
         `kernel` is a stacked variable (E, D, H) of the bank, which is split over devices as all of
         them are. None: the whole problem is computed here.
         """
-        return self.on_its_platform(network.run, problem)
+        return network.run(self.platform_of(problem.tokens), problem)
 
     def jit_when_eager(self, function):
         """On JAX, compile an eager call as one program instead of one for each operation.
@@ -276,26 +273,22 @@ class Backend:
     def take_columns(self, matrix, columns):
         """Return entries (T, K) of a matrix (T, E) at columns (T, K); 0 for invalid columns."""
 
-        def take(platform, matrix, columns):
+        columns = ops.cast(columns, "int32")
+        if self.platform_of(matrix) == "cpu":
             existing = ops.clip(columns, 0, matrix.shape[1] - 1)
-            if platform == "cpu":
-                taken = ops.take_along_axis(matrix, existing, axis=1)
-                return ops.where(existing == columns, taken, 0.0)
-            chosen = _one_hot(columns, matrix.shape[1])
-            return ops.sum(ops.where(chosen, ops.expand_dims(matrix, 1), 0.0), axis=-1)
-
-        return self.on_its_platform(take, matrix, ops.cast(columns, "int32"))
+            taken = ops.take_along_axis(matrix, existing, axis=1)
+            return ops.where(existing == columns, taken, 0.0)
+        chosen = _one_hot(columns, matrix.shape[1])
+        return ops.sum(ops.where(chosen, ops.expand_dims(matrix, 1), 0.0), axis=-1)
 
     def count_integers(self, integers, number):
         """Count each of 0, ..., `number` - 1 in integers of any shape: (number,) int32."""
 
-        def count(platform, integers):
-            if platform == "cpu":  # one more count, of all others
-                place = ops.where((integers >= 0) & (integers < number), integers, number)
-                return ops.segment_sum(ops.ones_like(place), place, number + 1)[:number]
-            return ops.sum(ops.cast(_one_hot(integers, number), "int32"), axis=0)
-
-        return self.on_its_platform(count, ops.cast(ops.reshape(integers, (-1,)), "int32"))
+        integers = ops.cast(ops.reshape(integers, (-1,)), "int32")
+        if self.platform_of(integers) == "cpu":  # one more count, of all others
+            place = ops.where((integers >= 0) & (integers < number), integers, number)
+            return ops.segment_sum(ops.ones_like(place), place, number + 1)[:number]
+        return ops.sum(ops.cast(_one_hot(integers, number), "int32"), axis=0)
 
     def order_and_rank(self, integers, bound):
         """Return a stable order of integers (N,) from 0 to `bound` - 1, and each one's place in it.
@@ -407,10 +400,6 @@ class StaticBackend(Backend):
         """Return the slice of a tensor at indices `start`, of a static shape."""
         return ops.slice(tensor, start, shape)
 
-    def update_at(self, tensor, start, part):
-        """Return the tensor with `part` written at indices `start`."""
-        return ops.slice_update(tensor, start, part)
-
     def add_at(self, tensor, indices, rows):
         """Return the tensor (R, ...) with rows (n, ...) added at indices (n,)."""
         raise NotImplementedError
@@ -446,6 +435,4 @@ def packed_order(sort, integers, bound):
 
 
 def _one_hot(integers, number):
-    if integers.dtype != "int32":
-        integers = ops.cast(integers, "int32")
     return ops.expand_dims(integers, -1) == ops.arange(number, dtype="int32")

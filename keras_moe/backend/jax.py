@@ -24,14 +24,15 @@ class JaxBackend(StaticBackend):
     def needs_static_shapes(self):
         return True
 
-    def on_its_platform(self, function, *operands):
-        return function(_platform(), *operands)
+    def platform_of(self, tensor):
+        # Not that of each program: JAX would trace all of them for each platform.
+        return named_platform() or jax.default_backend()
 
     def run(self, network, problem, kernel=None):
         shards = self.devices.token_shards()
         if shards is not None and kernel is not None:
             return jax_mesh.run(network, problem, shards, kernel)
-        return run_compiled(network, _platform(), is_any_derivative(), problem)
+        return run_compiled(network, self.platform_of(problem.tokens), is_any_derivative(), problem)
 
     def jit_when_eager(self, function):
         # JAX would compile each operation alone, for each shape: some hundred programs at the first
@@ -101,11 +102,6 @@ class JaxBackend(StaticBackend):
 def run_compiled(network, platform, any_derivative, problem):
     """`network.run` as a program, one for each platform, and for `any_derivative`."""
     return network.run(platform, problem)
-
-
-def _platform():
-    # Not that of each program: JAX would trace all of them for each platform.
-    return named_platform() or jax.default_backend()
 
 
 def _has_tpu_kernels(platform, rows):

@@ -33,8 +33,11 @@ class TensorFlowBackend(StaticBackend):
         # No public name tells whether XLA compiles what is traced.
         return tf.__internal__.get_enclosing_xla_context() is not None
 
-    def on_its_platform(self, function, *operands):
-        return function(_platform(), *operands)
+    def platform_of(self, tensor):
+        # TensorFlow does not tell for which device a function is traced.
+        types = {device.device_type for device in tf.config.list_logical_devices()}
+        found = next((name for name in ("tpu", "gpu") if name.upper() in types), "cpu")
+        return named_platform() or found
 
     def control_dependency(self, tensor, value):
         # At the end of data of unknown length, TensorFlow without XLA runs what a step computes
@@ -159,13 +162,6 @@ class TensorFlowBackend(StaticBackend):
             lambda i, *_: i < length, body, (0, carry, outputs), maximum_iterations=length
         )
         return carry, outputs.stack()
-
-
-def _platform():
-    # TensorFlow does not tell for which device a function is traced.
-    types = {device.device_type for device in tf.config.list_logical_devices()}
-    found = next((name for name in ("tpu", "gpu") if name.upper() in types), "cpu")
-    return named_platform() or found
 
 
 def _multiply(rows, kernel, transposed):

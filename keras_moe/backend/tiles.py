@@ -236,7 +236,7 @@ class _Part(NamedTuple):
         if len(buffer.shape) == 1:
             rows = ops.where(self.inside, rows[:, 0], 0.0)
             return backend.add_at(buffer, self.assignment, rows)
-        return backend.update_at(buffer, (self.place, 0), rows)
+        return ops.slice_update(buffer, (self.place, 0), rows)
 
     def add_to_tokens(self, sums, rows, weights):
         backend, rows = self.layout.backend, ops.cast(rows, sums.dtype)
@@ -254,7 +254,7 @@ class _Part(NamedTuple):
             added = backend.product_over_rows(self._by_expert(left), right)
         entries = self.layout._slice(total, self.expert, self.number)
         entries = entries + ops.cast(added, total.dtype)
-        return backend.update_at(total, _start(total, self.expert), entries)
+        return ops.slice_update(total, _start(total, self.expert), entries)
 
     def _by_expert(self, rows):
         return ops.reshape(rows, (self.number, -1, rows.shape[1]))

@@ -33,8 +33,8 @@ class TorchBackend(Backend):
     def is_exporting(self):
         return torch.jit.is_tracing() or torch.compiler.is_exporting()
 
-    def on_its_platform(self, function, *operands):
-        return function(_platform_of(operands[0]), *operands)
+    def platform_of(self, tensor):
+        return named_platform() or ("cpu" if tensor.device.type in ("cpu", "meta") else "gpu")
 
     def scope_of_call(self, layer, tensor):
         can_be_repeated = torch.is_grad_enabled() and not is_traced() and not in_stateless_scope()
@@ -48,7 +48,7 @@ class TorchBackend(Backend):
         return without_autocast(tensor)
 
     def run(self, network, problem, kernel=None):
-        platform = _platform_of(problem.tokens)
+        platform = self.platform_of(problem.tokens)
         if kernel is not None and kernel.shape[0] < problem.plan.num_experts:
             return self.devices.expert_processes().run(network, platform, problem)
         return network.run(platform, problem)
@@ -176,10 +176,6 @@ class TorchBackend(Backend):
     def split_groups(self, rows, sizes):
         numbers = sizes_on_host(sizes, rows.shape[0])
         return split(rows, numbers), numbers
-
-
-def _platform_of(tensor):
-    return named_platform() or ("cpu" if tensor.device.type in ("cpu", "meta") else "gpu")
 
 
 # On PyTorch `keras.tree` takes several times as long. A gradient may be None.

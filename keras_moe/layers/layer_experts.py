@@ -238,15 +238,12 @@ def _map_groups(functions, alike, has_samples, width, rows, sizes, state):
     if not backend.needs_static_shapes():
         return _map_slices(functions, width, rows, sizes, state)
 
-    def run_on(platform, rows, sizes, state):
-        if alike and platform != "cpu":
-            return _map_alike(alike, None, rows, sizes, state)
-        length = _unrolled_length(rows, sizes) if alike and has_samples else 0
-        if length:
-            return _map_alike(alike, length, rows, sizes, state)
-        return _scan_tiles(functions, width, rows, sizes, state)
-
-    return backend.on_its_platform(run_on, rows, sizes, state)
+    if alike and backend.platform_of(rows) != "cpu":
+        return _map_alike(alike, None, rows, sizes, state)
+    length = _unrolled_length(rows, sizes) if alike and has_samples else 0
+    if length:
+        return _map_alike(alike, length, rows, sizes, state)
+    return _scan_tiles(functions, width, rows, sizes, state)
 
 
 def _map_slices(functions, width, rows, sizes, state):
