@@ -44,7 +44,7 @@ def _run(network, platform, shards, expert_axis, any_derivative, problem):
         device = lax.axis_index((*shards.axes, *({expert_axis} - {None, *shards.axes})))
         key = other_key(key, 7919 * device)
         own = problem._make((tokens, weights, trained, frozen, plan, key))
-        num_experts = _num_experts(own)
+        num_experts = own.num_experts
         num_rows = plan.num_rows() * tokens.shape[0] // max(num_tokens, 1)
         lengths = _chunk_lengths(num_rows)
 
@@ -76,10 +76,6 @@ def _run(network, platform, shards, expert_axis, any_derivative, problem):
     operands = shards.pad(tokens), shards.pad(weights), trained, frozen, experts, key
     axes = shards.axes, shards.axes, expert_axis, expert_axis, shards.axes, None
     return shards.on_each_device(on_device, operands, axes)[:num_tokens]
-
-
-def _num_experts(problem):
-    return next(iter(problem.maps.values())).kernel.shape[0]
 
 
 # A chunk is a span of rows, the same for every device. `lengths` are two integers: the rows of the
@@ -159,7 +155,7 @@ def _chunk(plan, start, length):
 
 def _by_all_to_all(run, problem, num_shards, shards, axis):
     """Send each token to the devices of its experts; a bucket has the rows for one device."""
-    num_local = _num_experts(problem)
+    num_local = problem.num_experts
     lengths = _chunk_lengths(problem.plan.num_rows(), num_shards)
 
     def exchange(tensor):

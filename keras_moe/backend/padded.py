@@ -30,14 +30,12 @@ def outer(left, right, sizes, dtype, platform=None):
 def tile_length(num_rows, num_experts, platform=None):
     """Return the number of rows of a tile, a power of two.
 
-    Besides its rows a tile costs about as much as `overhead` more, as its kernel is read and
-    gradients are summed. The last tile of a group is half padding. In tiles of B rows a mean group
-    costs `(mean / B + 1 / 2) * (B + overhead)`, the least at `sqrt(2 * overhead * mean)`. On CPUs
-    no other power of two was more than 5% faster. Accelerators have slow memory relative to their
-    products: there a kernel costs as much as about 120 rows. A tile on a CPU holds an eighth of
-    many rows at most, to save memory.
+    A tile costs about `overhead` rows more than it has, as its kernel is read and gradients are
+    summed, and the last tile of a group is half padding. So a mean group in tiles of B rows costs
+    `(mean / B + 1 / 2) * (B + overhead)`, the least at `B = sqrt(2 * overhead * mean)`. Memory is
+    slow relative to products on accelerators: there a kernel costs about 120 rows.
     """
-    if platform == "cpu":
+    if platform == "cpu":  # with at least 8 tiles, to save memory
         overhead, num_experts, shortest, longest = 8, max(num_experts, 8), 4, 256
     else:
         overhead, shortest, longest = 120, 8, 512

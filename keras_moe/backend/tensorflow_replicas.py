@@ -32,7 +32,7 @@ class TensorFlowDevices(Devices):
             if "merge_call" not in str(error):
                 raise
             raise RuntimeError(
-                "Selection biases, global losses and `ReLURouter` sum over all replicas in "
+                "Expert biases, global losses and `ReLURouter` sum over all replicas in "
                 "the middle of a call. Received: a call in a `tf.function` or a loop within "
                 "`strategy.run`. Put `tf.function` around `strategy.run`, or use `LoadBalance`."
             ) from error

@@ -234,8 +234,7 @@ class _Part(NamedTuple):
     def write(self, buffer, rows):
         backend, rows = self.layout.backend, ops.cast(rows, buffer.dtype)
         if len(buffer.shape) == 1:
-            rows = ops.where(self.inside, rows[:, 0], 0.0)
-            return backend.add_at(buffer, self.assignment, rows)
+            return backend.add_at(buffer, self.assignment, ops.where(self.inside, rows[:, 0], 0.0))
         return ops.slice_update(buffer, (self.place, 0), rows)
 
     def add_to_tokens(self, sums, rows, weights):

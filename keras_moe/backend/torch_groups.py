@@ -122,15 +122,16 @@ class _Groups:
             bias = torch.nn.functional.pad(bias, (0, 0, 0, 1))
             return products + bias.index_select(0, self._group_of_row)
         *groups, others = split(rows, self.numbers)
+        biases = itertools.repeat(None) if bias is None else bias
+        products = [
+            _multiply(kernels.apply(operator.itemgetter(place)), group, own_bias, transposed)
+            for place, (group, own_bias) in enumerate(zip(groups, biases))
+            if is_traced() or len(group)
+        ]
+        if not is_traced() and len(products) == 1 and not len(others):
+            return products[0]
         width = kernels.shape[1 if transposed else 2]
-        if is_traced():  # in operations that write nothing
-            products = [_multiply(kernels, bias, transposed, *each) for each in enumerate(groups)]
-            return torch.cat([*products, others.new_zeros((others.shape[0], width))])
-        outputs = rows.new_empty((rows.shape[0], width))
-        for place, group, output in zip(itertools.count(), groups, outputs.split(self.numbers)):
-            if len(group):
-                _multiply(kernels, bias, transposed, place, group, output)
-        return outputs
+        return torch.cat([*products, others.new_zeros((others.shape[0], width))])
 
     def gradient(self, field, left, right, total):
         if total is None:
@@ -195,18 +196,11 @@ class SmallProblem(AllGroups):
         return self.plan._replace(weights=weights).combine(outputs), [], {}
 
 
-def _multiply(kernels, biases, transposed, place, rows, output=None):
-    """`Kernel.multiply` of the kernel at a place, perhaps into an output."""
-    kernel = kernels.apply(operator.itemgetter(place))
-    bias = None if biases is None else biases[place]
-    if kernel.bits is not None:
-        product = kernel.multiply(rows, bias, transposed)
-        return product if output is None else output.copy_(product)
-    values = kernel.values.to(rows.dtype)
-    values = values.mT if transposed else values
-    if bias is None:
-        return torch.mm(rows, values, out=output)
-    return torch.addmm(bias, rows, values, out=output)
+def _multiply(kernel, rows, bias, transposed):
+    """`Kernel.multiply`, with the bias as a part of the product."""
+    if bias is None or kernel.bits is not None:
+        return kernel.multiply(rows, bias, transposed)
+    return torch.addmm(bias, rows, kernel.values.to(rows.dtype))
 
 
 def has_grouped_mm(*tensors):

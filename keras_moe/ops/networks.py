@@ -47,6 +47,10 @@ class Problem(NamedTuple):
             maps[name] = maps.get(name, LinearMap())._replace(**{part: value})
         return maps
 
+    @property
+    def num_experts(self):
+        return next(iter(self.maps.values())).kernel.shape[0]
+
 
 class Network(NamedTuple):
     """A traced network without its weights. Hashable: equal networks share compiled programs."""
@@ -129,9 +133,8 @@ class Network(NamedTuple):
 
     def run_on_all(self, problem):
         """Return the outputs (T, E, D') of all experts for each token: products of whole stacks."""
-        maps = problem.maps
-        part = AllTokens(problem.tokens, next(iter(maps.values())).kernel.shape[0])
-        outputs = self.function(part.rows, Linear(part, maps, part.rows))
+        part = AllTokens(problem.tokens, problem.num_experts)
+        outputs = self.function(part.rows, Linear(part, problem.maps, part.rows))
         return ops.transpose(part.by_expert(outputs), (1, 0, 2))
 
 
