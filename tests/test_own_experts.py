@@ -126,6 +126,49 @@ def test_products_take_expanded_gradients(use_bias):
         assert_close(ours[name], expected)
 
 
+class Ends(layers.StackedExperts):
+    """A bank whose network ends in a function of its last map's outputs, or of its inputs."""
+
+    def __init__(self, num_experts, end, **kwargs):
+        super().__init__(num_experts, **kwargs)
+        self.end = end
+
+    def widths(self, features):
+        return {"up": (features, features), "down": (features, features)}
+
+    def network(self, rows, linear):
+        return self.end(linear, ops.tanh(linear("up", rows)), rows)
+
+
+def dropped(linear, hidden, rows):
+    return linear.dropout(linear("down", hidden), 0.5)
+
+
+def of_constants(linear, hidden, rows):
+    return linear("down", ops.floor(4 * hidden))
+
+
+@pytest.mark.parametrize("end", [dropped, of_constants])
+def test_gradients_are_right_whatever_a_network_ends_in(end):
+    model = keras.Sequential([keras.Input((D,)), mixture_of(Ends(E, end))])
+    ours = gradients(model, normal(T, D), training=True)
+    with any_derivative():
+        plain = gradients(model, normal(T, D), training=True)
+    for name, expected in plain.items():  # None if there is none
+        assert_close(ours[name], np.zeros_like(ours[name]) if expected is None else expected)
+
+
+@pytest.mark.backends("torch")
+def test_what_linear_returns_is_not_written_into():
+    def residual(linear, hidden, rows):
+        outputs = linear("down", hidden)
+        outputs += rows
+        return outputs
+
+    with pytest.raises(ValueError, match="must not write into what `linear` returns"):
+        mixture_of(Ends(E, residual))(ops.ones((2, D)))
+
+
 def mixture_of(bank, router="top_k"):
     keras.utils.set_random_seed(0)
     layer = layers.MixtureOfExperts(bank, router, ())

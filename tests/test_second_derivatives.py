@@ -216,9 +216,12 @@ def test_transformations_of_torch():
             transform(plain)(x[None])
     with torch.no_grad(), pytest.raises(RuntimeError, match="storage"):
         torch.vmap(plain)(x[None])
-    with forward_ad.dual_level(), torch.no_grad():
-        with pytest.raises(NotImplementedError, match="forward AD"):
-            plain(forward_ad.make_dual(x, direction))
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(x, direction)
+        with pytest.raises(RuntimeError, match="jvp"):
+            plain(dual)
+        with torch.no_grad():  # Each operation by itself has one.
+            assert_close(forward_ad.unpack_dual(plain(dual)).tangent, change)
 
 
 @pytest.mark.backends("tensorflow")

@@ -267,8 +267,8 @@ class Backend:
             return values
         return self.masked_fill(values, indices < 0, number)
 
-    # Accelerators never store one-hot rows, and the gradient of a choice by one is a product, where
-    # a gather's is a scatter. A CPU would store the rows.
+    # XLA on accelerators never stores one-hot rows, and the gradient of a choice by one is a
+    # product, where a gather's is a scatter. A CPU would store the rows.
 
     def take_columns(self, matrix, columns):
         """Return entries (T, K) of a matrix (T, E) at columns (T, K); 0 for invalid columns."""

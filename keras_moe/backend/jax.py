@@ -26,7 +26,8 @@ class JaxBackend(StaticBackend):
 
     def platform_of(self, tensor):
         # Not that of each program: JAX would trace all of them for each platform.
-        return named_platform() or jax.default_backend()
+        device = jax.config.jax_default_device
+        return named_platform() or getattr(device, "platform", None) or jax.default_backend()
 
     def run(self, network, problem, kernel=None):
         shards = self.devices.token_shards()

@@ -72,13 +72,15 @@ class TensorFlowBackend(StaticBackend):
         return function(*map(tf.convert_to_tensor, tf.nest.flatten(inputs)))
 
     def vjp(self, function, inputs):
-        with tf.GradientTape() as tape:
+        with tf.GradientTape(persistent=True) as tape:
             tape.watch(inputs)
             output, others = function(*inputs)
+            recorded = tf.identity(inputs[0])
 
         def pullback(cotangent):
             gradients = tape.gradient(output, inputs, output_gradients=cotangent)
-            if all(gradient is None for gradient in gradients):
+            has_none = all(gradient is None for gradient in gradients)
+            if has_none and tape.gradient(recorded, inputs[0]) is None:
                 raise NotImplementedError(
                     "Networks of experts must have a gradient that a `tf.GradientTape` records. "
                     "Received: none. Under `tf.autodiff.ForwardAccumulator`, where tapes record "

@@ -68,7 +68,7 @@ class Chunks(Parts):
 
     def sum_rows(self, rows_of_parts, width, weights):
         # Each chunk's rows are added while they are in the cache, and then freed.
-        sums = torch.zeros((self.plan.num_tokens, width))
+        sums = self._tokens[0].new_zeros((self.plan.num_tokens, width), dtype=torch.float32)
         weights = itertools.repeat(None) if weights is None else self.of_assignments(weights)
         for rows, token, weight in zip(rows_of_parts, self._tokens, weights):
             sums.index_add_(0, token, rows.float() if weight is None else rows.float() * weight)
@@ -122,7 +122,7 @@ class _Groups:
             bias = torch.nn.functional.pad(bias, (0, 0, 0, 1))
             return products + bias.index_select(0, self._group_of_row)
         *groups, others = split(rows, self.numbers)
-        biases = itertools.repeat(None) if bias is None else bias
+        biases = itertools.repeat(None) if bias is None else bias.unbind()
         products = [
             _multiply(kernels.apply(operator.itemgetter(place)), group, own_bias, transposed)
             for place, (group, own_bias) in enumerate(zip(groups, biases))
@@ -161,7 +161,8 @@ class _Chunk(_Groups):
         self.numbers = [*numbers, 0]
 
     def row_numbers(self):
-        return torch.arange(self.num_rows, dtype=torch.int32) + self._start
+        rows = torch.arange(self.num_rows, dtype=torch.int32, device=self.sizes.device)
+        return rows + self._start
 
     def is_one_product(self, *tensors, bias=None):
         # An operation on zero rows costs as much as on a few. Of large groups a bias is cheaper

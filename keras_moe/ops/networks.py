@@ -171,7 +171,8 @@ class Linear:
         if not 0 <= rate < 1:
             raise ValueError(f"`rate` must be at least 0 and below 1. Received: rate={rate}")
         if self._key is None or not rate:
-            return rows
+            # In a trace another tensor: what is dropped at the end is no output of the last map.
+            return rows * 1 if rate and isinstance(self._part, _TracedPart) else rows
         # By a key and the numbers of the rows, draws are the same in both passes.
         return drop(rows, rate, self._part.row_numbers(), self._key + self.num_dropouts)
 
@@ -191,6 +192,12 @@ def _traced(function, features, widths):
         part = _TracedPart()
         linear = Linear(part, maps, rows)
         outputs = function(rows, linear)
+        # PyTorch counts how often a tensor was written into.
+        if any(getattr(each, "_version", 0) for each in linear.outputs.values()):
+            raise ValueError(
+                "A network must not write into what `linear` returns: `y = y + x`, not `y += x`. "
+                f"Received: the outputs of one of {part.calls} are written into"
+            )
         is_last = bool(part.calls) and outputs is linear.outputs[part.calls[-1]]
         found.update(names=part.calls, is_last=is_last, has_dropout=linear.num_dropouts > 0)
         return outputs
