@@ -412,8 +412,10 @@ def test_what_was_noted_of_integers_holds_until_they_change():
     assert backend.mark_complete(integers, 3) is integers
     assert backend.is_complete(integers, 3) and not backend.is_complete(integers, 2)
     assert not backend.is_complete(integers + 0, 3)
+    assert not backend.is_written(integers)
     integers[0] = -1
     assert not backend.is_complete(integers, 3)
+    assert backend.is_written(integers)
     assert not backend.is_complete(backend.mark_complete(ops.zeros((0,), "bool")))
 
 

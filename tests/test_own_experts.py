@@ -169,6 +169,18 @@ def test_what_linear_returns_is_not_written_into():
         mixture_of(Ends(E, residual))(ops.ones((2, D)))
 
 
+@pytest.mark.backends("torch")
+def test_the_first_call_of_a_network_may_be_in_inference_mode():
+    import torch
+
+    def scaled(linear, hidden, rows):
+        return 2 * linear("down", hidden)
+
+    with torch.inference_mode():
+        outputs = layers.MixtureOfExperts(Ends(E, scaled))(ops.ones((2, D)))
+    assert outputs.shape == (2, D)
+
+
 def mixture_of(bank, router="top_k"):
     keras.utils.set_random_seed(0)
     layer = layers.MixtureOfExperts(bank, router, ())

@@ -261,6 +261,10 @@ class Backend:
         """Return True if this was noted, for this bound or a lower one."""
         return False
 
+    def is_written(self, tensor):
+        """Return True if something was written into a tensor, where frameworks have that."""
+        return False
+
     def fill_unserved(self, values, indices, number):
         """Return the values, with a number in place of those whose index is negative."""
         if self.is_complete(indices):

@@ -1,4 +1,4 @@
-"""Chunks of experts and tiles of rows, for XLA, and for integer kernels in TensorFlow's graphs.
+"""Chunks of experts and tiles of rows, for XLA, and for kernels that TensorFlow's graphs convert.
 
 The first rows of all experts are batched products, some experts at a time: a chunk, in which each
 has as many rows. Then there is one loop over the experts that have more rows, and in it one over

@@ -152,6 +152,9 @@ class TorchBackend(Backend):
         version, own_bound = getattr(tensor, "complete", (None, 0))
         return version is not None and version == tensor._version and own_bound <= bound
 
+    def is_written(self, tensor):
+        return not tensor.is_inference() and tensor._version > 0
+
     def count_integers(self, integers, number):
         # One more count, of all others.
         places = integers.reshape(-1).clamp(-1, number).to(torch.int64) % (number + 1)

@@ -171,8 +171,7 @@ class Linear:
         if not 0 <= rate < 1:
             raise ValueError(f"`rate` must be at least 0 and below 1. Received: rate={rate}")
         if self._key is None or not rate:
-            # In a trace another tensor: what is dropped at the end is no output of the last map.
-            return rows * 1 if rate and isinstance(self._part, _TracedPart) else rows
+            return rows
         # By a key and the numbers of the rows, draws are the same in both passes.
         return drop(rows, rate, self._part.row_numbers(), self._key + self.num_dropouts)
 
@@ -189,11 +188,11 @@ def _traced(function, features, widths):
     found: dict = {}
 
     def trace(rows):
-        part = _TracedPart()
-        linear = Linear(part, maps, rows)
+        part = _TracedPart(rows)
+        # With a key, as in training: outputs that are dropped are not those of the last map.
+        linear = Linear(part, maps, rows, key=ops.zeros((2,), "int32"))
         outputs = function(rows, linear)
-        # PyTorch counts how often a tensor was written into.
-        if any(getattr(each, "_version", 0) for each in linear.outputs.values()):
+        if any(map(backend.is_written, linear.outputs.values())):
             raise ValueError(
                 "A network must not write into what `linear` returns: `y = y + x`, not `y += x`. "
                 f"Received: the outputs of one of {part.calls} are written into"
@@ -219,8 +218,11 @@ def _traced(function, features, widths):
 class _TracedPart:
     """A part whose products are zeros: a network is traced with it for its calls and shapes."""
 
-    def __init__(self):
-        self.calls = []
+    def __init__(self, rows):
+        self.calls, self._num_rows = [], rows.shape[0]
+
+    def row_numbers(self):
+        return ops.arange(self._num_rows, dtype="int32")
 
     def product(self, rows, kernel, bias):
         name, fan_in, fan_out = kernel
