@@ -105,7 +105,7 @@ train(model, 4e-3)
 
 `upcycle` changes the model it is given, so a copy of the dense one is made first. With
 `granularity=2` an expert is half of a copy of the dense layer, and each word goes to two experts.
-So a word costs as much as with the dense layer. At first the outputs are those of the dense model.
+So a word costs as much as with the dense layer. At first both models have the same outputs.
 """
 
 dense = keras.models.clone_model(model)

@@ -41,8 +41,8 @@ NUM_WRITTEN = 24
 ## Weights and tokenizer
 
 A GGUF file contains the sizes, weights and vocabulary of a model. Its kernels have the shape
-(outputs, inputs); those of KerasHub have (inputs, outputs). In a GGUF file the rows of queries and
-keys alternate between the two rotary halves. KerasHub stores one half after the other.
+(outputs, inputs), and KerasHub's (inputs, outputs). In a GGUF file the rows of queries and keys
+alternate between the two rotary halves. KerasHub stores one half after the other.
 """
 
 
