@@ -90,8 +90,8 @@ def main(arguments=None):
     if options.compare:
         mixture, dense, _ = results.values()
         active = [f"{runs[0]['active_parameters']:,}" for runs in (mixture, dense)]
-        print("On a phrase work {} weights of the mixture, {} of the dense model,".format(*active))
-        print("besides the rows of its words.")
+        print("For a phrase, {} weights of the mixture are used and {}".format(*active))
+        print("of the dense model, besides the embeddings of its words.")
         print(verdict(mixture, dense, len(data.splits[0].texts)))
     print(f"\nA page about the experts: {page}\nPlots and results: {options.output}")
     return report
