@@ -164,15 +164,17 @@ def saved_and_loaded(model, folder):
     return keras.saving.load_model(folder / "model.keras")
 
 
-def assert_close(actual, expected, scale=None, tolerance=1e-5):
-    """Equal up to `tolerance` of the largest expected entry, or of `scale` where entries cancel."""
+def assert_close(actual, expected, scale=None, tolerance=1e-5, message=""):
+    """Equal up to `tolerance` of the largest expected entry, or of `scale` where entries cancel.
+
+    A failure shows the message.
+    """
     expected = np.asarray(expected, "float64")
     assert np.shape(actual) == expected.shape
     if scale is None:
         scale = np.max(np.abs(expected), initial=0.0)
-    np.testing.assert_allclose(
-        np.asarray(actual, "float64"), expected, rtol=0, atol=tolerance * scale
-    )
+    actual, limit = np.asarray(actual, "float64"), tolerance * scale
+    np.testing.assert_allclose(actual, expected, rtol=0, atol=limit, err_msg=message)
 
 
 def _on_arrays(function):

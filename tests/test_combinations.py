@@ -472,9 +472,7 @@ def assert_losses(added, expected):
     # NumPy adds them: twice, on a busy machine, the sum that JAX added operation by operation was
     # wrong by the value of one of them, and right when the same case ran again.
     values = [float(array(loss)) for loss in added]
-    np.testing.assert_allclose(
-        sum(values), expected, rtol=0, atol=3e-5 * max(1.0, abs(expected)), err_msg=str(values)
-    )
+    assert_close(sum(values), expected, max(1, abs(expected)), 3e-5, str(values))
 
 
 def dense(routing, num_experts):
