@@ -43,6 +43,8 @@ def pytest_configure(config):
         "ignore:In the future `np.object` will be defined:FutureWarning",
         # Keras's own `fit` on JAX 0.12 with labels of int64.
         "ignore:Explicitly requested dtype int64 requested in ShapeDtypeStruct:UserWarning",
+        # A program that another worker still writes (`share_programs`): JAX compiles it.
+        "ignore:Error reading persistent compilation cache entry:UserWarning",
         # Small tests of routers whose experts choose among the tokens of a batch.
         "ignore:Experts choose among all samples:UserWarning",
     ):
