@@ -125,7 +125,7 @@ def small_tiles(monkeypatch):
         from keras_moe.backend import jax as jax_backend
 
         compute = jax_backend.run_compiled.__wrapped__
-        program = jax.jit(lambda *inputs: compute(*inputs), static_argnums=(0, 1, 2))
+        program = jax.jit(lambda *inputs: compute(*inputs), static_argnums=(0, 1, 2, 3))
         monkeypatch.setattr(jax_backend, "run_compiled", program)
 
 

@@ -15,6 +15,7 @@ from backends import BACKEND, FAST_MODE, MODES, assert_close, compiled, differen
 from keras import ops
 from test_second_derivatives import derivatives
 
+from keras_moe import layers
 from keras_moe.backend import backend
 from keras_moe.backend.base import Backend, Devices
 from keras_moe.backend.layouts import AllRows
@@ -366,27 +367,33 @@ def test_a_program_says_what_it_is(mode):
     assert seen[-1] == (BACKEND == "jax" or mode == "xla", False)
 
 
-def test_a_network_runs_on_its_platform():
+def test_a_network_runs_in_a_layout_on_the_platform_of_its_tokens():
     class Network:
-        def run(self, platform, problem):
-            return problem.tokens + (1 if platform in ("cpu", "gpu", "tpu") else 0)
+        def forward(self, layout, inputs, context, save=False):
+            assert layout.args == (backend, backend.platform_of(inputs[0]))
+            return inputs[0] + 1, ()
 
-    problem = Problem(ops.zeros(3), None, {}, {}, None)
-    assert_close(ops.convert_to_numpy(backend.run(Network(), problem)), np.ones(3))
+        backward = forward  # which nothing asks for
+
+    trained = {("up", "kernel"): ops.zeros((1, 3, 3))}
+    plan = GroupedPlan.of(ops.zeros((2, 1), "int32"), ops.ones((2, 1)), 1)
+    problem = Problem(ops.zeros((2, 3)), plan.weights, trained, {}, plan)
+    assert_close(ops.convert_to_numpy(backend.run(Network(), problem)), np.ones((2, 3)))
 
 
-def test_a_layout_that_the_framework_differentiates_is_asked_for():
+def test_derivatives_of_any_order_have_a_layout_of_their_own():
     trained = {("up", "kernel"): ops.zeros((1, 4, 2**20))}
     plan = GroupedPlan.of(ops.zeros((2, 1), "int32"), ops.ones((2, 1)), 1)
     problem = Problem(ops.zeros((2, 4)), plan.weights, trained, {}, plan)
-    assert backend.differentiable_layout(problem, "cpu") is None
+    assert not backend.layout(problem, "cpu").is_differentiable
     with any_derivative():
-        assert isinstance(backend.differentiable_layout(problem, "cpu"), AllRows)
+        assert backend.layout(problem, "cpu") is AllRows
 
 
 def test_one_device_has_no_others():
     assert backend.devices.num_replicas() == 1
     assert backend.devices.expert_processes() is None and backend.devices.token_shards() is None
+    assert backend.devices.sharing(layers.LinearExperts(2, 1)) is None
     layer = keras.layers.Dense(1)
     backend.devices.separate_losses(layer)
     layer.add_loss(ops.ones(()))

@@ -1,6 +1,7 @@
 """The interface to a framework."""
 
 import contextlib
+import functools
 import itertools
 import math
 import threading
@@ -126,13 +127,19 @@ class Backend:
 
     # Programs
 
-    def run(self, network, problem, kernel=None):
-        """Return `network.run(platform, problem)`, computed by all devices that share the experts.
+    def run(self, network, problem, platform=None):
+        """Return the weighted sums (T, D') of an `ops.networks.Network`, computed on this device.
 
-        `kernel` is a stacked variable (E, D, H) of the bank, which is split over devices as all of
-        them are. None: the whole problem is computed here.
+        It is compiled for a platform; None: that of the tokens.
         """
-        return network.run(self.platform_of(problem.tokens), problem)
+        platform = platform or self.platform_of(problem.tokens)
+        layout_class = self.layout(problem, platform)
+        layout = functools.partial(layout_class, self, platform)
+        forward = functools.partial(network.forward, layout)
+        if layout_class.is_differentiable:
+            return forward(problem[:3], problem[3:])[0]
+        backward = functools.partial(network.backward, layout)
+        return self.differentiable(forward, backward, problem[:3], problem[3:])
 
     def jit_when_eager(self, function):
         """On JAX, compile an eager call as one program instead of one for each operation.
@@ -160,7 +167,7 @@ class Backend:
 
         Args:
             forward: `forward(inputs, context, save)` returns `(output, saved)`. If `save` is
-                False, no backward pass follows.
+                False, no backward pass follows, and `saved` is `()`.
             backward: `backward(inputs, context, saved, gradient)` returns the gradients.
         """
         raise NotImplementedError
@@ -209,12 +216,11 @@ class Backend:
         return ops.matmul(left, ops.transpose(right) if transposed else right)
 
     def layout(self, problem, platform):
-        """Return the layout of the rows of an `ops.networks.Problem`, see `layouts`."""
-        raise NotImplementedError
+        """Return the class of the layout of an `ops.networks.Problem`, see `layouts`.
 
-    def differentiable_layout(self, problem, platform):
-        """Return a layout whose operations the framework differentiates, or None for `layout`."""
-        return AllRows(self, problem, platform) if is_any_derivative() else None
+        Inside of `any_derivative` it is `AllRows`, whose operations have all derivatives.
+        """
+        return AllRows
 
     # Rows, choices and counts
 
@@ -349,6 +355,13 @@ class Devices:
         """Return the `jax_sharding.Shards` of a batch of tokens; None on one device."""
         return None
 
+    def sharing(self, bank):
+        """Return the devices that share the tokens and perhaps the experts of a bank, or None.
+
+        Their `run(run, network, problem)` is `Backend.run` on all of them, by `run` on each.
+        """
+        return None
+
 
 def _gelu(x):
     """The exact GELU by `erf`. By `erfc` it is slower on CPUs, and `tf2onnx` cannot write it."""
@@ -396,9 +409,10 @@ class StaticBackend(Backend):
 
     def layout(self, problem, platform):
         # On a GPU a loop over few rows takes longer than copies of the kernels of their experts.
-        if platform == "cpu" or (platform == "gpu" and tiles.num_wide_rows(problem, platform)):
-            return tiles.ChunksAndTiles(self, problem, platform)
-        return AllRows(self, problem, platform)
+        has_tiles = platform == "gpu" and tiles.num_wide_rows(problem, platform)
+        if (platform == "cpu" or has_tiles) and not is_any_derivative():
+            return tiles.ChunksAndTiles
+        return AllRows
 
     def slice_at(self, tensor, start, shape):
         """Return the slice of a tensor at indices `start`, of a static shape."""

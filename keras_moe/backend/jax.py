@@ -5,7 +5,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from keras_moe.backend import jax_derivatives, jax_mesh, jax_sharding
+from keras_moe.backend import jax_derivatives, jax_sharding
 from keras_moe.backend.base import (
     StaticBackend,
     is_any_derivative,
@@ -27,13 +27,12 @@ class JaxBackend(StaticBackend):
     def platform_of(self, tensor):
         # Not that of each program: JAX would trace all of them for each platform.
         device = jax.config.jax_default_device
+        device = jax.devices(device)[0] if isinstance(device, str) else device
         return named_platform() or getattr(device, "platform", None) or jax.default_backend()
 
-    def run(self, network, problem, kernel=None):
-        shards = self.devices.token_shards()
-        if shards is not None and kernel is not None:
-            return jax_mesh.run(network, problem, shards, kernel)
-        return run_compiled(network, self.platform_of(problem.tokens), is_any_derivative(), problem)
+    def run(self, network, problem, platform=None):
+        platform = platform or self.platform_of(problem.tokens)
+        return run_compiled(super().run, network, platform, is_any_derivative(), problem)
 
     def jit_when_eager(self, function):
         # JAX would compile each operation alone, for each shape: some hundred programs at the first
@@ -99,10 +98,10 @@ class JaxBackend(StaticBackend):
 
 
 # Outside `jit` JAX would compile each loop again at every call.
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def run_compiled(network, platform, any_derivative, problem):
-    """`network.run` as a program, one for each platform, and for `any_derivative`."""
-    return network.run(platform, problem)
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
+def run_compiled(run, network, platform, any_derivative, problem):
+    """`Backend.run` as a program, one for each platform, and for `any_derivative`."""
+    return run(network, problem, platform)
 
 
 def _has_tpu_kernels(platform, rows):

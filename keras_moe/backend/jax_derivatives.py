@@ -10,20 +10,17 @@ def differentiable(forward, backward, inputs, context):
     if is_any_derivative():
         return forward(inputs, context, save=False)[0]
 
-    # The context is an argument: the rules may run in another trace than this one.
-    @jax.custom_vjp
-    def function(inputs, context):
-        return forward(inputs, context, save=False)[0]
-
-    def run_forward(inputs, context):
+    def run_forward(inputs, context, save):
         output, saved = forward(inputs, context, save=True)
-        return _once(output), (inputs, context, saved)
+        return (_once(output), ()), (inputs, context, saved)
 
-    def run_backward(residuals, upstream):
-        return _once(backward(*residuals, upstream)), None
+    def run_backward(save, residuals, upstream):
+        return _once(backward(*residuals, upstream[0])), None
 
+    # The context is an argument: the rules may run in another trace than this one.
+    function = jax.custom_vjp(forward, nondiff_argnums=(2,))
     function.defvjp(run_forward, run_backward)
-    return function(inputs, context)
+    return function(inputs, context, False)[0]
 
 
 @jax.custom_jvp

@@ -24,20 +24,15 @@ import jax.numpy as jnp
 from jax import lax
 
 from keras_moe.backend import jax_derivatives
-from keras_moe.backend.base import is_any_derivative, named_platform, other_key
+from keras_moe.backend.base import is_any_derivative, other_key
 from keras_moe.backend.padded import interval
 
 
-def run(network, problem, shards, kernel):
-    """`network.run` on all devices; `kernel` is a variable (E, D, H) whose split all maps share."""
-    platform = named_platform() or shards.platform
-    axis = shards.axis_of(kernel)
-    return _run(network, platform, shards, axis, is_any_derivative(), problem)
-
-
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3, 4))
-def _run(network, platform, shards, expert_axis, any_derivative, problem):
-    run, plan = functools.partial(network.run, platform), problem.plan
+def run(run, network, platform, shards, any_derivative, problem):
+    """`run(network, problem, platform)` on all devices; `shards` splits all maps alike."""
+    run, plan = functools.partial(run, network, platform=platform), problem.plan
+    expert_axis = shards.expert_axis
     num_tokens, tokens_cross = problem.tokens.shape[0], expert_axis in shards.axes
 
     def on_device(tokens, weights, trained, frozen, experts, key):

@@ -9,15 +9,17 @@ import jax.numpy as jnp
 import keras
 from jax.sharding import PartitionSpec
 
-from keras_moe.backend.base import Devices
+from keras_moe.backend import jax_mesh
+from keras_moe.backend.base import Devices, is_any_derivative, named_platform
 
 
 @dataclasses.dataclass(frozen=True)
 class Shards:
-    """Mesh axes over which tokens are sharded; hashable, for `jax.jit`."""
+    """Mesh axes over which tokens are sharded, and experts, or None; hashable, for `jax.jit`."""
 
     mesh: Any
     axes: tuple
+    expert_axis: Any = None
 
     @property
     def number(self):
@@ -29,16 +31,22 @@ class Shards:
         """Platform of the devices: "cpu", "gpu" or "tpu"."""
         return self.mesh.devices.flat[0].platform
 
-    def axis_of(self, variable):
-        """Return the mesh axis that shards the first axis of a variable, or None."""
-        # No public name has it: a traced value has no sharding, and the variable may have been made
-        # under another distribution.
+    def of_bank(self, bank):
+        """Return the shards with the axis that shards the experts of a bank."""
+        # All stacks of a bank have the same. No public name has it: a traced value has no sharding,
+        # and the variable may have been made under another distribution.
+        variable = bank.projections[0].kernel
         layout = getattr(variable, "_layout", None)
         if layout is None or layout.device_mesh.backend_mesh != self.mesh:
             rule = "The distribution must be set before a layer is built or loaded"
             made = "before" if layout is None else "under another distribution"
             raise ValueError(f"{rule}. Received: {variable.path!r}, made {made}")
-        return layout.axes[0]
+        return dataclasses.replace(self, expert_axis=layout.axes[0])
+
+    def run(self, run, network, problem):
+        """See `Devices.sharing`."""
+        platform = named_platform() or self.platform
+        return jax_mesh.run(run, network, platform, self, is_any_derivative(), problem)
 
     def on_each_device(self, function, arguments, axes):
         """Call `function(*arguments)` on each device's shards; concatenate the results as tokens.
@@ -72,3 +80,7 @@ class JaxDevices(Devices):
             return None
         axes = getattr(distribution, "token_axes", (distribution.batch_dim_name,))
         return Shards(distribution.device_mesh.backend_mesh, tuple(axes))
+
+    def sharing(self, bank):
+        shards = self.token_shards()
+        return None if shards is None else shards.of_bank(bank)

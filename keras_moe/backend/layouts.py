@@ -1,9 +1,7 @@
-"""Layouts: the rows of all groups in one part or in several.
+"""Layouts: the rows of a plan in one part or in several, on which a network runs.
 
-A layout has one method that computes, `run`: see `Parts.run`. A buffer stores one vector for each
-row of the plan; each layout stores it in its own way. `of_assignments` makes one from values of
-assignments (T, K), and `at_assignments` is the inverse. Each part has `product(rows, kernels,
-bias=None, transposed=False)` of its rows, and, but for `AllTokens`, `row_numbers()`, (n,) int32.
+What a network computes begins with empty sums, buffers and gradients, to which each part adds. A
+buffer stores one vector for each row. `AllRows` explains all methods; the others have the same.
 """
 
 from typing import Any
@@ -13,84 +11,56 @@ from keras import ops
 from keras_moe.backend import padded
 
 
-class Parts:
-    """Abstract: a list of one or more `parts`, run one after the other; a buffer lists their rows.
+class Layout:
+    """Abstract: `layout(backend, platform, problem)` divides the rows of a problem into parts."""
 
-    `to_buffer` makes one from rows (R, W), and `to_rows` is the inverse. `gather(tokens)` returns a
-    buffer with the token of each row. The gradient of a trained tensor (E, ...) starts as
-    `empty(tensor)`. Each part's `gradient(field, left, right, total)` adds its share to the total
-    and returns it.
+    # Whether the framework differentiates what the parts compute: there is no backward pass then.
+    is_differentiable = False
+    plan: Any
+
+    def assignments(self):
+        """Return a number for each assignment, without any yet."""
+        return ops.zeros((ops.size(self.plan.experts),), "float32")
+
+    def at_assignments(self, values):
+        """Return these numbers as (T, K)."""
+        return ops.transpose(ops.reshape(values, ops.shape(self.plan.experts)[::-1]))
+
+
+class AllRows(Layout):
+    """One part with all rows, for products whose sizes stay on the device.
+
+    The layout and its part are one object. As there is one part, it adds to nothing.
     """
 
-    plan: Any
-    parts: Any
-    gather: Any
-    empty: Any
-    to_buffer: Any
-    to_rows: Any
-
-    def of_assignments(self, values):
-        return self.to_buffer(ops.expand_dims(self.plan.weight_of_row(values), 1))
-
-    def at_assignments(self, buffer):
-        return self.plan.at_assignments(self.to_rows(buffer)[:, 0])
-
-    def run(self, function, maps, by_token, by_row, widths, trained, weights=None):
-        """Run a function on each part.
-
-        Return float32 sums (T, W) of the rows of each token, a list of buffers, and the gradients
-        of `trained`.
-
-        Args:
-            function: `function(part, maps, *rows)` returns a list of rows (n, W), of which the
-                first are summed and the others saved in buffers, and {(name, field): (left,
-                right)}, factors of the gradients of `trained`.
-            maps: {name: `LinearMap`} of all experts.
-            by_token: tensors (T, D). The function gets the token of each of the part's rows.
-            by_row: buffers. The function gets the part's rows.
-            widths: W of the rows in the list; None if a buffer has values of assignments.
-            trained: {(name, field): tensor}, of the fields of a `LinearMap`.
-            weights: (T, K), of the rows in the sums; None: 1.
-        """
-        totals = {key: self.empty(tensor) for key, tensor in trained.items()}
-        all_saved = []
-
-        def summed():
-            # Each part's gradients are in place before the next part's are computed.
-            for part, *rows in zip(self.parts, *map(self.gather, by_token), *by_row):
-                (outputs, *saved), factors = function(part, maps, *rows)
-                all_saved.append(saved)
-                for (name, field), total in totals.items():
-                    totals[name, field] = part.gradient(field, *factors[name, field], total)
-                yield outputs
-
-        sums = self.sum_rows(summed(), widths[0], weights)
-        return sums, [list(rows) for rows in zip(*all_saved)], totals
-
-    def sum_rows(self, rows_of_parts, width, weights):
-        """Return float32 sums (T, width) of the rows of each token, weighted by (T, K) or by 1."""
-        return self.plan.sum_rows(self.to_rows(list(rows_of_parts)), weights)
-
-
-class AllRows(Parts):
-    """One part with all rows, for products whose sizes stay on the device."""
-
-    def __init__(self, backend, problem, platform):
+    def __init__(self, backend, platform, problem):
         plan = problem.plan
-        self.backend, self.platform, self.parts, self.plan = backend, platform, [self], plan
+        self.backend, self.platform, self.plan, self.problem = backend, platform, plan, problem
         self.sizes, self.num_rows = plan.sizes, plan.num_rows()
-        self.token_of_row = plan.token_of_row()
 
-    def gather(self, tokens):
-        return [self.backend.gather_rows(tokens, self.token_of_row)]
+    # The layout
 
-    def to_buffer(self, rows):
-        return [rows]
+    def for_each_part(self, function, maps, carry):
+        """Call `carry = function(part, maps, carry)` for each part, and return the last carry.
 
-    def to_rows(self, buffer):
-        return buffer[0]
+        `maps` is {name: `LinearMap`}, of all experts; the function gets those of the part.
+        """
+        return function(self, maps, carry)
+
+    def sums(self, width):
+        """Return sums (T, width), float32, without any row yet."""
+
+    def buffer(self, width):
+        """Return a buffer for vectors of a width."""
+
+    def gradient(self, trained):
+        """Return a gradient of a tensor (E, ...), without any row yet."""
+        return trained  # of which only the dtype is used
+
+    # A part with n rows
 
     def product(self, rows, kernels, bias=None, transposed=False):
+        """Multiply rows (n, D) by the kernels of their experts, or the transposes: (n, H)."""
         products = self.backend.product(rows, kernels, self.sizes, transposed, self.platform)
         if bias is None:
             return products
@@ -102,21 +72,47 @@ class AllRows(Parts):
         return products + ops.cast(self.backend.gather_rows(bias, self._experts()), rows.dtype)
 
     def row_numbers(self):
+        """Return the number in the plan of each row, (n,) int32. Random draws go by them."""
         return ops.arange(self.num_rows, dtype="int32")
+
+    def gather(self, tokens):
+        """Return the token of each row, (n, D), of tokens (T, D)."""
+        return self.backend.gather_rows(tokens, self.plan.token_of_row())
+
+    def weights(self):
+        """Return the combine weight of each row, (n, 1) float32."""
+        return ops.expand_dims(self.plan.weight_of_row(self.problem.weights), 1)
+
+    def read(self, buffer):
+        """Return the rows (n, W) of a buffer."""
+        return buffer
+
+    def write(self, buffer, rows):
+        """Write rows (n, W) into a buffer; return it, as all of the following do."""
+        return rows
+
+    def add_to_sums(self, sums, rows, weighted=False):
+        """Add rows (n, W) to the sums of their tokens."""
+        return self.plan.sum_rows(rows, self.problem.weights if weighted else None)
+
+    def add_to_assignments(self, values, rows):
+        """Add rows (n, 1) to the numbers of their assignments."""
+        return self.plan.at_assignments(rows[:, 0])
+
+    def add_gradient(self, total, field, left, right):
+        """Add to a gradient: `left^T right` of each expert, or of a "bias" the sum of `right`."""
+        if field != "bias":
+            return self.backend.outer(left, right, self.sizes, total.dtype, self.platform)
+        number = self.sizes.shape[0]
+        sums = ops.segment_sum(ops.cast(right, "float32"), self._experts(), number + 1)[:number]
+        return ops.cast(sums, total.dtype)
+
+    def at_assignments(self, values):
+        return values
 
     def _experts(self):
         """Return the expert of each row, (R,) int32; E past the last group."""
         return padded.interval(self.row_numbers(), ops.cumsum(self.sizes))
-
-    def empty(self, trained):
-        return trained
-
-    def gradient(self, field, left, right, trained):
-        if field != "bias":
-            return self.backend.outer(left, right, self.sizes, trained.dtype, self.platform)
-        number = self.sizes.shape[0]
-        total = ops.segment_sum(ops.cast(right, "float32"), self._experts(), number + 1)[:number]
-        return ops.cast(total, trained.dtype)
 
 
 class AllTokens:

@@ -1,5 +1,6 @@
 """TensorFlow primitives."""
 
+import keras
 import optree
 import tensorflow as tf
 
@@ -102,14 +103,16 @@ class TensorFlowBackend(StaticBackend):
     def layout(self, problem, platform):
         if self.needs_static_shapes():
             return super().layout(problem, platform)
-        num_rows, sizes = problem.plan.num_rows(), problem.plan.sizes
-        # Not by the mode: `GradientTape.jacobian` traces the backward pass of an eager call.
-        if platform == "cpu" and tf.is_symbolic_tensor(sizes) and isinstance(num_rows, int):
-            dtypes = {linear.kernel.values.dtype for linear in problem.maps.values()}
-            has_few_rows = num_rows <= problem.plan.num_experts * MAX_CONVERTED_ROWS
-            if dtypes != {problem.tokens.dtype} and has_few_rows:  # as in decoding
-                return ChunksAndTiles(self, problem, platform)
-        return AllRows(self, problem, platform)
+        plan, num_rows = problem.plan, problem.plan.num_rows()
+        most = plan.num_experts * MAX_CONVERTED_ROWS
+        has_few_rows = isinstance(num_rows, int) and num_rows <= most
+        kernels = (linear.kernel.values for linear in problem.maps.values())
+        dtypes = {keras.backend.standardize_dtype(values.dtype) for values in kernels}
+        is_converted = dtypes != {problem.tokens.dtype.name}
+        is_traced = tf.is_symbolic_tensor(plan.sizes) and not is_any_derivative()
+        if platform == "cpu" and is_traced and has_few_rows and is_converted:
+            return ChunksAndTiles  # as in decoding
+        return AllRows
 
     def product(self, rows, kernels, sizes, transposed=False, platform=None):
         if self.needs_static_shapes() or is_any_derivative():

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import keras
 from keras import ops
 
+from keras_moe.backend.layouts import Layout
 from keras_moe.backend.padded import tile_length
 
 # Of all experts together: with so few rows integer kernels are converted in blocks. Each tile of an
@@ -60,10 +61,10 @@ def widest(problem):
     return max(max(linear.kernel.shape[1:]) for linear in problem.maps.values())
 
 
-class ChunksAndTiles:
-    """See `layouts`."""
+class ChunksAndTiles(Layout):
+    """Chunks and tiles; see `layouts.AllRows` for the methods."""
 
-    def __init__(self, backend, problem, platform):
+    def __init__(self, backend, platform, problem):
         plan = problem.plan
         self.backend, self.plan, self.sizes = backend, plan, plan.sizes
         self.num_rows, self.num_experts = plan.num_rows(), plan.sizes.shape[0]
@@ -91,73 +92,54 @@ class ChunksAndTiles:
             self.num_places = max(num_wide + most, self.num_rows)
         self.places = first + ops.cumsum(self.rest) - self.rest
         overrun = max(self.length, self.num_wide)
-        self.assignments = ops.pad(plan.assignment_of_row, (0, overrun))
+        self.assignment_of_row = ops.pad(plan.assignment_of_row, (0, overrun))
+        self.weight_of_assignment = ops.reshape(ops.transpose(problem.weights), (-1,))
 
-    def of_assignments(self, values):
-        return ops.reshape(ops.transpose(values), (-1,))
-
-    def at_assignments(self, buffer):
-        return ops.transpose(ops.reshape(buffer, ops.shape(self.plan.experts)[::-1]))
-
-    def run(self, function, maps, by_token, by_row, widths, trained, weights=None):
+    def for_each_part(self, function, maps, carry):
         entry, length = self.backend.gather_rows, self.length
-        # Reading the kernels of an expert costs as much as a few rows. For a few tokens, as in
-        # decoding, most experts have none.
-        has_rows = self.rest > 0
-        busy_first = ops.cast(ops.argsort(~has_rows), "int32")
-        num_tiles = (self.rest + length - 1) // length
-        weights = None if weights is None else self.of_assignments(weights)
-
-        def compute(part, own_maps, carry):
-            sums, buffers, totals = carry
-            rows = [*map(part.gather, by_token), *map(part.read, by_row)]
-            (summed, *outputs), factors = function(part, own_maps, *rows)
-            sums = part.add_to_tokens(sums, summed, weights)
-            return (
-                sums,
-                list(map(part.write, buffers, outputs)),
-                {
-                    (name, field): part.add_gradient(total, field, *factors[name, field])
-                    for (name, field), total in totals.items()
-                },
-            )
 
         def nth_chunk(number, carry):
             first, size = number * self.chunk_size, self.chunk_size
             own_maps = {name: self._of_experts(each, first, size) for name, each in maps.items()}
             chunk = self._part(first, size, 0, self.num_wide, first * self.num_wide)
-            return compute(chunk, own_maps, carry)
+            return function(chunk, own_maps, carry)
 
-        def group(number, carry):
+        if self.num_wide and self.is_even is True:
+            carry = nth_chunk(0, carry)
+        elif self.num_wide:
+            num_chunks = ops.where(self.is_even, self.num_experts // self.chunk_size, 0)
+            carry = ops.fori_loop(0, num_chunks, nth_chunk, carry)
+
+        # Reading the kernels of an expert costs as much as a few rows. For a few tokens, as in
+        # decoding, most experts have none.
+        has_rows, expert = self.rest > 0, ops.arange(self.num_experts, dtype="int32")
+        # In the order of their groups, as the last tile of each overruns the next group.
+        busy_first = ops.argsort(ops.where(has_rows, expert, expert + self.num_experts))
+        busy_first = ops.cast(busy_first, "int32")
+        num_tiles = (self.rest + length - 1) // length
+
+        def nth_group(number, carry):
             expert = entry(busy_first, number)
             own_maps = {name: self._of_experts(each, expert, 1) for name, each in maps.items()}
 
             def nth_tile(i, carry):
                 skipped = self.num_skipped + i * length
                 place = entry(self.places, expert) + i * length
-                return compute(self._part(expert, 1, skipped, length, place), own_maps, carry)
+                return function(self._part(expert, 1, skipped, length, place), own_maps, carry)
 
             return ops.fori_loop(0, entry(num_tiles, expert), nth_tile, carry)
 
-        def buffer(width):
-            if width is None:
-                return ops.zeros((ops.size(self.plan.experts),), "float32")
-            # The last tile may overrun the rows.
-            return ops.zeros((self.num_places + length, width), self.dtype)
+        return ops.fori_loop(0, ops.sum(ops.cast(has_rows, "int32")), nth_group, carry)
 
-        carry = (
-            ops.zeros((ops.shape(by_token[0])[0], widths[0]), "float32"),
-            list(map(buffer, widths[1:])),
-            {key: ops.zeros(each.shape, "float32") for key, each in trained.items()},
-        )
-        if self.num_wide and self.is_even is True:
-            carry = nth_chunk(0, carry)
-        elif self.num_wide:
-            num_chunks = ops.where(self.is_even, self.num_experts // self.chunk_size, 0)
-            carry = ops.fori_loop(0, num_chunks, nth_chunk, carry)
-        num_busy = ops.sum(ops.cast(has_rows, "int32"))
-        sums, buffers, totals = ops.fori_loop(0, num_busy, group, carry)
-        return sums, buffers, {k: ops.cast(each, trained[k].dtype) for k, each in totals.items()}
+    def sums(self, width):
+        return ops.zeros((ops.shape(self.plan.experts)[0], width), "float32")
+
+    def buffer(self, width):
+        # The last tile may overrun the rows.
+        return ops.zeros((self.num_places + self.length, width), self.dtype)
+
+    def gradient(self, trained):
+        return ops.zeros(trained.shape, "float32")
 
     def _part(self, expert, number, skipped, length, place):
         """Some rows of each of `number` experts from `expert` on, in buffers from `place` on."""
@@ -167,11 +149,11 @@ class ChunksAndTiles:
         )
         rank = skipped + ops.arange(length, dtype="int32")
         row, inside = (ops.reshape(each, (-1,)) for each in (starts + rank, rank < sizes))
-        assignment = self.backend.gather_rows(self.assignments, row)
-        return _Part(self, expert, number, row, assignment, inside, place)
+        assignment = self.backend.gather_rows(self.assignment_of_row, row)
+        return _Part(self, expert, number, row, assignment, ops.expand_dims(inside, 1), place)
 
     def _of_experts(self, linear_map, expert, number):
-        """The linear map of some experts. Cast per expert on use: idle ones are never cast."""
+        """The linear map of some experts. In the loop idle experts are never cast."""
         few_rows = isinstance(self.num_rows, int) and self.num_rows <= MAX_BLOCK_ROWS
         linear_map = linear_map.apply(lambda stack: self._slice(stack, expert, number))
         # Products with int4 are faster without a conversion first, with int8 only for few rows.
@@ -190,7 +172,7 @@ class _Part(NamedTuple):
     number: int  # of experts
     row: Any  # (n,) int32, rows of the plan
     assignment: Any  # (n,) int32
-    inside: Any  # (n,) bool, False past the end of a group
+    inside: Any  # (n, 1) bool, False past the end of a group
     place: Any  # of the first row in buffers
 
     def product(self, rows, kernels, bias=None, transposed=False):
@@ -213,39 +195,38 @@ class _Part(NamedTuple):
         return products if bias is None else products + bias
 
     def row_numbers(self):
-        # Whatever the layout: random draws go by them.
         return self.row
 
     def gather(self, tokens):
         """The tokens of the rows, zeros past the end of the group."""
         return self._mask(self.layout.backend.gather_rows(tokens, self._token()), 0.0)
 
+    def weights(self):
+        layout = self.layout
+        weights = layout.backend.gather_rows(layout.weight_of_assignment, self.assignment)
+        return ops.where(self.inside, ops.expand_dims(weights, 1), 1.0)
+
     def read(self, buffer):
         """The rows of a buffer, ones past the end of the group."""
-        backend = self.layout.backend
-        if len(buffer.shape) == 1:
-            rows = ops.expand_dims(backend.gather_rows(buffer, self.assignment), 1)
-        else:
-            shape = (self.inside.shape[0], buffer.shape[1])
-            rows = backend.slice_at(buffer, (self.place, 0), shape)
+        shape = (self.inside.shape[0], buffer.shape[1])
+        rows = self.layout.backend.slice_at(buffer, (self.place, 0), shape)
         # Not zeros, where an activation may have no derivative: NaN times 0 is NaN.
         return self._mask(rows, 1.0)
 
     def write(self, buffer, rows):
-        backend, rows = self.layout.backend, ops.cast(rows, buffer.dtype)
-        if len(buffer.shape) == 1:
-            return backend.add_at(buffer, self.assignment, ops.where(self.inside, rows[:, 0], 0.0))
-        return ops.slice_update(buffer, (self.place, 0), rows)
+        return ops.slice_update(buffer, (self.place, 0), ops.cast(rows, buffer.dtype))
 
-    def add_to_tokens(self, sums, rows, weights):
-        backend, rows = self.layout.backend, ops.cast(rows, sums.dtype)
-        if weights is not None:
-            rows = rows * ops.expand_dims(backend.gather_rows(weights, self.assignment), 1)
-        rows = ops.where(ops.expand_dims(self.inside, 1), rows, 0.0)
-        return backend.add_at(sums, self._token(), rows)
+    def add_to_sums(self, sums, rows, weighted=False):
+        rows = ops.cast(rows, sums.dtype)
+        rows = rows * self.weights() if weighted else rows
+        return self.layout.backend.add_at(sums, self._token(), ops.where(self.inside, rows, 0.0))
+
+    def add_to_assignments(self, values, rows):
+        added = ops.where(self.inside, rows, 0.0)[:, 0]
+        return self.layout.backend.add_at(values, self.assignment, added)
 
     def add_gradient(self, total, field, left, right):
-        """Add the part's share of a gradient to the entries of the experts, in place under XLA."""
+        # In place under XLA.
         backend, right = self.layout.backend, self._by_expert(right)
         if field == "bias":
             added = ops.sum(ops.cast(right, "float32"), axis=1)
@@ -263,8 +244,7 @@ class _Part(NamedTuple):
 
     def _mask(self, rows, past_end):
         past_end = ops.full((), past_end, self.layout.dtype)
-        inside = ops.expand_dims(self.inside, 1)
-        return ops.where(inside, ops.cast(rows, self.layout.dtype), past_end)
+        return ops.where(self.inside, ops.cast(rows, self.layout.dtype), past_end)
 
 
 def _multiply_in_blocks(backend, rows, kernel):

@@ -47,12 +47,6 @@ class TorchBackend(Backend):
             )
         return without_autocast(tensor)
 
-    def run(self, network, problem, kernel=None):
-        platform = self.platform_of(problem.tokens)
-        if kernel is not None and kernel.shape[0] < problem.plan.num_experts:
-            return self.devices.expert_processes().run(network, platform, problem)
-        return network.run(platform, problem)
-
     def uncompiled(self, function):
         # Dynamo would trace hundreds of small operations for each size of a batch, and give up at
         # sizes of groups, which depend on the tokens.
@@ -95,15 +89,12 @@ class TorchBackend(Backend):
         return torch.cat([left @ block.to(left.dtype) for block in blocks], 1)
 
     def layout(self, problem, platform):
-        if platform == "cpu" and not is_traced():
-            return torch_groups.Chunks(problem)
-        return torch_groups.AllGroups(self, problem, platform)
-
-    def differentiable_layout(self, problem, platform):
-        if torch.is_grad_enabled() and platform == "cpu" and not is_any_derivative():
-            if torch_groups.SmallProblem.serves(problem):
-                return torch_groups.SmallProblem(self, problem, platform)
-        return super().differentiable_layout(problem, platform)
+        if is_any_derivative():
+            return super().layout(problem, platform)
+        if platform != "cpu" or is_traced():
+            return torch_groups.AllGroups
+        is_small = torch.is_grad_enabled() and torch_groups.is_small(problem)
+        return torch_groups.SmallProblem if is_small else torch_groups.Chunks
 
     def gather_rows(self, tensor, indices):
         rows = torch.index_select(tensor, 0, indices.reshape(-1))

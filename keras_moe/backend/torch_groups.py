@@ -8,7 +8,7 @@ import operator
 import torch
 
 from keras_moe.backend.base import split_rows
-from keras_moe.backend.layouts import AllRows, Parts
+from keras_moe.backend.layouts import AllRows, Layout
 
 # So many values outweigh the overhead of a call on a CPU, and still fit into the cache.
 CPU_CHUNK_VALUES = 2**20
@@ -34,47 +34,46 @@ def split(rows, sizes):
     return split_rows(rows, sizes) if torch.jit.is_tracing() else rows.split(sizes)
 
 
-class Chunks(Parts):
+class Chunks(Layout):
     """Neighbouring groups form a chunk: they share all operations, perhaps but their products.
 
-    A chunk has up to `CPU_CHUNK_VALUES` values of the widest map, or one group with rows.
+    A chunk has up to `CPU_CHUNK_VALUES` values of the widest map, or one group with rows. A buffer
+    is a list of the rows of each.
     """
 
-    def __init__(self, problem):
-        self.plan = problem.plan
-        *numbers, self._num_padding = sizes_on_host(self.plan.sizes, self.plan.num_rows())
+    def __init__(self, backend, platform, problem):
+        self.plan = plan = problem.plan
+        *numbers, num_padding = sizes_on_host(plan.sizes, plan.num_rows())
         limit, first_experts, rows = most_rows(problem), [0], 0
         for expert, number in enumerate(numbers):
             if rows and rows + number > limit:
                 first_experts.append(expert)
                 rows = 0
             rows += number
-        starts = [*itertools.accumulate(numbers, initial=0)]
-        self.parts = [
-            _Chunk(self.plan.sizes, first, numbers[first:end], starts[first])
-            for first, end in itertools.pairwise([*first_experts, len(numbers)])
+        spans = [*itertools.pairwise([*first_experts, len(numbers)])]
+        lengths = [sum(numbers[first:end]) for first, end in spans]
+        # Sums by int32 are slow.
+        assignment, weight = plan.assignment_of_row.long(), plan.weight_of_row(problem.weights)
+        of_rows = assignment % plan.num_tokens, assignment, weight.unsqueeze(1)
+        pieces = zip(*(each.split([*lengths, num_padding]) for each in of_rows))
+        starts = itertools.accumulate(lengths, initial=0)
+        self._chunks = [
+            _Chunk(number, slice(*span), plan.sizes, numbers, start, *own)
+            for number, (span, start, own) in enumerate(zip(spans, starts, pieces))
         ]
-        self._tokens = self.to_buffer(self.plan.token_of_row().long())  # Sums by int32 are slow.
 
-    def gather(self, tokens):
-        # Chunk by chunk they stay in the cache.
-        return (tokens.index_select(0, part) for part in self._tokens)
+    def for_each_part(self, function, maps, carry):
+        for chunk in self._chunks:
+            carry = function(chunk, maps, carry)
+        return carry
 
-    def to_buffer(self, rows):
-        return rows.split([*(chunk.num_rows for chunk in self.parts), self._num_padding])[:-1]
+    def sums(self, width):
+        return torch.zeros((self.plan.num_tokens, width), dtype=torch.float32)
 
-    def to_rows(self, buffer):
-        return torch.cat([*buffer, buffer[0].new_zeros((self._num_padding, buffer[0].shape[1]))])
+    def buffer(self, width):
+        return []
 
-    def sum_rows(self, rows_of_parts, width, weights):
-        # Each chunk's rows are added while they are in the cache, and then freed.
-        sums = self._tokens[0].new_zeros((self.plan.num_tokens, width), dtype=torch.float32)
-        weights = itertools.repeat(None) if weights is None else self.of_assignments(weights)
-        for rows, token, weight in zip(rows_of_parts, self._tokens, weights):
-            sums.index_add_(0, token, rows.float() if weight is None else rows.float() * weight)
-        return sums
-
-    def empty(self, trained):
+    def gradient(self, trained):
         return torch.empty_like(trained) if trained.requires_grad else None
 
 
@@ -133,7 +132,7 @@ class _Groups:
         width = kernels.shape[1 if transposed else 2]
         return torch.cat([*products, others.new_zeros((others.shape[0], width))])
 
-    def gradient(self, field, left, right, total):
+    def add_gradient(self, total, field, left, right):
         if total is None:
             return None
         if not self.is_one_product(left, right):
@@ -144,7 +143,7 @@ class _Groups:
             return total
         if field == "bias":
             # Other rows are summed into an expert of their own.
-            sums = torch.zeros((len(self.sizes) + 1, right.shape[1]), device=right.device)
+            sums = right.new_zeros((len(self.sizes) + 1, right.shape[1]), dtype=torch.float32)
             gradients = sums.index_add_(0, self._group_of_row, right.float())[:-1]
         else:
             gradients = torch.nn.functional.grouped_mm(left.T, right, offs=self._ends)
@@ -155,26 +154,46 @@ class _Groups:
 
 
 class _Chunk(_Groups):
-    def __init__(self, all_sizes, first, numbers, start):
-        self.experts = slice(first, first + len(numbers))
-        self.sizes, self.num_rows, self._start = all_sizes[self.experts], sum(numbers), start
-        self.numbers = [*numbers, 0]
+    def __init__(self, number, experts, sizes, numbers, start, token, assignment, weight):
+        self.experts, self.sizes, self.numbers = experts, sizes[experts], [*numbers[experts], 0]
+        self.num_rows, self._number, self._start = len(token), number, start
+        self._token, self._assignment, self._weight = token, assignment, weight
 
     def row_numbers(self):
-        rows = torch.arange(self.num_rows, dtype=torch.int32, device=self.sizes.device)
-        return rows + self._start
+        return torch.arange(self._start, self._start + self.num_rows, dtype=torch.int32)
 
     def is_one_product(self, *tensors, bias=None):
         # An operation on zero rows costs as much as on a few. Of large groups a bias is cheaper
         # as a part of their products.
         return bias is None and sum(map(bool, self.numbers)) > 1 and has_grouped_mm(*tensors)
 
+    def gather(self, tokens):
+        return tokens.index_select(0, self._token)
+
+    def weights(self):
+        return self._weight
+
+    def read(self, buffer):
+        return buffer[self._number]
+
+    def write(self, buffer, rows):
+        buffer.append(rows)
+        return buffer
+
+    def add_to_sums(self, sums, rows, weighted=False):
+        # While they are in the cache.
+        rows = rows.float() * self._weight if weighted else rows.float()
+        return sums.index_add_(0, self._token, rows)
+
+    def add_to_assignments(self, values, rows):
+        return values.index_copy_(0, self._assignment, rows[:, 0])
+
 
 class AllGroups(_Groups, AllRows):
     """One part. The host reads sizes of groups only where no kernel multiplies them all."""
 
     experts = slice(None)
-    empty = Chunks.empty
+    gradient = Chunks.gradient
 
 
 class SmallProblem(AllGroups):
@@ -183,18 +202,24 @@ class SmallProblem(AllGroups):
     This saves more rows, and takes less time in Python.
     """
 
-    @staticmethod
-    def serves(problem):
-        """Return True if one operation multiplies all rows, in the cache of a CPU."""
-        frozen = (kernel.values for kernel in problem.frozen.values())
-        is_one = has_grouped_mm(problem.tokens, *problem.trained.values(), *frozen)
-        return is_one and problem.plan.num_rows() <= most_rows(problem)
+    is_differentiable = True
 
-    def run(self, function, maps, by_token, by_row, widths, trained, weights=None):
-        rows = self.plan.dispatch(*by_token)
-        with without_autocast(rows):
-            (outputs,), _ = function(self, maps, rows)
-        return self.plan._replace(weights=weights).combine(outputs), [], {}
+    def for_each_part(self, function, maps, carry):
+        with without_autocast(self.problem.tokens):
+            return function(self, maps, carry)
+
+    def gather(self, tokens):
+        return self.plan.dispatch(tokens)
+
+    def add_to_sums(self, sums, rows, weighted=False):
+        return self.plan._replace(weights=self.problem.weights).combine(rows)
+
+
+def is_small(problem):
+    """Return True if one operation multiplies all rows, in the cache of a CPU."""
+    frozen = (kernel.values for kernel in problem.frozen.values())
+    is_one = has_grouped_mm(problem.tokens, *problem.trained.values(), *frozen)
+    return is_one and problem.plan.num_rows() <= most_rows(problem)
 
 
 def _multiply(kernel, rows, bias, transposed):

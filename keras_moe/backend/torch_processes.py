@@ -63,6 +63,9 @@ class TorchDevices(Devices):
             raise ValueError(f"{rule}. Received: a layer of experts under {distribution}")
         return None
 
+    def sharing(self, bank):
+        return bank.processes
+
 
 class ExpertParallel:
     """A distribution in which each process holds an equal share of the experts and of a batch.
@@ -103,8 +106,8 @@ class ExpertParallel:
         share = num_experts // self.num_processes
         return range(self._rank * share, (self._rank + 1) * share)
 
-    def run(self, network, platform, problem):
-        """`network.run`: tokens go to the processes of their experts, and outputs come back."""
+    def run(self, run, network, problem):
+        """See `Devices.sharing`: tokens go to their experts' processes, and outputs come back."""
         plan = problem.plan
         own = plan.num_experts // self.num_processes
         trained = {key: self._shared(each) for key, each in problem.trained.items()}
@@ -124,7 +127,7 @@ class ExpertParallel:
         problem = problem._replace(
             tokens=received, weights=weights, trained=trained, plan=plan_here, key=key
         )
-        outputs = _LinearFunction.apply(network.run(platform, problem), self._exchange, back, there)
+        outputs = _LinearFunction.apply(run(network, problem), self._exchange, back, there)
         # Rows past the last group are padding.
         return plan.combine(torch.nn.functional.pad(outputs, (0, 0, 0, len(rows) - len(outputs))))
 

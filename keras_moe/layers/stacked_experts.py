@@ -157,11 +157,13 @@ class StackedExperts(ExpertBank):
         key = draws.key(self._dropout_seed) if draws_now else None
         problem = self._problem(tokens, plan, key)
         network = self._network._replace(function=self._function())
-        return backend.run(network, problem, self.projections[0].kernel)
+        devices = backend.devices.sharing(self)
+        if devices is not None:
+            return devices.run(backend.run, network, problem)
+        return backend.run(network, problem)
 
     def compute_all(self, tokens):
-        is_spread = backend.devices.token_shards() or self.processes is not None
-        if is_spread or self._dropout_seed is not None:
+        if backend.devices.sharing(self) is not None or self._dropout_seed is not None:
             return super().compute_all(tokens)
         network = self._network._replace(function=self._function())
         return network.run_on_all(self._problem(tokens))

@@ -6,8 +6,7 @@ The backward pass is derived: the network runs again with each map replaced by i
 the framework differentiates the operations between them.
 
 A backend divides the rows of all experts into parts, on which the network runs: see
-`backend.layouts`. All rows are one part where the framework differentiates all operations: where
-derivatives of any order are asked for, and of small problems on PyTorch.
+`backend.layouts`.
 
 Axes: T tokens, D features, E experts, R rows (assignments sorted by expert), n rows of a part.
 """
@@ -61,52 +60,48 @@ class Network(NamedTuple):
     output_width: int  # D'
     has_dropout: bool = False  # whether it calls `linear.dropout`
 
-    def run(self, platform, problem):
-        """Return the weighted sums (T, D') of each token's expert outputs, on one device.
+    def forward(self, layout, inputs, context, save=False):
+        """Return the weighted sums (T, D') of each token's expert outputs, computed by a layout.
 
-        Rows past the last group are not computed: padded and dropped assignments cost nothing.
+        If `save`, also buffers of what the maps in `saved` return. Rows past the last group are not
+        computed, or discarded: padded and dropped assignments cost little.
         """
-        layout = backend.differentiable_layout(problem, platform)
-        if layout is not None:
-            return self._forward(layout, problem)[0]
+        problem = Problem(*inputs, *context)
+        layout, maps, names = layout(problem), problem.maps, self.saved if save else ()
 
-        def forward(inputs, context, save):
-            problem = Problem(*inputs, *context)
-            return self._forward(backend.layout(problem, platform), problem, save)
-
-        def backward(inputs, context, buffers, gradient):
-            problem = Problem(*inputs, *context)
-            return self._backward(backend.layout(problem, platform), problem, buffers, gradient)
-
-        return backend.differentiable(forward, backward, problem[:3], problem[3:])
-
-    def _forward(self, layout, problem, save=False):
-        """Return the weighted sums; if `save`, also buffers of what the maps in `saved` return."""
-        tokens, maps, key = problem.tokens, problem.maps, problem.key
-
-        def compute(part, maps, rows):
-            linear = Linear(part, maps, rows, key)
+        def on_part(part, maps, carry):
+            sums, *buffers = carry
+            rows = part.gather(problem.tokens)
+            linear = Linear(part, maps, rows, problem.key)
             outputs = as_dtype(self.function(rows, linear), rows.dtype)
-            return [outputs, *(linear.outputs[name] for name in self.saved if save)], {}
+            outputs_of_maps = (linear.outputs[name] for name in names)
+            sums = part.add_to_sums(sums, outputs, weighted=True)
+            return [sums, *map(part.write, buffers, outputs_of_maps)]
 
-        widths = [self.output_width, *(maps[name].kernel.shape[2] for name in self.saved if save)]
-        sums, buffers, _ = layout.run(compute, maps, [tokens], [], widths, {}, problem.weights)
-        return as_dtype(sums, tokens.dtype), buffers
+        buffers = [layout.buffer(maps[name].kernel.shape[2]) for name in names]
+        carry = [layout.sums(self.output_width), *buffers]
+        sums, *buffers = layout.for_each_part(on_part, maps, carry)
+        return as_dtype(sums, problem.tokens.dtype), tuple(buffers)
 
-    def _backward(self, layout, problem, buffers, gradient):
-        """Return the gradients of tokens, weights and trained tensors."""
-        tokens, maps, key, trained = problem.tokens, problem.maps, problem.key, problem.trained
+    def backward(self, layout, inputs, context, buffers, gradient):
+        """Return the gradients of the inputs: of tokens, weights and trained tensors."""
+        problem = Problem(*inputs, *context)
+        layout, maps, trained = layout(problem), problem.maps, problem.trained
 
-        def compute(part, maps, rows, d_outputs, weights, *saved):
+        def on_part(part, maps, carry):
+            d_tokens, d_weights, d_trained = carry
+            rows, d_outputs = part.gather(problem.tokens), part.gather(gradient)
+
             def run(rows, *saved):
-                linear = Linear(part, maps, rows, key, dict(zip(self.saved, saved)))
+                linear = Linear(part, maps, rows, problem.key, dict(zip(self.saved, saved)))
                 outputs = as_dtype(self.function(rows, linear), rows.dtype)
                 return outputs, (outputs, linear.inputs)
 
-            (outputs, inputs), pullback = backend.vjp(run, (rows, *saved))
+            (outputs, inputs_of_maps), pullback = backend.vjp(run, (rows, *map(part.read, buffers)))
             d_returned = d_outputs
             if self.last is not None:  # `run` returned its inputs, so its outputs are not needed
                 d_returned = maps[self.last].row_gradients(part, d_outputs)
+            weights = as_dtype(part.weights(), rows.dtype)
             d_rows, *d_values = pullback(d_returned * weights)
             d_values = dict(zip(self.saved, d_values))
             if self.last is not None:
@@ -114,22 +109,28 @@ class Network(NamedTuple):
             factors = {
                 (name, field): pair
                 for name, d_value in d_values.items()
-                for field, pair in maps[name].factors(part, inputs[name], d_value).items()
-                if (name, field) in trained
+                for field, pair in maps[name].factors(part, inputs_of_maps[name], d_value).items()
             }
-            return [d_rows, row_sums(d_returned, outputs)], factors
+            return [
+                part.add_to_sums(d_tokens, d_rows),
+                part.add_to_assignments(d_weights, row_sums(d_returned, outputs)),
+                {key: part.add_gradient(d_trained[key], key[1], *factors[key]) for key in trained},
+            ]
 
-        weights = layout.of_assignments(as_dtype(problem.weights, tokens.dtype))
-        by_token, by_row, widths = [tokens, gradient], [weights, *buffers], [tokens.shape[1], None]
-        d_tokens, (d_weights,), d_maps = layout.run(
-            compute, maps, by_token, by_row, widths, trained
-        )
+        d_trained = {key: layout.gradient(tensor) for key, tensor in trained.items()}
+        carry = [layout.sums(problem.tokens.shape[1]), layout.assignments(), d_trained]
+        d_tokens, d_weights, d_trained = layout.for_each_part(on_part, maps, carry)
         d_weights = layout.at_assignments(d_weights)
         if self.last is not None and maps[self.last].bias is not None:
             bias = ops.transpose(as_dtype(maps[self.last].bias, "float32"))
             of_bias = ops.matmul(as_dtype(gradient, "float32"), bias)
             d_weights = d_weights + backend.take_columns(of_bias, problem.plan.experts)
-        return as_dtype(d_tokens, tokens.dtype), as_dtype(d_weights, problem.weights.dtype), d_maps
+        d_trained = {
+            key: None if each is None else as_dtype(each, trained[key].dtype)
+            for key, each in d_trained.items()
+        }
+        d_tokens = as_dtype(d_tokens, problem.tokens.dtype)
+        return d_tokens, as_dtype(d_weights, problem.weights.dtype), d_trained
 
     def run_on_all(self, problem):
         """Return the outputs (T, E, D') of all experts for each token: products of whole stacks."""
