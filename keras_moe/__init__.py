@@ -5,7 +5,6 @@ Begin with `layers.MixtureOfExperts`: it takes a bank of experts from `layers`, 
 """
 
 import importlib
-import types
 
 # First, as it says whether Keras has a backend that the package runs on.
 import keras_moe.backend  # noqa: F401
@@ -53,22 +52,6 @@ __all__ = [
 
 # They need further packages, so they are imported on first use.
 _LAZY = ("tuner", "visualization")
-
-
-class _NotAFunction(types.ModuleType):
-    """A module that some will call. It names the functions that they look for."""
-
-    def __call__(self, *args, **kwargs):
-        meant = {
-            convert: "`upcycle` of `keras_moe` turns dense layers into mixtures, and "
-            "`convert.from_hugging_face` reads a pretrained model",
-            health: "`keras_moe.report` writes a page with verdicts on experts, and "
-            "`callbacks.ExpertHealth` warns while a model trains",
-        }
-        raise TypeError(f"`{self.__name__}` is a module: {meant[self]}.")
-
-
-convert.__class__ = health.__class__ = _NotAFunction
 
 
 def __dir__():

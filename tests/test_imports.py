@@ -49,12 +49,9 @@ def test_the_package_imports_nothing_but_itself_and_the_backend_of_keras():
 
 @on_one_backend
 def test_another_backend_is_refused_with_the_way_out():
-    for name, received in (
-        ("numpy", "keras.backend.backend()='numpy'"),
-        ("foo", "KERAS_BACKEND='foo' (Unable to import backend : foo)"),
-    ):
+    for name in ("numpy", "foo"):
         error = run_python("-c", "import keras_moe", fails=True, KERAS_BACKEND=name)
-        assert f"on the Keras backends tensorflow, jax, torch. Received: {received}. Set" in error
+        assert f"on the Keras backends tensorflow, jax, torch. Received: {name!r}. Set" in error
 
 
 WITHOUT_OPTIONAL_PARTS = """

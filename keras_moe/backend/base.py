@@ -16,9 +16,8 @@ from keras_moe._internal.checks import check_choice
 from keras_moe.backend import padded, tiles
 from keras_moe.backend.layouts import AllRows
 
-# The second lowest float: below all other scores and above minus infinity. TensorFlow's argmax
-# begins from the lowest and therefore never finds it.
-LOW = float(np.nextafter(np.finfo("float32").min, np.float32(0)))
+# Below all other scores, and above minus infinity.
+LOW = float(np.finfo("float32").min)
 
 # Not a context variable, which `torch.compile` and `torch.export` cannot read.
 _of_thread = threading.local()

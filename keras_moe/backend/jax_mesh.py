@@ -52,9 +52,11 @@ def run(run, network, platform, shards, any_derivative, problem):
         if expert_axis is None:
             return run_experts_from(0)
         if tokens_cross:
-            # Whether K rows of each token are fewer values than the tokens of all devices.
             num_shards = shards.mesh.shape[expert_axis]
-            if plan.sends_rows and lengths[0] < num_shards * tokens.shape[0]:
+            # Whether K rows of each token, where each has so many, are fewer values than the tokens
+            # of all devices.
+            has_all_rows = plan.num_rows() == plan.experts.size
+            if has_all_rows and lengths[0] < num_shards * tokens.shape[0]:
                 own_plan = plan.of(experts, weights, num_shards * num_experts)
                 return _by_all_to_all(
                     run, own._replace(plan=own_plan), num_shards, shards, expert_axis
@@ -93,14 +95,14 @@ def _sum_chunks(run_chunk, lengths, count_rows, problem):
         _, plan, _ = context
         return 1 + -(-jnp.maximum(count_rows(plan) - first, 0) // further)
 
+    def chunk(context, start, length):
+        return lambda *inputs: run_chunk(problem._make((*inputs, *context)), start, length)
+
     def nth_chunk(context, number):
-        start = first + (number - 1) * further
-        return lambda *inputs: run_chunk(problem._make((*inputs, *context)), start, further)
+        return chunk(context, first + (number - 1) * further, further)
 
     def forward(inputs, context, save):
-        def run_first(*inputs):
-            return run_chunk(problem._make((*inputs, *context)), 0, first)
-
+        run_first = chunk(context, 0, first)
         output, pullback = jax.vjp(run_first, *inputs) if save else (run_first(*inputs), ())
 
         def add(number, total):

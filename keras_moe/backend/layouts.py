@@ -121,7 +121,6 @@ class AllTokens:
     def __init__(self, tokens, num_experts):
         self._tokens, self._num_experts = tokens, num_experts
         self.rows = ops.tile(tokens, (num_experts, 1))
-        self._last: Any = (None, None)
 
     def product(self, rows, kernels, bias=None):
         # The tokens need not be copied for each expert.
@@ -129,11 +128,8 @@ class AllTokens:
         products = ops.matmul(batch, kernels.floats(rows.dtype))
         if bias is not None:
             products = products + ops.expand_dims(ops.cast(bias, rows.dtype), 1)
-        self._last = products, ops.reshape(products, (-1, products.shape[2]))
-        return self._last[1]
+        return ops.reshape(products, (-1, products.shape[2]))
 
     def by_expert(self, rows):
         """Rows (E * T, W) as (E, T, W)."""
-        if rows is self._last[1]:  # `torch.export` knows less of what is shaped there and back.
-            return self._last[0]
-        return ops.reshape(rows, (self._num_experts, ops.shape(self._tokens)[0], rows.shape[1]))
+        return ops.reshape(rows, (self._num_experts, -1, rows.shape[1]))

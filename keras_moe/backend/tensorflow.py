@@ -1,7 +1,8 @@
 """TensorFlow primitives."""
 
+import operator
+
 import keras
-import optree
 import tensorflow as tf
 
 # No public name leads to these operations; Keras imports them from here as well.
@@ -118,8 +119,8 @@ class TensorFlowBackend(StaticBackend):
         if self.needs_static_shapes() or is_any_derivative():
             return super().product(rows, kernels, sizes, transposed, platform)
         # One operation for all experts, which copies nothing. A slice for each takes five to trace.
-        stacks, structure = optree.tree_flatten(kernels)
-        of_experts = map(structure.unflatten, zip(*map(tf.unstack, stacks)))
+        lists = kernels.apply(tf.unstack)
+        of_experts = (lists.apply(operator.itemgetter(e)) for e in range(kernels.shape[0]))
         (*groups, others), _ = self.split_groups(rows, sizes)
         pairs = zip(groups, of_experts)
         products = [_multiply(*each, transposed) for each in pairs if each[0].shape[0] != 0]

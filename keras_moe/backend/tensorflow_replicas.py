@@ -25,17 +25,8 @@ class TensorFlowDevices(Devices):
     def _across_replicas(self, values, collective):
         if self.num_replicas() == 1:
             return values
-        try:
-            with _other_losses_kept():
-                return collective(tf.distribute.get_replica_context())
-        except RuntimeError as error:
-            if "merge_call" not in str(error):
-                raise
-            raise RuntimeError(
-                "Expert biases, global losses and `ReLURouter` sum over all replicas in "
-                "the middle of a call. Received: a call in a `tf.function` or a loop within "
-                "`strategy.run`. Put `tf.function` around `strategy.run`, or use `LoadBalance`."
-            ) from error
+        with _other_losses_kept():
+            return collective(tf.distribute.get_replica_context())
 
     def split_experts(self, experts, data):
         rule = "Keras splits no weights on TensorFlow: use `tf.distribute.MirroredStrategy`"

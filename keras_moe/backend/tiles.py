@@ -10,6 +10,7 @@ overrun it: reads are masked, with zeros, or ones for buffers; writes are overwr
 group or land in padding.
 """
 
+import operator
 from typing import Any, NamedTuple
 
 import keras
@@ -49,16 +50,12 @@ def num_wide_rows(problem, platform):
     if not isinstance(num_rows, int) or num_rows < MIN_WIDE_ROWS * num_experts:
         return 0
     mean = num_rows / num_experts
-    if platform == "cpu" and mean * widest(problem) > MAX_WIDE_ENTRIES:
+    if platform == "cpu" and mean * problem.widest > MAX_WIDE_ENTRIES:
         return 0
     # A router that has learned nothing gives groups of about this spread.
     number = mean + mean**0.5 if platform == "cpu" else GPU_WIDE * mean
     # No expert serves more rows than there are tokens.
     return min(int(number) // 8 * 8 + 8, problem.plan.num_tokens)
-
-
-def widest(problem):
-    return max(max(linear.kernel.shape[1:]) for linear in problem.maps.values())
 
 
 class ChunksAndTiles(Layout):
@@ -77,7 +74,7 @@ class ChunksAndTiles(Layout):
         self.rest, self.num_skipped, first, self.num_places = self.sizes, 0, 0, self.num_rows
         if self.num_wide:
             # A row of few numbers costs something, too.
-            number = CHUNK_ENTRIES // (self.num_wide * max(widest(problem), 128))
+            number = CHUNK_ENTRIES // (self.num_wide * max(problem.widest, 128))
             # In pairs, so that the products of a chunk keep more than one core busy.
             number = min(number // 2 * 2 + 2, self.num_experts)
             self.chunk_size = next(n for n in range(number, 0, -1) if self.num_experts % n == 0)
@@ -176,18 +173,13 @@ class _Part(NamedTuple):
     place: Any  # of the first row in buffers
 
     def product(self, rows, kernels, bias=None, transposed=False):
-        if kernels.bits is not None:
-            return self._integer_product(
-                rows, kernels.apply(lambda stack: stack[0]), bias, transposed
-            )
-        values = kernels.values
-        values = ops.transpose(values, (0, 2, 1)) if transposed else values
-        products = ops.matmul(self._by_expert(rows), values)
-        products = products if bias is None else products + ops.expand_dims(bias, 1)
-        return ops.reshape(products, (-1, products.shape[2]))
-
-    def _integer_product(self, rows, kernel, bias, transposed):
-        bias = None if bias is None else bias[0]
+        if kernels.bits is None:
+            values = kernels.values
+            values = ops.transpose(values, (0, 2, 1)) if transposed else values
+            products = ops.matmul(self._by_expert(rows), values)
+            products = products if bias is None else products + ops.expand_dims(bias, 1)
+            return ops.reshape(products, (-1, products.shape[2]))
+        kernel, bias = kernels.apply(operator.itemgetter(0)), None if bias is None else bias[0]
         if kernel.bits == 4 or transposed:
             return kernel.multiply(rows, bias, transposed)
         products = _multiply_in_blocks(self.layout.backend, rows, kernel.values)

@@ -79,7 +79,7 @@ class Chunks(Layout):
 
 def most_rows(problem):
     """Return how many rows the largest chunk has."""
-    return CPU_CHUNK_VALUES // max(max(each.kernel.shape[1:]) for each in problem.maps.values())
+    return CPU_CHUNK_VALUES // problem.widest
 
 
 class _Groups:
@@ -122,11 +122,15 @@ class _Groups:
             return products + bias.index_select(0, self._group_of_row)
         *groups, others = split(rows, self.numbers)
         biases = itertools.repeat(None) if bias is None else bias.unbind()
-        products = [
-            _multiply(kernels.apply(operator.itemgetter(place)), group, own_bias, transposed)
-            for place, (group, own_bias) in enumerate(zip(groups, biases))
-            if is_traced() or len(group)
-        ]
+        products = []
+        for place, (group, own_bias) in enumerate(zip(groups, biases)):
+            kernel = kernels.apply(operator.itemgetter(place))
+            if not is_traced() and len(group) == 0:
+                continue
+            if own_bias is None or kernel.bits is not None:
+                products.append(kernel.multiply(group, own_bias, transposed))
+            else:  # as a part of the product
+                products.append(torch.addmm(own_bias, group, kernel.values.to(rows.dtype)))
         if not is_traced() and len(products) == 1 and not len(others):
             return products[0]
         width = kernels.shape[1 if transposed else 2]
@@ -220,13 +224,6 @@ def is_small(problem):
     frozen = (kernel.values for kernel in problem.frozen.values())
     is_one = has_grouped_mm(problem.tokens, *problem.trained.values(), *frozen)
     return is_one and problem.plan.num_rows() <= most_rows(problem)
-
-
-def _multiply(kernel, rows, bias, transposed):
-    """`Kernel.multiply`, with the bias as a part of the product."""
-    if bias is None or kernel.bits is not None:
-        return kernel.multiply(rows, bias, transposed)
-    return torch.addmm(bias, rows, kernel.values.to(rows.dtype))
 
 
 def has_grouped_mm(*tensors):

@@ -47,6 +47,11 @@ class Problem(NamedTuple):
         return maps
 
     @property
+    def widest(self):
+        """The largest D or H of the maps."""
+        return max(max(each.kernel.shape[1:]) for each in self.maps.values())
+
+    @property
     def num_experts(self):
         return next(iter(self.maps.values())).kernel.shape[0]
 

@@ -34,11 +34,6 @@ class GroupedPlan(NamedTuple):
     assignment_of_row: Any
     row_of_assignment: Any
 
-    @property
-    def sends_rows(self) -> bool:
-        """Whether on a mesh single rows may be sent, instead of all tokens."""
-        return True
-
     @classmethod
     def of(
         cls, experts: Tensor, weights: Tensor, num_experts: int, sizes: Tensor | None = None
@@ -173,10 +168,6 @@ class ExpertChoicePlan(GroupedPlan):
     """
 
     __slots__ = ()
-
-    @property
-    def sends_rows(self) -> bool:
-        return False
 
     @classmethod
     def of_choices(cls, experts: Tensor, weights: Tensor, num_rows: Any) -> "ExpertChoicePlan":
