@@ -13,6 +13,11 @@ from keras_moe.backend.layouts import AllRows, Layout
 # So many values outweigh the overhead of a call on a CPU, and still fit into the cache.
 CPU_CHUNK_VALUES = 2**20
 
+# 32 MB, which are freed at once and never written: glibc then keeps blocks up to this size for the
+# process, as after any large tensor. Else the memory of each chunk goes to the system and back,
+# which takes a fifth of a step.
+torch.empty(2**23 - 2**12)
+
 
 def is_traced():
     return torch.jit.is_tracing() or torch.compiler.is_compiling()
