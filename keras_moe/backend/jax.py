@@ -51,9 +51,11 @@ class JaxBackend(StaticBackend):
             arrays = [leaf for leaf in leaves if isinstance(leaf, jax.Array)]
             # With its type: True equals 1.
             values = [None if isinstance(x, jax.Array) else (type(x), x) for x in leaves]
-            # Tracers belong to a program or a gradient already.
+            # Tracers belong to a program or a gradient already; scalars may be sizes.
             is_traced = any(isinstance(array, jax.core.Tracer) for array in arrays)
-            if is_traced or any(value and value[0] not in PLAIN_VALUES for value in values):
+            given = (*args, *kwargs.values())
+            has_scalar = any(isinstance(each, jax.Array) and not each.ndim for each in given)
+            if is_traced or has_scalar or any(v and v[0] not in PLAIN_VALUES for v in values):
                 return function(*args, **kwargs)
             return program(structure, tuple(values), arrays)
 

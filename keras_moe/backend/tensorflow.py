@@ -2,7 +2,6 @@
 
 import operator
 
-import keras
 import tensorflow as tf
 
 # No public name leads to these operations; Keras imports them from here as well.
@@ -107,9 +106,8 @@ class TensorFlowBackend(StaticBackend):
         plan, num_rows = problem.plan, problem.plan.num_rows()
         most = plan.num_experts * MAX_CONVERTED_ROWS
         has_few_rows = isinstance(num_rows, int) and num_rows <= most
-        kernels = (linear.kernel.values for linear in problem.maps.values())
-        dtypes = {keras.backend.standardize_dtype(values.dtype) for values in kernels}
-        is_converted = dtypes != {problem.tokens.dtype.name}
+        dtypes = {linear.kernel.values.dtype for linear in problem.maps.values()}
+        is_converted = dtypes != {problem.tokens.dtype}
         is_traced = tf.is_symbolic_tensor(plan.sizes) and not is_any_derivative()
         if platform == "cpu" and is_traced and has_few_rows and is_converted:
             return ChunksAndTiles  # as in decoding

@@ -45,9 +45,8 @@ MAX_REST = 1 / 4
 def num_wide_rows(problem, platform):
     """Return how many rows of each expert are computed in a chunk; 0 for none."""
     num_rows, num_experts = problem.plan.num_rows(), problem.plan.sizes.shape[0]
-    if any(linear.kernel.bits is not None for linear in problem.maps.values()):
-        return 0
-    if not isinstance(num_rows, int) or num_rows < MIN_WIDE_ROWS * num_experts:
+    has_integers = any(linear.kernel.bits is not None for linear in problem.maps.values())
+    if has_integers or not isinstance(num_rows, int) or num_rows < MIN_WIDE_ROWS * num_experts:
         return 0
     mean = num_rows / num_experts
     if platform == "cpu" and mean * problem.widest > MAX_WIDE_ENTRIES:
