@@ -106,7 +106,7 @@ class TensorFlowBackend(StaticBackend):
         plan, num_rows = problem.plan, problem.plan.num_rows()
         most = plan.num_experts * MAX_CONVERTED_ROWS
         has_few_rows = isinstance(num_rows, int) and num_rows <= most
-        dtypes = {linear.kernel.values.dtype for linear in problem.maps.values()}
+        dtypes = {tf.as_dtype(each.kernel.values.dtype) for each in problem.maps.values()}
         is_converted = dtypes != {problem.tokens.dtype}
         is_traced = tf.is_symbolic_tensor(plan.sizes) and not is_any_derivative()
         if platform == "cpu" and is_traced and has_few_rows and is_converted:
