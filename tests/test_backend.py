@@ -19,6 +19,7 @@ from keras_moe import layers
 from keras_moe.backend import backend
 from keras_moe.backend.base import Backend, Devices
 from keras_moe.backend.layouts import AllRows
+from keras_moe.backend.tiles import ChunksAndTiles
 from keras_moe.ops import any_derivative
 from keras_moe.ops.linears import Kernel
 from keras_moe.ops.networks import Problem
@@ -388,6 +389,25 @@ def test_derivatives_of_any_order_have_a_layout_of_their_own():
     assert not backend.layout(problem, "cpu").is_differentiable
     with any_derivative():
         assert backend.layout(problem, "cpu") is AllRows
+
+
+@pytest.mark.backends("tensorflow")
+@pytest.mark.parametrize(
+    "dtype, layout", [("float32", AllRows), ("bfloat16", ChunksAndTiles), ("int8", ChunksAndTiles)]
+)
+def test_a_traced_loop_skips_experts_without_rows_where_kernels_are_converted(dtype, layout):
+    tf = pytest.importorskip("tensorflow")
+    kernel = keras.Variable(np.zeros((2, 4, 3)), dtype="int8" if dtype == "int8" else "float32")
+    chosen = []
+
+    @tf.function(jit_compile=False)
+    def traced(tokens, indices):
+        plan = GroupedPlan.of(indices, ops.ones((2, 1)), 2)
+        trained = {("up", "kernel"): kernel}
+        chosen.append(backend.layout(Problem(tokens, plan.weights, trained, {}, plan), "cpu"))
+
+    traced(ops.zeros((2, 4), "float32" if dtype == "int8" else dtype), ops.zeros((2, 1), "int32"))
+    assert chosen == [layout]
 
 
 def test_one_device_has_no_others():
