@@ -20,7 +20,7 @@ class Layout:
 
     def assignments(self):
         """Return a number for each assignment, without any yet."""
-        return ops.zeros((ops.size(self.plan.experts),), "float32")
+        return ops.zeros_like(ops.reshape(self.plan.experts, (-1,)), dtype="float32")
 
     def at_assignments(self, values):
         """Return these numbers as (T, K)."""
