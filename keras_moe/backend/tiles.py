@@ -6,8 +6,8 @@ the tiles of such a group; their trips depend on the data. On CPUs few rows are 
 and so are all if groups are very uneven. On GPUs one chunk has all experts.
 
 A buffer has the wide rows of all experts, then the rest of each group. The last tile of a group may
-overrun it: reads are masked, with zeros, or ones for buffers; writes are overwritten by the next
-group or land in padding.
+overrun it: it reads other rows there, which are masked in sums and gradients; what it writes is
+overwritten by the next group or lands in padding.
 """
 
 import operator
@@ -189,20 +189,18 @@ class _Part(NamedTuple):
         return self.row
 
     def gather(self, tokens):
-        """The tokens of the rows, zeros past the end of the group."""
-        return self._mask(self.layout.backend.gather_rows(tokens, self._token()), 0.0)
+        rows = self.layout.backend.gather_rows(tokens, self._token())
+        # Sums and gradients are masked, too, but XLA on CPUs is faster where it fuses a gather.
+        return self._mask(ops.cast(rows, self.layout.dtype))
 
     def weights(self):
         layout = self.layout
         weights = layout.backend.gather_rows(layout.weight_of_assignment, self.assignment)
-        return ops.where(self.inside, ops.expand_dims(weights, 1), 1.0)
+        return ops.expand_dims(weights, 1)
 
     def read(self, buffer):
-        """The rows of a buffer, ones past the end of the group."""
         shape = (self.inside.shape[0], buffer.shape[1])
-        rows = self.layout.backend.slice_at(buffer, (self.place, 0), shape)
-        # Not zeros, where an activation may have no derivative: NaN times 0 is NaN.
-        return self._mask(rows, 1.0)
+        return self.layout.backend.slice_at(buffer, (self.place, 0), shape)
 
     def write(self, buffer, rows):
         return ops.slice_update(buffer, (self.place, 0), ops.cast(rows, buffer.dtype))
@@ -210,19 +208,18 @@ class _Part(NamedTuple):
     def add_to_sums(self, sums, rows, weighted=False):
         rows = ops.cast(rows, sums.dtype)
         rows = rows * self.weights() if weighted else rows
-        return self.layout.backend.add_at(sums, self._token(), ops.where(self.inside, rows, 0.0))
+        return self.layout.backend.add_at(sums, self._token(), self._mask(rows))
 
     def add_to_assignments(self, values, rows):
-        added = ops.where(self.inside, rows, 0.0)[:, 0]
-        return self.layout.backend.add_at(values, self.assignment, added)
+        return self.layout.backend.add_at(values, self.assignment, self._mask(rows)[:, 0])
 
     def add_gradient(self, total, field, left, right):
         # In place under XLA.
-        backend, right = self.layout.backend, self._by_expert(right)
+        backend, right = self.layout.backend, self._by_expert(self._mask(right))
         if field == "bias":
             added = ops.sum(ops.cast(right, "float32"), axis=1)
-        else:
-            added = backend.product_over_rows(self._by_expert(left), right)
+        else:  # both, as 0 times NaN is NaN
+            added = backend.product_over_rows(self._by_expert(self._mask(left)), right)
         entries = self.layout._slice(total, self.expert, self.number)
         entries = entries + ops.cast(added, total.dtype)
         return ops.slice_update(total, _start(total, self.expert), entries)
@@ -233,9 +230,9 @@ class _Part(NamedTuple):
     def _token(self):
         return self.assignment % ops.shape(self.layout.plan.experts)[0]
 
-    def _mask(self, rows, past_end):
-        past_end = ops.full((), past_end, self.layout.dtype)
-        return ops.where(self.inside, ops.cast(rows, self.layout.dtype), past_end)
+    def _mask(self, rows):
+        """Rows with zeros past the ends of groups."""
+        return ops.where(self.inside, rows, ops.zeros((), rows.dtype))
 
 
 def _multiply_in_blocks(backend, rows, kernel):

@@ -73,7 +73,7 @@ class Chunks(Layout):
         return carry
 
     def sums(self, width):
-        return torch.zeros((self.plan.num_tokens, width), dtype=torch.float32)
+        return self.plan.sizes.new_zeros((self.plan.num_tokens, width), dtype=torch.float32)
 
     def buffer(self, width):
         return []
@@ -144,6 +144,7 @@ class _Groups:
     def add_gradient(self, total, field, left, right):
         if total is None:
             return None
+        left, right = left.contiguous(), right.contiguous()
         if not self.is_one_product(left, right):
             groups = left.split(self.numbers), right.split(self.numbers), total[self.experts]
             for rows, d_outputs, own in zip(*groups):
@@ -169,7 +170,8 @@ class _Chunk(_Groups):
         self._token, self._assignment, self._weight = token, assignment, weight
 
     def row_numbers(self):
-        return torch.arange(self._start, self._start + self.num_rows, dtype=torch.int32)
+        end, device = self._start + self.num_rows, self.sizes.device
+        return torch.arange(self._start, end, dtype=torch.int32, device=device)
 
     def is_one_product(self, *tensors, bias=None):
         # An operation on zero rows costs as much as on a few. Of large groups a bias is cheaper
