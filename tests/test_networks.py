@@ -154,7 +154,8 @@ def test_grouped_mm_serves_new_gpus_where_it_is_one_kernel(monkeypatch):
 
 
 @on_one_backend
-def test_grouped_mm_computes_what_the_loop_computes_and_reads_no_size(monkeypatch):
+@pytest.mark.parametrize("kind", ["gated", "low-rank"])
+def test_grouped_mm_computes_what_the_loop_computes_and_reads_no_size(kind, monkeypatch):
     import torch
     from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -167,7 +168,10 @@ def test_grouped_mm_computes_what_the_loop_computes_and_reads_no_size(monkeypatc
 
     read, to_list = [], torch.Tensor.tolist
     monkeypatch.setattr(torch.Tensor, "tolist", lambda self: read.append(self) or to_list(self))
-    layer = layers.MixtureOfExperts(layers.GatedExperts(4, 16, use_bias=True), capacity_factor=1.0)
+    bank = layers.GatedExperts(4, 16, use_bias=True)
+    if kind == "low-rank":
+        bank = layers.LowRankExperts(layers.GatedExperts(1, 16), 4, 4)
+    layer = layers.MixtureOfExperts(bank, capacity_factor=1.0)
     layer.build((None, 6, 8))
 
     def trained():

@@ -148,7 +148,13 @@ def of_constants(linear, hidden, rows):
     return linear("down", ops.floor(4 * hidden))
 
 
-@pytest.mark.parametrize("end", [dropped, of_constants])
+def standardised(linear, hidden, rows):
+    """Without a derivative where all numbers of a row are equal."""
+    outputs = linear("down", hidden)
+    return outputs / ops.std(outputs, axis=-1, keepdims=True)
+
+
+@pytest.mark.parametrize("end", [dropped, of_constants, standardised])
 def test_gradients_are_right_whatever_a_network_ends_in(end):
     model = keras.Sequential([keras.Input((D,)), mixture_of(Ends(E, end))])
     ours = gradients(model, normal(T, D), training=True)
