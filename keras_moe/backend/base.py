@@ -172,7 +172,7 @@ class Backend:
         raise NotImplementedError
 
     def attach_gradient(self, value, inputs, transpose):
-        """Return `value`; the gradient of `inputs` is `transpose(gradient)`."""
+        """Return `value`, with the gradient `g` for itself and `transpose(g)` for `inputs`."""
 
         @ops.custom_gradient
         def function(value, inputs):
@@ -230,7 +230,7 @@ class Backend:
     def sum_chosen_rows(self, rows, places, weights=None):
         """Return float32 sums (T, D) of the rows at places (T, K), weighted by (T, K) or by 1.
 
-        A place of -1 has no row. All other places are distinct: 0, 1, 2, ...
+        A place of -1 has no row. All other places are distinct.
         """
         # A gather, not a scatter: tokens are written once, in order, and need no atomic adds.
         total, existing = 0.0, ops.maximum(places, 0)
@@ -276,8 +276,8 @@ class Backend:
             return values
         return self.masked_fill(values, indices < 0, number)
 
-    # XLA on accelerators never stores one-hot rows, and the gradient of a choice by one is a
-    # product, where a gather's is a scatter. A CPU would store the rows.
+    # XLA on accelerators fuses one-hot rows with the product, and the gradient is a product, too;
+    # that of a gather is a scatter. On CPUs one-hot rows would be stored, so entries are gathered.
 
     def take_columns(self, matrix, columns):
         """Return entries (T, K) of a matrix (T, E) at columns (T, K); 0 for invalid columns."""

@@ -25,7 +25,7 @@ class JaxBackend(StaticBackend):
         return True
 
     def platform_of(self, tensor):
-        # Not that of each program: JAX would trace all of them for each platform.
+        # Not by `jax.lax.platform_dependent`, which traces the program of each platform.
         device = jax.config.jax_default_device
         device = jax.devices(device)[0] if isinstance(device, str) else device
         return named_platform() or getattr(device, "platform", None) or jax.default_backend()
@@ -51,7 +51,7 @@ class JaxBackend(StaticBackend):
             arrays = [leaf for leaf in leaves if isinstance(leaf, jax.Array)]
             # With its type: True equals 1.
             values = [None if isinstance(x, jax.Array) else (type(x), x) for x in leaves]
-            # Tracers belong to a program or a gradient already; scalars may be sizes.
+            # Tracers are compiled with the rest of their program; scalars may be sizes.
             is_traced = any(isinstance(array, jax.core.Tracer) for array in arrays)
             given = (*args, *kwargs.values())
             has_scalar = any(isinstance(each, jax.Array) and not each.ndim for each in given)

@@ -17,7 +17,7 @@ def differentiable(forward, backward, inputs, context):
     def run_backward(save, residuals, upstream):
         return _once(backward(*residuals, upstream[0])), None
 
-    # The context is an argument: the rules may run in another trace than this one.
+    # The context is an argument, not a closure: JAX may run both rules in a later trace.
     function = jax.custom_vjp(forward, nondiff_argnums=(2,))
     function.defvjp(run_forward, run_backward)
     return function(inputs, context, False)[0]
@@ -25,7 +25,7 @@ def differentiable(forward, backward, inputs, context):
 
 @jax.custom_jvp
 def _once(values):
-    """Return values whose derivative is an error: loops have none, nor rows past the groups."""
+    """Return values whose derivative raises an error: the loops have no second derivative."""
     return values
 
 

@@ -14,12 +14,12 @@ from keras_moe.backend import padded
 class Layout:
     """Abstract: `layout(backend, platform, problem)` divides the rows of a problem into parts."""
 
-    # Whether the framework differentiates what the parts compute: there is no backward pass then.
+    # Whether the framework's own gradients are used: `Network.backward` is not called then.
     is_differentiable = False
     plan: Any
 
     def assignments(self):
-        """Return a number for each assignment, without any yet."""
+        """Return zeros (K * T,), one for each assignment, in the order of their numbers."""
         return ops.zeros_like(ops.reshape(self.plan.experts, (-1,)), dtype="float32")
 
     def at_assignments(self, values):
@@ -30,7 +30,8 @@ class Layout:
 class AllRows(Layout):
     """One part with all rows, for products whose sizes stay on the device.
 
-    The layout and its part are one object. As there is one part, it adds to nothing.
+    The layout and its part are one object. Sums, buffers and gradients do not begin with anything:
+    those of the only part replace them.
     """
 
     def __init__(self, backend, platform, problem):
@@ -43,7 +44,7 @@ class AllRows(Layout):
     def for_each_part(self, function, maps, carry):
         """Call `carry = function(part, maps, carry)` for each part, and return the last carry.
 
-        `maps` is {name: `LinearMap`}, of all experts; the function gets those of the part.
+        `maps` is {name: `LinearMap`}, of all experts. The function gets them, or those of the part.
         """
         return function(self, maps, carry)
 

@@ -49,15 +49,15 @@ class TensorFlowBackend(StaticBackend):
     def differentiable(self, forward, backward, inputs, context):
         if is_any_derivative():
             return forward(inputs, context, save=False)[0]
-        # A variable would be taken for one that `forward` uses besides its inputs, and tapes watch
-        # those that are frozen, too.
+        # Values, as `custom_gradient` refuses variables that `forward` reads besides its inputs,
+        # and tapes watch even those that are frozen.
         context = tf.nest.map_structure(
             lambda each: None if each is None else tf.stop_gradient(each), context
         )
 
         @tf.custom_gradient
         def function(*tensors):
-            # Other tapes would record the loops, which have no gradient.
+            # Hidden from outer tapes, which would record the loops, which have no gradient.
             hidden = tf.nest.pack_sequence_as(inputs, [*map(tf.stop_gradient, tensors)])
             # TensorFlow does not tell whether there will be a gradient.
             output, saved = forward(hidden, context, save=True)

@@ -1,9 +1,9 @@
 """Chunks of experts and tiles of rows, for XLA, and for kernels that TensorFlow's graphs convert.
 
-The first rows of all experts are batched products, some experts at a time: a chunk, in which each
-has as many rows. Then there is one loop over the experts that have more rows, and in it one over
-the tiles of such a group; their trips depend on the data. On CPUs few rows are only in the loop,
-and so are all if groups are very uneven. On GPUs one chunk has all experts.
+A chunk is the first rows of some experts, the same number for each, in one batched product. What
+is left is computed in a loop over the experts that have more rows, and in it one over the tiles of
+such a group; their trips depend on the data. On CPUs few rows are only in the loop, and so are all
+if groups are very uneven. On GPUs one chunk has all experts.
 
 A buffer has the wide rows of all experts, then the rest of each group. The last tile of a group may
 overrun it: it reads other rows there, which are masked in sums and gradients; what it writes is
@@ -19,8 +19,8 @@ from keras import ops
 from keras_moe.backend.layouts import Layout
 from keras_moe.backend.padded import tile_length
 
-# Of all experts together: with so few rows integer kernels are converted in blocks. Each tile of an
-# expert converts its kernel again: with more rows that would happen too often.
+# Up to so many rows in all, each tile converts int8 kernels in blocks. With more rows they are
+# converted once for each expert.
 MAX_BLOCK_ROWS = 128
 
 # Entries of a block of a kernel, 256 KB in float32.
@@ -35,7 +35,8 @@ CHUNK_ENTRIES = 2**19
 # With more numbers for an expert, on average, the loop is as fast, and takes less memory.
 MAX_WIDE_ENTRIES = 2**19
 
-# Rows of each expert in the chunk of a GPU, in mean groups: for each trip of a loop the host waits.
+# On GPUs an expert has this many times its mean rows in the chunk: in a loop each trip waits for
+# the host.
 GPU_WIDE = 1.25
 
 # The largest part of all rows that is computed in the loop if the others are in chunks.
@@ -74,7 +75,7 @@ class ChunksAndTiles(Layout):
         if self.num_wide:
             # A row of few numbers costs something, too.
             number = CHUNK_ENTRIES // (self.num_wide * max(problem.widest, 128))
-            # In pairs, so that the products of a chunk keep more than one core busy.
+            # An even number, if it divides E: products of two experts keep two cores busy.
             number = min(number // 2 * 2 + 2, self.num_experts)
             self.chunk_size = next(n for n in range(number, 0, -1) if self.num_experts % n == 0)
             rest, most = ops.maximum(self.sizes - self.num_wide, 0), int(MAX_REST * self.num_rows)
@@ -161,7 +162,7 @@ class ChunksAndTiles(Layout):
 
 
 class _Part(NamedTuple):
-    """As many rows of each of some experts. What is read has the dtype that is computed in."""
+    """The same number of rows of each of some experts, in the dtype that is computed in."""
 
     layout: Any
     expert: Any  # the first

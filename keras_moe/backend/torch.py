@@ -62,7 +62,7 @@ class TorchBackend(Backend):
     def differentiable(self, forward, backward, inputs, context):
         tensors, structure = _flatten(inputs)
         with without_autocast(tensors[0]):
-            # In the function gradients are always off, and `needs_input_grad` does not ask whether.
+            # Asked here, as gradients are always off in the `forward` of a function of autograd.
             save = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
             if is_any_derivative() or is_traced() or not save:
                 return forward(inputs, context, save=False)[0]

@@ -13,9 +13,9 @@ from keras_moe.backend.layouts import AllRows, Layout
 # So many values outweigh the overhead of a call on a CPU, and still fit into the cache.
 CPU_CHUNK_VALUES = 2**20
 
-# 32 MB, which are freed at once and never written: glibc then keeps blocks up to this size for the
-# process, as after any large tensor. Else the memory of each chunk goes to the system and back,
-# which takes a fifth of a step.
+# Freed at once, and never written: this raises the limit to 32 MB up to which glibc keeps freed
+# memory for the process. Else the memory of each chunk goes to the system and back, which takes a
+# fifth of a step.
 torch.empty(2**23 - 2**12)
 
 
@@ -40,7 +40,7 @@ def split(rows, sizes):
 
 
 class Chunks(Layout):
-    """Neighbouring groups form a chunk: they share all operations, perhaps but their products.
+    """A chunk is neighbouring groups: operations are on a chunk, products perhaps on a group.
 
     A chunk has up to `CPU_CHUNK_VALUES` values of the widest map, or one group with rows. A buffer
     is a list of the rows of each.
@@ -57,7 +57,7 @@ class Chunks(Layout):
             rows += number
         spans = [*itertools.pairwise([*first_experts, len(numbers)])]
         lengths = [sum(numbers[first:end]) for first, end in spans]
-        # Sums by int32 are slow.
+        # `index_add_` by int32 is slow.
         assignment, weight = plan.assignment_of_row.long(), plan.weight_of_row(problem.weights)
         of_rows = assignment % plan.num_tokens, assignment, weight.unsqueeze(1)
         pieces = zip(*(each.split([*lengths, num_padding]) for each in of_rows))

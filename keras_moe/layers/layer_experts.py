@@ -32,10 +32,11 @@ class LayerExperts(ExpertBank):
 
     Each layer gets the rows (n, D) of its tokens and returns rows (n, D'), with the same D' for all
     layers. In a mixture with `token_axes`, rows are whole samples (n, ...). Under XLA, rows are
-    processed in tiles padded with ones: in training `BatchNormalization` sees the padding, and an
-    activity regularizer is applied once per tile. A mixture in an expert receives a mask of the
-    padding, if the `call` of the expert has a `mask`. Banks with stacked kernels are faster,
-    especially where the layers differ in class or configuration or have state other than weights.
+    processed in tiles padded with ones: a layer must have a derivative there. In training
+    `BatchNormalization` sees the padding, and an activity regularizer is applied once per tile. A
+    mixture in an expert receives a mask of the padding, if the `call` of the expert has a `mask`.
+    Banks with stacked kernels are faster, especially where the layers differ in class or
+    configuration or have state other than weights.
 
     Args:
         layers: List of Keras layers, `keras.Sequential` or functional models.

@@ -32,7 +32,7 @@ class Problem(NamedTuple):
 
     tokens: Any  # (T, D)
     weights: Any  # (T, K), of the assignments
-    trained: dict  # {(name, part): tensor (E, ...)}, parts of a `LinearMap`
+    trained: dict  # {(name, part): tensor (E, ...)}, parts of a `LinearMap`, even if not trainable
     frozen: dict  # {name: kernel}: integers, and what LoRA corrects
     plan: Any  # a `GroupedPlan`
     key: Any = None  # (2,) int32, for dropout; None where there is none
@@ -68,8 +68,8 @@ class Network(NamedTuple):
     def forward(self, layout, inputs, context, save=False):
         """Return the weighted sums (T, D') of each token's expert outputs, computed by a layout.
 
-        If `save`, also buffers of what the maps in `saved` return. Rows past the last group are not
-        computed, or discarded: padded and dropped assignments cost little.
+        If `save`, also buffers of what the maps in `saved` return. Rows past the last group may be
+        computed; their outputs are not used.
         """
         problem = Problem(*inputs, *context)
         layout, maps, names = layout(problem), problem.maps, self.saved if save else ()
@@ -104,7 +104,7 @@ class Network(NamedTuple):
 
             (outputs, inputs_of_maps), pullback = backend.vjp(run, (rows, *map(part.read, buffers)))
             d_returned = d_outputs
-            if self.last is not None:  # `run` returned its inputs, so its outputs are not needed
+            if self.last is not None:  # in `run` this map returned its inputs
                 d_returned = maps[self.last].row_gradients(part, d_outputs)
             weights = as_dtype(part.weights(), rows.dtype)
             d_rows, *d_values = pullback(d_returned * weights)

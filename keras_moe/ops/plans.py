@@ -164,7 +164,7 @@ class GroupedPlan(NamedTuple):
 class ExpertChoicePlan(GroupedPlan):
     """The plan of experts that choose their tokens: place e is expert e, so K is E.
 
-    There are fewer rows than assignments, N of them.
+    It has N rows, fewer than its T * E assignments.
     """
 
     __slots__ = ()
