@@ -226,6 +226,44 @@ def test_dropout_of_a_bank_scales_what_stays(bank):
     np.testing.assert_allclose(array(without(x, training=True)), whole, rtol=1e-6)
 
 
+def _drops():
+    return keras.Sequential([keras.layers.Dense(D), keras.layers.Dropout(0.5)])
+
+
+DROPS = {
+    "bank": lambda: moe(layers.FeedForwardExperts(E, 64, dropout=0.5)),
+    "layers": lambda: moe(layers.LayerExperts([_drops() for _ in range(E)])),
+    "different layers": lambda: moe(layers.LayerExperts([_drops(), keras.layers.Dense(D)])),
+    "shared": lambda: moe(shared_expert=_drops()),
+    "zero": lambda: moe(
+        layers.ZeroComputationExperts(layers.FeedForwardExperts(E, 64, dropout=0.5), 1)
+    ),
+    "tasks": lambda: layers.MultiGateMixtureOfExperts(
+        layers.FeedForwardExperts(E, 64, dropout=0.5), 2, routers.DenseRouter()
+    ),
+    "tasks of layers": lambda: layers.MultiGateMixtureOfExperts(
+        layers.LayerExperts([_drops(), keras.layers.Dense(D)]), 2, routers.DenseRouter()
+    ),
+}
+
+
+@pytest.mark.backends("jax", "torch")
+@pytest.mark.parametrize("name", DROPS)
+def test_a_stateless_call_trains_the_layers_inside(name):
+    # Keras calls `call` there, outside of the context that tells layers of training.
+    layer, x = DROPS[name](), normal(16, D)
+    layer.build(x.shape)
+    variables = layer.trainable_variables, layer.non_trainable_variables
+    values = [[variable.value for variable in each] for each in variables]
+
+    def outputs(**kwargs):
+        returned = layer.stateless_call(*values, x, return_losses=True, **kwargs)[0]
+        return array(returned[0] if isinstance(returned, list) else returned)
+
+    np.testing.assert_array_equal(outputs(training=False), outputs())
+    assert (outputs(training=True) != outputs()).any()
+
+
 @compiled
 def test_batch_normalization_inside_an_expert_updates_the_state_of_used_experts_only(jit_compile):
     # One name for all: states are told apart by object, not by path.

@@ -59,17 +59,20 @@ class ExpertBank(BaseLayer):
             raise ValueError(f"{rule}. Received: {planned} for {given}")
         return super().__call__(tokens, plan, **kwargs)
 
-    def compute_all(self, tokens: Tensor) -> Tensor:
+    def compute_all(self, tokens: Tensor, training: bool | None = None) -> Tensor:
         """Return the outputs (T, E, ...) of all experts for each token (T, ...)."""
         numbers = ops.arange(self.num_experts, dtype="int32")
         experts = ops.broadcast_to(numbers, (ops.shape(tokens)[0], self.num_experts))
         plan = GroupedPlan.of(experts, ops.ones_like(experts, "float32"), self.num_experts)
-        return self.compute_each(tokens, plan)
+        return self.compute_each(tokens, plan, training)
 
-    def compute_each(self, tokens: Tensor, plan: GroupedPlan) -> Tensor:
+    def compute_each(
+        self, tokens: Tensor, plan: GroupedPlan, training: bool | None = None
+    ) -> Tensor:
         """Return outputs (T, K, ...) of a plan's assignments before weights; zero without a row."""
         top_k = plan.weights.shape[1]
-        outputs = self(ops.repeat(tokens, top_k, axis=0), plan.by_assignment())
+        repeated = ops.repeat(tokens, top_k, axis=0)
+        outputs = self(repeated, plan.by_assignment(), training=training)
         return ops.reshape(outputs, (-1, top_k, *outputs.shape[1:]))
 
     def compute_output_shape(self, tokens_shape):

@@ -102,19 +102,19 @@ class LayerExperts(ExpertBank):
         self._row_shape, self._output_shape = rows_shape[1:], shapes[0]
         recompute_as_one(self)
 
-    def call(self, tokens: Tensor, plan: GroupedPlan) -> Tensor:
+    def call(self, tokens: Tensor, plan: GroupedPlan, training: bool | None = None) -> Tensor:
         tokens = ops.reshape(self._compute(tokens), (-1, math.prod(self._row_shape)))
         rows = plan.dispatch(tokens)
         parameters = {id(variable) for variable in parameters_of(self)}
         variables = [each for each in self.non_trainable_variables if id(each) not in parameters]
         variables += self.metrics_variables
-        functions = [self._as_function(layer, variables) for layer in self.layers]
+        functions = [self._as_function(layer, variables, training) for layer in self.layers]
         # Compiled loops allow neither writes to variables nor stored losses: both are passed
         # through. PyTorch assigns in place, which would change a value the gradient needs.
         with stored_dtypes():
             state = [ops.copy(variable) for variable in variables]
         state.append(ops.zeros((), "float32"))
-        alike = self._as_one_function() if backend.needs_static_shapes() else None
+        alike = self._as_one_function(training) if backend.needs_static_shapes() else None
         width = math.prod(self._output_shape)
         has_samples = len(self._row_shape) > 1
         arguments = (functions, alike, has_samples, width, rows, plan.sizes, state)
@@ -125,22 +125,25 @@ class LayerExperts(ExpertBank):
         self.add_loss(loss)
         return ops.reshape(plan.combine(rows), (-1, *self._output_shape))
 
-    def compute_all(self, tokens):
+    def compute_all(self, tokens, training=None):
         # Each layer is called once, with all tokens.
-        return ops.stack([self._compute(layer(tokens)) for layer in self.layers], axis=1)
+        return ops.stack(
+            [self._compute(layer(tokens, training=training)) for layer in self.layers], axis=1
+        )
 
-    def _serve(self, layer, rows, inside=None):
+    def _serve(self, layer, rows, training, inside=None):
         """Apply a layer to flat rows (n, D), which it sees in their own shape."""
         rows = ops.reshape(rows, (-1, *self._row_shape))
-        mask = {}
+        arguments = {"training": training}
         if inside is not None and len(self._row_shape) == 1:
             # A mixture counts tokens, of which padding is none.
             if any(isinstance(part, Gate) for part in layer._flatten_layers()):
-                mask = {"mask": inside}
-        output = call_part("layers", layer, rows, (rows.shape[0], *self._output_shape), **mask)
+                arguments["mask"] = inside
+        shape = (rows.shape[0], *self._output_shape)
+        output = call_part("layers", layer, rows, shape, **arguments)
         return ops.reshape(self._compute(output), (-1, math.prod(self._output_shape)))
 
-    def _as_function(self, layer, variables):
+    def _as_function(self, layer, variables, training):
         """A layer as a function of rows, state and a mask of the rows, for `_map_groups`.
 
         The state is a list of values of `variables` and a sum of losses.
@@ -156,7 +159,7 @@ class LayerExperts(ExpertBank):
             # flag, activity regularizers. Losses of weights reach the model through the layer.
             with keras.StatelessScope(state_mapping=mapping, collect_losses=True) as scope:
                 before = list(map(scope.get_current_value, constant))
-                output = self._serve(layer, rows, inside)
+                output = self._serve(layer, rows, training, inside)
             for variable, value in zip(constant, before):
                 if scope.get_current_value(variable) is not value:
                     rule = "An expert must not write its trainable weights in a call"
@@ -165,7 +168,7 @@ class LayerExperts(ExpertBank):
 
         return function
 
-    def _as_one_function(self):
+    def _as_one_function(self, training):
         """A function of weights and rows for all experts, and one that stacks weights, or None."""
         if not are_alike(self.layers):
             return None
@@ -179,7 +182,7 @@ class LayerExperts(ExpertBank):
             weights, rows = weights_and_rows
             mapping = zip(first.variables, weights)
             with keras.StatelessScope(state_mapping=mapping, collect_losses=True) as scope:
-                output = self._serve(first, rows)
+                output = self._serve(first, rows, training)
             return output, _sum(scope.losses, ops.zeros((), "float32"))
 
         return function, stack

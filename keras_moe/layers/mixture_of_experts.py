@@ -253,13 +253,13 @@ class MixtureOfExperts(Gate):
             if isinstance(plan, SoftPlan):
                 rule = "`return_expert_outputs` needs a router that assigns tokens to experts"
                 raise ValueError(f"{rule}. Received: a soft router, whose experts mix tokens")
-            expert_outputs = self.experts.compute_each(tokens.values, plan)
+            expert_outputs = self.experts.compute_each(tokens.values, plan, training)
             outputs = _weighted_sum(expert_outputs, routing.weights)
         else:
-            outputs = self.experts(tokens.values, plan)
+            outputs = self.experts(tokens.values, plan, training=training)
         outputs = tokens.unflatten(outputs, self.compute_dtype)
         if self.shared_expert is not None:
-            outputs = outputs + self._shared_outputs(tokens)
+            outputs = outputs + self._shared_outputs(tokens, training)
 
         returned = [outputs]
         if return_routing:
@@ -268,12 +268,13 @@ class MixtureOfExperts(Gate):
             returned.append(tokens.unflatten(expert_outputs, self.compute_dtype))
         return tuple(returned) if len(returned) > 1 else outputs
 
-    def _shared_outputs(self, tokens):
+    def _shared_outputs(self, tokens, training):
         """The outputs of the shared expert, times its gate; zero where tokens are padding."""
         mask = None if tokens.mask is None else ops.reshape(tokens.mask, tokens.sizes)
         inputs = ops.reshape(tokens.values, (*tokens.sizes, *tokens.values.shape[1:]))
         shape, layer = self.compute_output_shape(inputs.shape), self.shared_expert
-        outputs = sublayers.call_part("shared_expert", layer, inputs, shape, mask=mask)
+        arguments = {"mask": mask, "training": training}
+        outputs = sublayers.call_part("shared_expert", layer, inputs, shape, **arguments)
         outputs = ops.cast(outputs, self.compute_dtype)
         if self.shared_gate is not None:
             outputs = outputs * self.shared_gate(inputs)

@@ -185,14 +185,14 @@ class MultiGateMixtureOfExperts(Recomputable):
                     # A network may have no derivative at 0: NaN times 0 is NaN.
                     real = ops.expand_dims(tokens.mask, 1)
                     values = ops.where(real, values, ops.ones_like(values))
-                outputs = bank.compute_all(values)
+                outputs = bank.compute_all(values, training)
             else:
                 # An expert that several tasks chose for a token has one place; the others are -1.
                 chosen = mask_invalid(ops.concatenate(chosen, axis=1), bank.num_experts)
                 chosen = without_repeats(chosen)
                 ones = ops.ones_like(chosen, "float32")
                 plan = GroupedPlan.of(chosen, ones, bank.num_experts)
-                outputs = bank.compute_each(tokens.values, plan)
+                outputs = bank.compute_each(tokens.values, plan, training)
                 weights = tuple(take_scores(each, chosen) for each in weights)
             outputs = ops.cast(outputs, "float32")
             for number, each in zip(numbers, weights):

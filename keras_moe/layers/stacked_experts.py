@@ -162,9 +162,9 @@ class StackedExperts(ExpertBank):
             return devices.run(backend.run, network, problem)
         return backend.run(network, problem)
 
-    def compute_all(self, tokens):
+    def compute_all(self, tokens, training=None):
         if backend.devices.sharing(self) is not None or self._dropout_seed is not None:
-            return super().compute_all(tokens)
+            return super().compute_all(tokens, training)
         network = self._network._replace(function=self._function())
         return network.run_on_all(self._problem(tokens))
 

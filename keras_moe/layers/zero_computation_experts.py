@@ -89,13 +89,14 @@ class ZeroComputationExperts(ExpertBank):
                 initializer=keras.initializers.RandomNormal(stddev=0.02),
             )
 
-    def call(self, tokens: Tensor, plan: GroupedPlan) -> Tensor:
+    def call(self, tokens: Tensor, plan: GroupedPlan, training: bool | None = None) -> Tensor:
         computing = self.experts.num_experts
         if isinstance(plan, ExpertChoicePlan):
             rule = "Experts without computation need a router whose tokens choose, as `TopKRouter`"
             raise ValueError(f"{rule}. Received: a plan of experts that choose tokens")
         tokens = self._compute(tokens)
-        outputs = self._compute(self.experts(tokens, plan.of_first(computing)))
+        outputs = self.experts(tokens, plan.of_first(computing), training=training)
+        outputs = self._compute(outputs)
         first_identity = computing + self.num_zero
         first_constant = first_identity + self.num_identity
         weight = plan.weight_at(first_identity, first_constant)
