@@ -141,20 +141,54 @@ def test_each_router_loss_is_reported_by_its_name_before_its_weight():
     assert logs["router_loss"] == [pytest.approx(expected, rel=1e-5)]
 
 
+class SmallLogits(routers.TopKRouter):
+    """A router with a loss of its own, and one of a layer in it."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.identity = keras.layers.ActivityRegularization(l2=0.1)
+
+    def route(self, tokens, mask, training, **context):
+        routing = super().route(tokens, mask, training, **context)
+        if training:
+            self.add_loss(keras.ops.mean(keras.ops.abs(self.identity(routing.logits))) + 0.1)
+        return routing
+
+
 @on_each_backend
-def test_the_logged_router_loss_is_what_router_losses_add_to_the_loss():
+def test_the_logged_router_loss_is_what_mixtures_add_to_the_loss():
+    relu = routers.ReLURouter(initial_strength=0.5, kernel_initializer="ones")
     twice = moe(router_losses=[losses.LoadBalance(0.5)], name="twice")
-    own = moe(router_losses=["router_z", losses.RouterZ(0.1)], name="own")
+    parts = [
+        moe(router=relu, name="relu"),
+        twice,
+        moe(router_losses=["router_z", losses.RouterZ(0.1)], name="own"),
+        moe(router=SmallLogits(), name="custom"),
+    ]
     inputs = keras.Input((E,))
-    model = keras.Model(inputs, own(twice(twice(inputs))))
+    outputs = functools.reduce(lambda x, layer: layer(x), [*parts, twice], inputs)
+    model = keras.Model(inputs, outputs)
     model.compile(keras.optimizers.SGD(0.0), "mse", metrics=["mse"], jit_compile=QUICK_JIT)
     monitor = ExpertMonitor()
     logs = fit(model, monitor, validation=False)
     added = logs["loss"][0] - logs["mse"][0]
-    (of_twice,), (of_own,) = (monitor.history[f"{name}_router_loss"] for name in ("twice", "own"))
-    assert of_twice > 0.5 and of_own > 0.01
-    assert 2 * of_twice + of_own == pytest.approx(added, rel=1e-4)
-    assert logs["router_loss"] == [pytest.approx(of_twice + of_own)]
+    reported = [*(monitor.history[f"{layer.name}_router_loss"][0] for layer in parts)]
+    assert reported[1] > 0.5 and min(reported) > 0.01
+    assert sum(reported) + reported[1] == pytest.approx(added, rel=1e-4)
+    assert logs["router_loss"] == [pytest.approx(sum(reported))]
+
+
+ROUTERS = [cls for cls in layer_checks.CASES if issubclass(cls, routers.Router)]
+
+
+@pytest.mark.parametrize("cls", [*ROUTERS, SmallLogits], ids=lambda cls: cls.__name__)
+def test_a_mixture_reports_what_it_adds_to_the_loss(cls):
+    case = layer_checks.CASES.get(cls, layer_checks.CASES[routers.TopKRouter])
+    layer = case.layer(cls(**case.required()))
+    layer(layer_checks.normal(2, 3, layer_checks.D), training=True)
+    (mixture,) = (part for part in layer._flatten_layers() if isinstance(part, layers.MoE))
+    added = sum(float(array(loss)) for loss in mixture.losses)
+    assert mixture.read_counts().means.added == pytest.approx(added)
 
 
 @pytest.mark.backends("tensorflow")  # Keras writes event files by TensorFlow.

@@ -93,6 +93,16 @@ def test_arguments_of_keras_layers_are_handed_on(cls):
     assert layer.compute_dtype == ("bfloat16" if "dtype" in kwargs else "float32")
 
 
+@by_name(held_by_models())
+def test_an_argument_that_compiled_functions_have_read_cannot_be_set(cls):
+    instance = configured(cls)
+    holding_model(cls, instance)
+    changeable = getattr(cls, "changeable_arguments", ())
+    for name in set(constructor_arguments(cls)).difference(changeable):
+        with pytest.raises(AttributeError, match=f"`{name}`.*cannot be set later"):
+            setattr(instance, name, getattr(instance, name))
+
+
 @on_one_backend
 @by_name(with_config())
 def test_it_is_registered_and_survives_json(cls):

@@ -17,7 +17,13 @@ from keras_moe._internal.keras_internals import (
     set_keras_mask,
     stored_dtypes,
 )
-from keras_moe._internal.serialization import arguments_of, load_draws, save_draws
+from keras_moe._internal.serialization import (
+    argument_names,
+    arguments_of,
+    load_draws,
+    refuse_change,
+    save_draws,
+)
 from keras_moe.backend import backend
 
 # What an argument is that a layer does not have: one of another class, or a name used elsewhere.
@@ -57,6 +63,8 @@ class BaseLayer(KeepsLosses, keras.layers.Layer):
 
     # Arguments of a parent's constructor that the constructor of the class sets itself.
     fixed_arguments: tuple[str, ...] = ()
+    # Arguments that may be set before the model is compiled again, as `trainable` may.
+    changeable_arguments: tuple[str, ...] = ()
 
     def __init__(self, **kwargs: Any):
         for name in filter(_IS_OF_NAME.get, kwargs):
@@ -64,6 +72,14 @@ class BaseLayer(KeepsLosses, keras.layers.Layer):
             raise TypeError(f"`{name}` is {_IS_OF_NAME[name]}. Received: {received}")
         super().__init__(**kwargs)
         backend.devices.separate_losses(self)
+
+    def __setattr__(self, name, value):
+        cls: Any = type(self)
+        is_argument = name in argument_names(cls) and name not in cls.changeable_arguments
+        # Keras locks the state of a layer that is built, except in `unlocked`.
+        if is_argument and getattr(self, "built", False) and self._tracker.locked:
+            refuse_change(self, name)
+        super().__setattr__(name, value)
 
     def quantized_call(self, *args, **kwargs):
         # Keras calls this in place of `call` where the dtype policy is quantized.

@@ -22,6 +22,11 @@ def drops_losses():
     return scope is not None and not in_symbolic_scope() and not scope.collect_losses
 
 
+def losses_added(layer):
+    """The losses that a layer and those in it have added in this pass, without those of weights."""
+    return [loss for part in layer._flatten_layers() for loss in part._get_own_losses()]
+
+
 def in_symbolic_scope():
     """Whether Keras only finds out shapes: on PyTorch there are no values to count."""
     return get_global_attribute("symbolic_scope") is not None

@@ -1,7 +1,9 @@
 """Serialization: registered classes, pluggable arguments, shared layers and random state."""
 
+import functools
 import inspect
 import weakref
+from typing import Any
 
 import keras
 import numpy as np
@@ -16,11 +18,25 @@ register = keras.saving.register_keras_serializable(package=PACKAGE)
 
 def arguments_of(configured):
     """Constructor arguments of an object's classes in this package, read from its attributes."""
-    classes = type(configured).__mro__
-    own = [cls for cls in classes if cls.__module__.startswith(PACKAGE) and "__init__" in vars(cls)]
-    names: list = sum((_named_arguments(vars(cls)["__init__"]) for cls in reversed(own)), [])
-    fixed = getattr(configured, "fixed_arguments", ())
+    cls: Any = type(configured)
+    names, fixed = argument_names(cls), getattr(cls, "fixed_arguments", ())
     return {name: _serialized(getattr(configured, name)) for name in names if name not in fixed}
+
+
+@functools.lru_cache
+def argument_names(cls: Any) -> list[str]:
+    """The names of constructor arguments that the classes of this package above a class declare."""
+    classes = (each for each in reversed(cls.__mro__) if each.__module__.startswith(PACKAGE))
+    methods = [vars(each)["__init__"] for each in classes if "__init__" in vars(each)]
+    return list(dict.fromkeys(name for each in methods for name in _named_arguments(each)))
+
+
+def refuse_change(configured, name):
+    """Raise an error for an argument that is set when compiled functions may have read it."""
+    changes = {"top_k": "Call `surgery.set_top_k`", "weight": "Call `layer.set_router_loss_weight`"}
+    rule = f"`{name}` of a `{type(configured).__name__}` cannot be set later"
+    reason = "compiled functions would keep the old value"
+    raise AttributeError(f"{rule}, as {reason}. {changes.get(name, 'Make a new one')}")
 
 
 def _serialized(value):
@@ -41,6 +57,11 @@ def _named_arguments(method):
 
 class Configured:
     """Abstract: an object without weights, such as a loss, that its config describes."""
+
+    def __setattr__(self, name, value):
+        if name in vars(self):
+            refuse_change(self, name)
+        super().__setattr__(name, value)
 
     def get_config(self):
         return arguments_of(self)

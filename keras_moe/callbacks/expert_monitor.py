@@ -193,7 +193,7 @@ class ExpertMonitor(ExpertCallback):
             for key, function in self._metrics.items():
                 found[key] = function(counts) if counts.any() else math.nan
             found.update(zip(_loss_names(layer.router_losses), means.losses))
-            if not evaluation and layer.router_losses:
+            if not evaluation and (layer.router_losses or means.added):  # or of the router itself
                 found["router_loss"] = means.added
             numbers[name] = {key: float(value) for key, value in found.items()}
         return numbers, shares

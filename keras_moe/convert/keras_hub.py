@@ -9,7 +9,12 @@ import keras
 from keras import ops
 
 from keras_moe import losses, routers
-from keras_moe._internal.keras_internals import forget_old_weights, names_below, own_layers
+from keras_moe._internal.keras_internals import (
+    forget_old_weights,
+    names_below,
+    own_layers,
+    unlocked,
+)
 from keras_moe._internal.serialization import PACKAGE, Configured, load_draws, register, save_draws
 from keras_moe.convert.families import FAMILIES, Config
 from keras_moe.convert.weights import check_plain, floats_of
@@ -290,7 +295,8 @@ def sparse_layers(owner, block, family):
         sparse.make_dense = lambda: {sparse: dense_like(sparse, mixture)}
         return {block: sparse}
     # A function, as Keras would save an attribute that is a layer.
-    mixture.experts.run_mixture = lambda tokens, seen: mixture(tokens, router_inputs=seen)
+    with unlocked(mixture.experts):
+        mixture.experts.run_mixture = lambda tokens, seen: mixture(tokens, router_inputs=seen)
     router, experts = block.moe_router, block.moe_expert_bank
     sparse = SparseRouter(router, mixture)
     router_like = _exchange(router, sparse, features, ["rms_norm", "proj"])

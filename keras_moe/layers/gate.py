@@ -20,6 +20,7 @@ from keras_moe._internal.checks import check_choice, check_number, check_tensors
 from keras_moe._internal.keras_internals import (
     drops_losses,
     in_symbolic_scope,
+    losses_added,
     names_below,
     unlocked,
     untrack,
@@ -164,6 +165,7 @@ class Gate(Recomputable):
         context |= {"token_ids": token_ids, "indices": indices}
         # Without None: Keras scans every argument.
         given = {name: each for name, each in context.items() if each is not None}
+        earlier = losses_added(self.router) if training else []
         routing = self.router(tokens.vectors, training=training, is_padding_zero=True, **given)
         experts, num_dropped = routing.indices, None
         if self.capacity is not None:
@@ -174,14 +176,17 @@ class Gate(Recomputable):
             routing = routing._replace(dropped=share)
         is_counted = any(observer.counts for observer in observers) and not in_symbolic_scope()
         if training or is_counted:
-            self._add_losses_and_count(routing, num_dropped, length, training)
+            self._add_losses_and_count(routing, num_dropped, length, training, earlier)
         for observer in observers:
             if observer.on_routing is not None:
                 observer.on_routing(routing, tokens.values)
         return routing, experts
 
-    def _add_losses_and_count(self, routing, num_dropped, sequence_length, training):
-        """Add the router losses in training, and count this call."""
+    def _add_losses_and_count(self, routing, num_dropped, sequence_length, training, earlier):
+        """Add the router losses in training, and count this call.
+
+        `earlier` is what the router had added to the loss of the model before this call.
+        """
         values = [
             self._compute_loss(loss, variables, routing, sequence_length, training)
             for loss, variables in zip(self._router_losses, self.loss_states)
@@ -196,6 +201,9 @@ class Gate(Recomputable):
                 "`stateless_call` with `return_losses=True`, and add what it returns to the loss.",
                 stacklevel=2,
             )
+        if training:
+            known = set(map(id, earlier))
+            added += [loss for loss in losses_added(self.router) if id(loss) not in known]
         counters = self._training_counters if training else self._evaluation_counters
         counters.add(routing, num_dropped, values, added, training)
 

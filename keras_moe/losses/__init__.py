@@ -60,12 +60,7 @@ class RouterLoss(Configured):
     value_at_balance = 0.0
 
     def __init__(self, weight: float = 1e-2):
-        self._weight = check_number("weight", weight)
-
-    @property
-    def weight(self) -> float:
-        """The weight from the constructor. `layer.set_router_loss_weight` changes a layer's."""
-        return self._weight
+        self.weight = check_number("weight", weight)
 
     def __call__(self, routing, *args, **kwargs):
         if not isinstance(routing, Routing):

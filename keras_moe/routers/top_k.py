@@ -45,7 +45,8 @@ class TopKRouter(LogitRouter):
             load without a loss: their `selection_bias` (E,) is added to the scores to choose
             experts, never to their weights. None: no such bias.
         use_bias: Boolean. Whether a learned bias (E,) is added to the logits, as in gpt-oss.
-        updates_selection_bias: Boolean. Whether training changes `selection_bias`.
+        updates_selection_bias: Boolean. Whether training changes `selection_bias`. It may be set as
+            an attribute, as `trainable`: compile the model afterwards.
 
     Other arguments, errors, call arguments and returns: as for `LogitRouter`.
 
@@ -59,6 +60,7 @@ class TopKRouter(LogitRouter):
 
     replays_indices = True
     surgeries: tuple = ("cut", "merge", "copy")
+    changeable_arguments = ("updates_selection_bias",)
 
     def __init__(
         self,

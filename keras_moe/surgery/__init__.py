@@ -12,7 +12,7 @@ from keras import ops
 
 from keras_moe._internal import Tensor
 from keras_moe._internal.checks import check_choice, check_integer, check_number, shortened
-from keras_moe._internal.keras_internals import forget_compiled, forget_old_weights
+from keras_moe._internal.keras_internals import forget_compiled, forget_old_weights, unlocked
 from keras_moe.inspection import moe_layers
 from keras_moe.inspection.recording import check_list_of_batches
 from keras_moe.layers.replacement import backbones
@@ -178,9 +178,10 @@ def set_top_k(model: keras.Layer, top_k: int | dict) -> None:
     _check_converted(model, changed, top_k_of)
     for name, layer in layers.items():
         router = layer.router
-        if getattr(router, "renormalize", False) is None:
-            router.renormalize = router.top_k > 1
-        router.top_k = changed[name]
+        with unlocked(router):
+            if getattr(router, "renormalize", False) is None:
+                router.renormalize = router.top_k > 1
+            router.top_k = changed[name]
     _write_to_backbones(model, layers, top_k_of, "top_k", "num_experts_per_token")
     forget_compiled(model)
 
