@@ -580,6 +580,7 @@ def test_refused(call, words, tmp_path, monkeypatch):
 WARNED = [
     ("moe(router='expert_choice')(t())", "rest of the batch"),
     ("moe(router_losses=['load_variation'])", "has no effect with a `TopKRouter`"),
+    ("moe(router='expert_choice', router_losses=['load_variation'])", "load is always even"),
     ("masked(lambda x: moe()(keras.layers.LayerNormalization()(x + 1)))", "mask .* is lost"),
     ("masked(lambda x: encode(inputs=2 * x))", "mask .* is lost"),
     ("masked(lambda x: moe()(x[:, 1:]))", "mask .* is lost"),

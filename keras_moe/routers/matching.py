@@ -112,6 +112,7 @@ class ExpertChoiceRouter(LogitRouter):
     causal = False
     default_losses = ()
     tokens_choose = False
+    even_scopes = ("batch", "sequence", "global")
 
     def __init__(
         self, num_experts: int | None = None, *, capacity_factor: float = 2.0, **kwargs: Any

@@ -67,6 +67,7 @@ class Router(BaseLayer):
     serves_all = False  # whether all experts serve each token
     counted_by_weight = False  # whether its load sums weights; place e of the K is expert e
     has_smooth_load = False  # whether the `load` of its routings has a gradient in training
+    even_scopes: tuple = ()  # scopes of losses in which all experts always have the same load
     serves_tasks = True  # whether it can be the router of one of many tasks
     has_logits = False  # whether its logits are learned, so that reports judge them
     normalizes_kernel = False  # whether rescaling the kernel leaves the logits unchanged
