@@ -98,7 +98,7 @@ class Gate(Recomputable):
     @property
     def banks(self) -> list[ExpertBank]:
         """The banks that the router chooses experts from, in the order of their numbers."""
-        raise NotImplementedError
+        raise NotImplementedError(f"`{type(self).__name__}` must implement `banks`")
 
     @property
     def top_k(self) -> int:

@@ -37,7 +37,7 @@ class MatchingRouter(LogitRouter):
 
     def match(self, logits: Tensor, mask: Tensor) -> Tensor:
         """Return the experts (T, K) of each token in training."""
-        raise NotImplementedError
+        raise NotImplementedError(f"`{type(self).__name__}` must implement `match`")
 
 
 @register
