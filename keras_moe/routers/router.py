@@ -61,7 +61,7 @@ class Router(BaseLayer):
 
     top_k: Any = None  # experts per token, K
     causal = True  # whether a token's experts depend on no other token
-    default_losses: tuple = ("load_balance", "router_z")  # of a layer that is given none
+    default_losses: tuple = ("load_balance", "router_z")  # if `router_losses` are None
     tokens_choose = True  # so that too many may choose an expert
     replays_indices = False  # whether `route` chooses `indices` where they are given
     serves_all = False  # whether all experts serve each token
