@@ -407,6 +407,14 @@ REFUSED = [
     ("losses.LoadBalance(scope='global')(routing())", "outside of one"),
     ("losses.LoadBalance()(t(), t())", "one of `router_losses`"),
     ("trained(router_losses=[own_part(losses.RouterLoss)])", "must implement `compute(routing)`"),
+    ("trained(router=own_part(routers.noisy.NoisyRouter, E))", "`Own` must implement `deviation`"),
+    (
+        "trained(router=own_part(routers.matching.MatchingRouter, E, top_k=1))",
+        "`Own` must implement `match`",
+    ),
+    ("balanced()", "`Own` must implement `measure`"),
+    ("balanced(measure=lambda *_: t(E))", "`Own` must implement `update`"),
+    ("own_part(layers.gate.Gate).banks", "`Own` must implement `banks`"),
     ("losses.get(losses.MixtureNegativeLogLikelihood())", "an instance of `RouterLoss`"),
     ("likelihood(t(6, 1))", "`y_true` must have"),
     ("likelihood(t(6, 1), (6, 3, 4), scale=None)", "even number of outputs"),
@@ -581,6 +589,7 @@ def test_refused(call, words, tmp_path, monkeypatch):
 WARNED = [
     ("moe(router='expert_choice')(t())", "rest of the batch"),
     ("moe(router_losses=['load_variation'])", "has no effect with a `TopKRouter`"),
+    ("moe(router='expert_choice', router_losses=['load_variation'])", "load is always even"),
     ("masked(lambda x: moe()(keras.layers.LayerNormalization()(x + 1)))", "mask .* is lost"),
     ("masked(lambda x: encode(inputs=2 * x))", "mask .* is lost"),
     ("masked(lambda x: moe()(x[:, 1:]))", "mask .* is lost"),

@@ -1,5 +1,7 @@
 """Router losses: by hand, against their formulas, in sequences and over several batches."""
 
+import warnings
+
 import keras
 import numpy as np
 import pytest
@@ -135,6 +137,19 @@ def test_the_layer_tells_the_loss_what_a_sequence_is(router):
         routing = layer.router(sequence)
         parts.append(array(losses.LoadBalance(1.0)(routing)))
     assert_close(array(value), np.mean(parts))
+
+
+@pytest.mark.parametrize("scope", ["batch", "sequence", "global"])
+@pytest.mark.parametrize("name", routers.IDENTIFIERS)
+def test_layers_warn_where_the_load_balance_is_constant(name, scope):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        layer = moe(router=name, router_losses=[losses.LoadBalance(1.0, scope)])
+    values = []
+    for seed in range(3):
+        layer(10 * normal(3, 5, D, seed=seed), training=True)
+        values.append(sum(map(array, layer.losses)))
+    assert len(caught) == (np.ptp(values) < 1e-6)
 
 
 def test_the_last_of_several_accumulated_batches_sees_the_shares_of_all():

@@ -74,13 +74,17 @@ class Gate(Recomputable):
         self._router_losses = losses.get_list(router_losses)
         self._initial_loss_weights = [loss.weight for loss in self.router_losses]
         for loss in self.router_losses:
-            if loss.needs_smooth_load and not self.router.has_smooth_load:
-                warnings.warn(
-                    f"`{loss.name}` of `{self.name}` has no effect with a "
-                    f"`{type(self.router).__name__}`, whose load has no gradient: use "
-                    "`LoadBalance`, or a router such as `NoisyTopKRouter`.",
-                    stacklevel=3,
-                )
+            if loss.needs_uneven_load and loss.scope in self.router.even_scopes:
+                reason = "is always even"
+            elif loss.needs_smooth_load and not self.router.has_smooth_load:
+                reason = "has no gradient: use `LoadBalance`, or a router such as `NoisyTopKRouter`"
+            else:
+                continue
+            warnings.warn(
+                f"`{loss.name}` of `{self.name}` has no effect with a "
+                f"`{type(self.router).__name__}`, whose load {reason}.",
+                stacklevel=3,
+            )
         self.capacity = Capacity.get(capacity_factor)
         if self.capacity is not None and not self.router.tokens_choose:
             raise ValueError(
@@ -95,7 +99,7 @@ class Gate(Recomputable):
     @property
     def banks(self) -> list[ExpertBank]:
         """The banks that the router chooses experts from, in the order of their numbers."""
-        raise NotImplementedError
+        raise NotImplementedError(f"`{type(self).__name__}` must implement `banks`")
 
     @property
     def top_k(self) -> int:

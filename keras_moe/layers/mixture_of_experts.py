@@ -44,8 +44,8 @@ class MixtureOfExperts(Gate):
         experts: Bank of experts, such as `GatedExperts`; a list of Keras layers or models, for
             `LayerExperts`; or an integer, `num_experts`.
         router: Router, or a name for `routers.get`. Its number of experts is the bank's by default.
-        router_losses: List of losses of the routing, objects or names for `losses.get`. None: the
-            `default_losses` of the router, for most `("load_balance", "router_z")`. `[]`: none.
+        router_losses: None for the router's `default_losses`, for most `("load_balance",
+            "router_z")`; `[]` for no losses; or a list of losses or their names, see `losses.get`.
         shared_expert: Keras layer that processes every token, its output added to that of the
             chosen experts, or None. DeepSeekMoE (arXiv:2401.06066), section 3.2.
         capacity_factor: Positive float, the factor of a `Capacity` with its defaults; a `Capacity`;

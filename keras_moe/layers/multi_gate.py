@@ -69,7 +69,8 @@ class MultiGateMixtureOfExperts(Recomputable):
         router: Router, its name, or a list with one of these for each task, and for the shared
             output if there is one. A single router is copied for each.
         task_experts: List of banks of experts, one for each task, or None.
-        router_losses: List of losses of each routing, or None for the defaults of the router.
+        router_losses: None for the `default_losses` of each router; `[]` for no losses; or a list
+            of losses, which each router gets.
         shared_output: Boolean, with `task_experts`. Whether a further router, over all experts,
             makes an output for the shared experts of the next block.
         task_names: List of strings, one for each task. None: "task_0" and so on.

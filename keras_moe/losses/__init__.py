@@ -36,6 +36,7 @@ class RouterLoss(Configured):
 
     - `balances`: whether it balances the load. If so, `ExpertHealth` may advise a larger weight.
     - `needs_smooth_load`: whether it has a gradient only if the router `has_smooth_load`.
+    - `needs_uneven_load`: whether it is constant if all experts have the same load.
     - `scope`: "sequence" if `compute` has an argument `sequence_length` as well.
     - `usual_weight`, `value_at_balance`: a weight that works well or None, and the loss at an even
       load, from which `callbacks.ExpertHealth` judges the current weight.
@@ -55,6 +56,7 @@ class RouterLoss(Configured):
 
     balances = False
     needs_smooth_load = False
+    needs_uneven_load = False
     scope = "batch"
     usual_weight: float | None = None
     value_at_balance = 0.0
@@ -94,7 +96,8 @@ class LoadBalance(RouterLoss):
     """Spreads tokens over the experts: `E * sum_e f_e * P_e`, 1 if even, larger otherwise.
 
     `f_e` is expert e's share of the assignments of all K choices, before any are dropped. `P_e` is
-    its mean probability. Only `P_e` has a gradient. The value does not grow with K.
+    its mean probability. Only `P_e` has a gradient. The value does not grow with K. If the load is
+    even by design, as with an `ExpertChoiceRouter`, the value is constant, so layers warn.
 
     - `scope="batch"`: over all tokens of a call (Fedus et al. 2021, arXiv:2101.03961, eq. 4 to 6).
     - `scope="sequence"`: over each sequence, then averaged; use it together with the batch's. In a
@@ -114,6 +117,7 @@ class LoadBalance(RouterLoss):
     """
 
     balances = True
+    needs_uneven_load = True
     usual_weight = 1e-2
     value_at_balance = 1.0
 
@@ -179,7 +183,7 @@ class LoadVariation(RouterLoss):
     """
 
     balances = True
-    needs_smooth_load = True
+    needs_smooth_load = needs_uneven_load = True
 
     def compute(self, routing):
         return _squared_variation(ops.convert_to_tensor(routing.load))

@@ -41,11 +41,11 @@ class SelectionBalancer(Configured):
 
     def measure(self, routing: Routing, scores: Tensor, bias: Tensor) -> Tensor:
         """Return a measurement (E,) of a batch, from scores (T, E) and the current bias (E,)."""
-        raise NotImplementedError
+        raise NotImplementedError(f"`{type(self).__name__}` must implement `measure`")
 
     def update(self, bias: Tensor, measured: Tensor) -> Tensor:
         """Return the next bias (E,) from this one and the mean measurement of a step."""
-        raise NotImplementedError
+        raise NotImplementedError(f"`{type(self).__name__}` must implement `update`")
 
     def advice(self) -> str:
         """Return what to try if the load is uneven in spite of the balancer."""

@@ -37,7 +37,7 @@ class MatchingRouter(LogitRouter):
 
     def match(self, logits: Tensor, mask: Tensor) -> Tensor:
         """Return the experts (T, K) of each token in training."""
-        raise NotImplementedError
+        raise NotImplementedError(f"`{type(self).__name__}` must implement `match`")
 
 
 @register
@@ -112,6 +112,7 @@ class ExpertChoiceRouter(LogitRouter):
     causal = False
     default_losses = ()
     tokens_choose = False
+    even_scopes = ("batch", "sequence", "global")
 
     def __init__(
         self, num_experts: int | None = None, *, capacity_factor: float = 2.0, **kwargs: Any

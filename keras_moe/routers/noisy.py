@@ -53,7 +53,7 @@ class NoisyRouter(LogitRouter):
 
     def deviation(self, tokens: Tensor) -> Tensor | float:
         """Return the standard deviation of the noise: a tensor (T, E) or a float."""
-        raise NotImplementedError
+        raise NotImplementedError(f"`{type(self).__name__}` must implement `deviation`")
 
     def route(self, tokens, mask, training, **context):
         clean = self.logits(tokens, training)

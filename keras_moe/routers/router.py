@@ -61,12 +61,13 @@ class Router(BaseLayer):
 
     top_k: Any = None  # experts per token, K
     causal = True  # whether a token's experts depend on no other token
-    default_losses: tuple = ("load_balance", "router_z")  # of a layer that is given none
+    default_losses: tuple = ("load_balance", "router_z")  # if `router_losses` are None
     tokens_choose = True  # so that too many may choose an expert
     replays_indices = False  # whether `route` chooses `indices` where they are given
     serves_all = False  # whether all experts serve each token
     counted_by_weight = False  # whether its load sums weights; place e of the K is expert e
     has_smooth_load = False  # whether the `load` of its routings has a gradient in training
+    even_scopes: tuple = ()  # scopes of losses in which all experts always have the same load
     serves_tasks = True  # whether it can be the router of one of many tasks
     has_logits = False  # whether its logits are learned, so that reports judge them
     normalizes_kernel = False  # whether rescaling the kernel leaves the logits unchanged

@@ -65,6 +65,7 @@ class SoftRouter(LogitRouter):
     causal = False
     default_losses = ()
     tokens_choose = False
+    even_scopes = ("batch", "global")  # in a sequence `indices` are counted
     serves_tasks = False
     normalizes_kernel = True
 

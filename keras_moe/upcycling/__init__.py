@@ -63,7 +63,8 @@ def upcycle(
         select: List of strings, string, function or None. Names of the layers, a regular expression
             that is found in them, or a function of a name. None: all.
         every: Integer. n for every n-th of them, beginning with the n-th.
-        router_losses: List or None. As in `layers.MixtureOfExperts`.
+        router_losses: None for `("load_balance", "router_z")`; `[]` for no losses; or a list, as in
+            `layers.MixtureOfExperts`.
         seed: Integer or None. None takes one from Keras's, see `keras.utils.set_random_seed`.
         rank: Integer or None. Rank of corrections of one frozen layer: `layers.LowRankExperts`.
 
