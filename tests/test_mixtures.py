@@ -249,13 +249,13 @@ def test_each_expert_computes_a_token_at_most_once(router, monkeypatch):
     bank = layers.LinearExperts(E, 5)
     call, every = type(bank).call, type(bank).compute_all
 
-    def counted(self, tokens, plan):
+    def counted(self, tokens, plan, training=None):
         rows.append(int(ops.sum(plan.sizes)))
-        return call(self, tokens, plan)
+        return call(self, tokens, plan, training)
 
-    def counted_all(self, tokens):
+    def counted_all(self, tokens, training=None):
         rows.append(E * len(tokens))
-        return every(self, tokens)
+        return every(self, tokens, training)
 
     layer = layers.MultiGateMixtureOfExperts(bank, 3, ROUTERS[router]())
     x = normal(9, D)

@@ -73,16 +73,17 @@ def _other_parts(layer, experts, noise):
     """A dict from the router and the bank of a layer to such for other numbers of its experts."""
     bank, old_router = layer.experts, layer.router
     copies, kept = len(experts) // bank.num_experts, {"num_experts": len(experts)}
-    router = router_like(old_router, **kept)
+    changes: dict = {**kept}
+    # Copies share the probability of an expert, which may be its weight.
+    share = copies > 1 and old_router.score == "softmax"
+    if share and old_router.top_k == 1 and not old_router.renormalize:
+        changes["scaling_factor"] = old_router.scaling_factor * copies
+    router = router_like(old_router, **changes)
     with names_beside(old_router):
         router.build((None, old_router.input_spec.axes[-1]))
     _take_weights(old_router, router, experts, noise)
-    if copies > 1 and router.score == "softmax":
-        # Copies share the probability of an expert, which may be its weight.
-        if router.top_k == 1 and not router.renormalize:
-            router.scaling_factor *= copies
-        if router.selection_bias is not None:
-            router.selection_bias.assign(router.selection_bias / copies)
+    if share and router.selection_bias is not None:
+        router.selection_bias.assign(router.selection_bias / copies)
     axes = layer.input_spec.axes  # of a token, counted from the end
     tokens_shape = (None, *(axes[axis] for axis in sorted(axes)))
     own = [bank.layers[index] for index in experts] if isinstance(bank, LayerExperts) else []
