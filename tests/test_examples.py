@@ -1,6 +1,7 @@
 """Each example, in a small size, on data made up where its own may be missing; and its notebook."""
 
 import ast
+import collections
 import contextlib
 import gzip
 import importlib.metadata
@@ -18,6 +19,8 @@ import numpy as np
 import pytest
 import tokenizers
 from backends import BACKEND, ROOT, on_one_backend, run_python
+
+from keras_moe import inspection
 
 # Of KerasTuner, and of few trials that are all over the budget.
 pytestmark = [
@@ -52,6 +55,7 @@ SMOKE = {
 ALLOWED = {"keras", "keras_moe", "numpy", "sklearn", "keras_tuner", "matplotlib"}
 ALLOWED |= {"gguf", "keras_hub", "tokenizers"}  # of what was trained elsewhere
 ALLOWED |= sys.stdlib_module_names
+EXECUTE = "run `python -m tox -e notebooks -- {}`"
 OF_KERAS = "ignore:__array__ implementation doesn't accept a copy keyword:DeprecationWarning"
 WORDS = "the space shuttle flew in god is third period que con tierra".split()
 
@@ -139,6 +143,39 @@ def write_language_model(path):
     writer.close()
 
 
+# How lines with words of the data or of a model begin; `#` stands for a number.
+WORDS_OF = {
+    "fine_tuning": "expert #:",
+    "language_model": "- ",
+    "pretrained": "[\"']",
+    "sequence_to_sequence": r"\('|[a-z ]+: ",
+    "text_classification": "expert #:",
+    "translation": "(Spanish|English|dense|mixture)( [^#]*)?$",
+}
+# Numbers, units of time, and which trials of a search cost too much: they vary with size and luck.
+VARIES = r"[-+]?\d+([.,]\d+)*(e[-+]\d+)?([mu]?s(?=/step))?( +over the budget)?"
+
+
+def shown(name):
+    """What the notebook of an example shows as printed; nothing if it was not executed."""
+    notebook = json.loads((ROOT / "docs" / "notebooks" / f"{name}.ipynb").read_text("utf-8"))
+    cells = [cell for cell in notebook["cells"] if "tags" not in cell["metadata"]]
+    return printed_by([each for cell in cells for each in cell.get("outputs", ())])
+
+
+def printed_by(outputs):
+    return "".join(line for each in outputs for line in each.get("text", ()))
+
+
+def lines_but_for_numbers(text, name):
+    """Distinct lines, in order, with `#` for numbers, without those that `WORDS_OF` describes."""
+    masked = re.sub(r"#( *#)+", "#", re.sub(VARIES, "#", text))
+    lines = [" ".join(line.split()) for line in masked.splitlines()]
+    # Keras counts epochs if there are several.
+    left_out = re.compile(f"$|Epoch #|{WORDS_OF.get(name, '$')}")
+    return list(dict.fromkeys(line for line in lines if not left_out.match(line)))
+
+
 def in_smoke_size(path):
     """The tree of an example whose constants are those of `SMOKE`."""
     tree = ast.parse(path.read_text(encoding="utf-8"))
@@ -151,14 +188,21 @@ def in_smoke_size(path):
 
 
 @pytest.mark.parametrize("name", sorted(RUN_HERE))
-def test_an_example_runs_in_a_small_size(name, made_up_data, monkeypatch, tmp_path):
+def test_an_example_in_a_small_size_prints_the_lines_of_its_notebook(
+    name, made_up_data, monkeypatch, tmp_path, capsys
+):
     monkeypatch.chdir(tmp_path)
     tree = in_smoke_size(ROOT / "examples" / f"{name}.py")
     if name == "many_devices":
-        run_on_four_devices(tree)
+        printed = run_on_four_devices(tree)
     else:
         exec(compile(tree, name, "exec"), {"__name__": "__main__"})
         keras.backend.clear_session()
+        printed = capsys.readouterr().out
+    printed = printed_by(NOTEBOOKS["_clean"]([{"name": "stdout", "text": printed}]))
+    if shown(name):
+        now, then = (lines_but_for_numbers(text, name) for text in (printed, shown(name)))
+        assert now == then, EXECUTE.format(name)
 
 
 def run_on_four_devices(tree):
@@ -169,6 +213,37 @@ def run_on_four_devices(tree):
         XLA_FLAGS=f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=4",
     )
     assert "4 devices" in printed
+    return printed
+
+
+# The heading before which the models of an example exist, and these.
+MODELS = {
+    "fine_tuning": ("Fine-tuning", "[model]"),
+    "photograph": ("Training", "[build(kind) for kind in SCALES]"),
+    "translation": ("Training", "[Translator(each()) for each in (dense, mixture)]"),
+}
+
+
+@on_one_backend
+@pytest.mark.parametrize("name", MODELS)
+def test_a_notebook_has_the_numbers_of_parameters_of_models_in_full_size(
+    name, made_up_data, monkeypatch
+):
+    """Counts of other examples depend on data that may be missing."""
+    monkeypatch.setattr(keras.Model, "fit", lambda *_, **__: None)
+    monkeypatch.setattr(keras.Model, "evaluate", lambda *_, **__: 0.0)
+    monkeypatch.setattr(collections.Counter, "most_common", lambda _, size: [("", 1)] * size)
+    heading, models = MODELS[name]
+    source = (ROOT / "examples" / f"{name}.py").read_text(encoding="utf-8")
+    source = source.partition(f'"""\n## {heading}\n')[0]
+    names = {}
+    exec(re.sub("^BATCH_SIZE = .*", "BATCH_SIZE = 16", source, flags=re.MULTILINE), names)
+    for model in eval(models, names):
+        if not model.built:
+            model(names["ids"][:1])
+        counts = {f"{count:,}" for count in inspection.count_parameters(model)}
+        numbers = {*re.findall(r"\d[\d,]*", shown(name))}
+        assert counts <= numbers or not numbers, EXECUTE.format(name)
 
 
 @on_one_backend
@@ -200,6 +275,14 @@ def test_a_notebook_and_a_page_hold_the_code_of_an_example(path):
     expected.body = [node for node in expected.body if not NOTEBOOKS["is_prose"](node)]
     for found in (code, re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)):
         assert ast.dump(ast.parse("\n".join(found))) == ast.dump(expected)
+
+
+@on_one_backend
+@pytest.mark.parametrize("name", ["text_classification", "tuning"])
+def test_a_tutorial_quotes_outputs_of_its_notebook(name):
+    page = (ROOT / "docs" / f"{name}.md").read_text(encoding="utf-8")
+    quoted = "".join(re.findall(r"```text\n(.*?)```", page, flags=re.DOTALL)).splitlines()
+    assert len(quoted) > 10 and {*quoted} - {"..."} <= {*shown(name).splitlines()}
 
 
 @on_one_backend
